@@ -1,0 +1,55 @@
+"""Types and shapes, checked where users call: jaxtyping annotations, read by beartype.
+
+Inside the package nothing is checked at run time, except in the tests, which check everything.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
+
+from beartype import BeartypeConf, beartype
+from beartype.door import is_bearable
+from jaxtyping import TypeCheckError, jaxtyped
+
+from apd_lens._errors import ApdError, InvalidSetting, ShapeMismatch
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+# An int is welcome where a float is expected.
+_CONF = BeartypeConf(is_pep484_tower=True)
+
+
+def checked(function: Callable[_P, _R], error: type[ApdError] = ShapeMismatch) -> Callable[_P, _R]:
+    """The function, raising `error` where an argument or the result is not of its annotated type and shape."""
+    inner = jaxtyped(function, typechecker=beartype(conf=_CONF))
+
+    @functools.wraps(function)
+    def outer(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return inner(*args, **kwargs)
+        except TypeCheckError as mismatch:
+            if f"{function.__module__}.{function.__qualname__}" not in str(mismatch).partition("\n")[0]:
+                raise  # somebody else's, such as the user's model
+            raise error(_brief(str(mismatch))) from None
+
+    return outer
+
+
+def _brief(message: str) -> str:
+    """jaxtyping's message without the list of all arguments and annotations: which one, what came, what was expected,
+    and what the axes' names stand for."""
+    problem, _, rest = message.partition("----------------------")
+    _, current_values, axes = rest.partition("The current values for each jaxtyping axis")
+    return (problem + current_values + axes).strip()
+
+
+def check_fields(settings: Any) -> None:
+    """Raises InvalidSetting if a field of a dataclass does not hold what it is annotated with."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if not is_bearable(value, cast(Any, field.type), conf=_CONF):
+            expected = field.type.__name__ if isinstance(field.type, type) else re.sub(r"\b\w+\.", "", str(field.type))
+            raise InvalidSetting(f"{type(settings).__name__}({field.name}=...) takes {expected}, got {value!r}.")

@@ -1,0 +1,164 @@
+"""Parameter components: vectors in parameter space that span all decomposed matrices, stored as low-rank factors."""
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from einops import einsum
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from apd_lens._errors import InvalidSetting
+from apd_lens._target import Use, WeightMatrix
+
+
+class ParameterComponents(nn.Module):
+    """C components P_c = {A_c,l @ B_c,l}, one pair of factors for each decomposed matrix l.
+
+    A matrix that is tied has one pair of factors, and all its uses share it. Factors are float32, or float64 where
+    the matrix is.
+    """
+
+    def __init__(self, A: Mapping[str, Float[Tensor, "..."]], B: Mapping[str, Float[Tensor, "..."]]):
+        super().__init__()
+        self.names: list[str] = list(A)
+        # Lists, since the names of parameters must not hold a dot.
+        self._A = nn.ParameterList(A.values())
+        self._B = nn.ParameterList(B[name] for name in self.names)
+
+    @property
+    def A(self) -> dict[str, Tensor]:
+        """Name -> `C d_in m`, the side that reads x."""
+        return dict(zip(self.names, self._A, strict=True))
+
+    @property
+    def B(self) -> dict[str, Tensor]:
+        """Name -> `C m d_out`, the side that writes y."""
+        return dict(zip(self.names, self._B, strict=True))
+
+    @property
+    def n_components(self) -> int:
+        return len(self._A[0])
+
+    def component_weights(self, name: str) -> Float[Tensor, "C d_in d_out"]:
+        """P_c of one matrix for every component, as full matrices."""
+        return self.A[name] @ self.B[name]
+
+    def summed(
+        self, name: str, mask: Float[Tensor, " C"] | Bool[Tensor, " C"] | None = None
+    ) -> Float[Tensor, "d_in d_out"]:
+        """Σ_c mask_c P_c of one matrix, without building the components one by one."""
+        A, B = self.A[name], self.B[name]
+        if mask is not None:
+            A = A * mask.to(A)[:, None, None]
+        return einsum(A, B, "C d_in m, C m d_out -> d_in d_out")
+
+    def factors(self, use: Use) -> tuple[Float[Tensor, "C d_in m"], Float[Tensor, "C m d_out"]]:
+        """A and B the way round, and of the part of the matrix, that one use multiplies by.
+
+        (A B)ᵀ = Bᵀ Aᵀ for a transposed use.
+        """
+        A, B = self.A[use.matrix], self.B[use.matrix]
+        if use.transposed:
+            A, B = B.mT, A.mT
+        return A[:, use.rows], B[:, :, use.columns]
+
+    def extra_repr(self) -> str:
+        return f"n_components={self.n_components}, matrices={self.names}"
+
+
+def initial_components(
+    matrices: Sequence[WeightMatrix], n_components: int, rank: int | None, generator: torch.Generator
+) -> ParameterComponents:
+    """Random factors, Xavier-normal each: standard deviation sqrt(2 / (fan_in + fan_out)) of `d_in m` and `m d_out`.
+
+    Args:
+        rank: m of every matrix; None for min(d_in, d_out) of each.
+        generator: on the CPU; factors are drawn there, so that every device gets the same.
+
+    Raises:
+        InvalidSetting: n_components < 1, rank < 1, or a rank that exceeds min(d_in, d_out) of a matrix.
+    """
+    if n_components < 1:
+        raise InvalidSetting(f"n_components must be at least 1, got {n_components}.")
+    A, B = {}, {}
+    for matrix in matrices:
+        d_in, d_out = matrix.d_in, matrix.d_out
+        full_rank = min(d_in, d_out)
+        m = full_rank if rank is None else rank
+        if not 1 <= m <= full_rank:
+            raise InvalidSetting(
+                f"rank must be between 1 and min(d_in, d_out), which is {full_rank} for {matrix.name} "
+                f"({d_in} × {d_out}); got {rank}. Give rank=None for the full rank of each matrix."
+            )
+        weight = matrix.value()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+
+        def xavier(fan_in: int, fan_out: int) -> Tensor:
+            factor = torch.randn(n_components, fan_in, fan_out, generator=generator, dtype=dtype)  # noqa: B023
+            return (factor * (2 / (fan_in + fan_out)) ** 0.5).to(weight.device)  # noqa: B023
+
+        A[matrix.name], B[matrix.name] = xavier(d_in, m), xavier(m, d_out)
+    return ParameterComponents(A, B)
+
+
+@torch.no_grad()
+def random_components(components: ParameterComponents, seed: int = 0) -> ParameterComponents:
+    """A null control: random components, each with the singular values of its model in every matrix.
+
+    Norm and (effective) rank are the same, only the directions are random. Whatever is claimed of the components
+    should fail for these.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def random_orthonormal(like: Tensor) -> Tensor:
+        noise = torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+        return torch.linalg.qr(noise)[0]
+
+    A, B = {}, {}
+    for name in components.names:
+        A[name] = random_orthonormal(components.A[name]) * singular_values(components, name)[:, None, :]
+        B[name] = random_orthonormal(components.B[name].mT).mT
+    return ParameterComponents(A, B).requires_grad_(False)
+
+
+@torch.no_grad()
+def singular_values(components: ParameterComponents, name: str) -> Float[Tensor, "C m"]:
+    """Singular values of every component in one matrix, largest first.
+
+    From the small matrix R_A R_Bᵀ of the factors' QR decompositions: A B = Q_A (R_A R_Bᵀ) Q_Bᵀ.
+    """
+    R_A = cast(Tensor, torch.linalg.qr(components.A[name], mode="r")[1])
+    R_B = cast(Tensor, torch.linalg.qr(components.B[name].mT, mode="r")[1])
+    return torch.linalg.svdvals(R_A @ R_B.mT)
+
+
+@torch.no_grad()
+def output_share(components: ParameterComponents, name: str) -> Float[Tensor, "C d_out"]:
+    """Share of every output unit's squared weight that each component holds, of the sum over components.
+
+    ‖P_c[:, j]‖² / Σ_c ‖P_c[:, j]‖², in one matrix. Columns sum to 1.
+    """
+    return _share(components.A[name], components.B[name])
+
+
+@torch.no_grad()
+def input_share(components: ParameterComponents, name: str) -> Float[Tensor, "C d_in"]:
+    """Share of every input unit's squared weight that each component holds: `output_share` for the rows P_c[i, :]."""
+    return _share(components.B[name].mT, components.A[name].mT)
+
+
+def _share(A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"]) -> Float[Tensor, "C d_out"]:
+    # ‖A b‖² = bᵀ (Aᵀ A) b for every column b of B, without building A @ B.
+    squares = einsum(B, A.mT @ A, B, "C m d_out, C m n, C n d_out -> C d_out")
+    return squares / squares.sum(0).clamp_min(torch.finfo(squares.dtype).tiny)
+
+
+def effective_rank(singular_values: Float[Tensor, "C m"]) -> Float[Tensor, " C"]:
+    """exp of the entropy of σ / Σσ: 1 for a rank-one matrix, r for r equal singular values, 0 for the zero matrix.
+
+    Source: Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality".
+    """
+    total = singular_values.sum(-1, keepdim=True)
+    share = singular_values / total.clamp_min(torch.finfo(singular_values.dtype).tiny)
+    return torch.special.entr(share).sum(-1).exp() * (total[:, 0] > 0)

@@ -1,0 +1,401 @@
+"""Training: `init` makes a state, `step` takes it one batch further, `decompose` loops over them.
+
+One step: watch the target on the batch; attribute; select the active components; run the model on them alone; add up
+the losses; take an optimizer step. Now and then, split components that serve too much.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from apd_lens._attribution import Attribution, GradientAttribution
+from apd_lens._batches import Batch, check_finite, on_device, same_arguments, stream, tensors, versions
+from apd_lens._components import ParameterComponents, initial_components
+from apd_lens._decomposition import Decomposition
+from apd_lens._errors import InvalidSetting, NonFinite
+from apd_lens._losses import (
+    Losses,
+    coefficient_at,
+    faithfulness_loss,
+    hidden_activation_loss,
+    minimality_loss,
+    path_mask,
+    simplicity_loss,
+)
+from apd_lens._moves import SplitMoves, make_splits
+from apd_lens._passes import (
+    OutputFn,
+    WatchedPass,
+    check_finite_output,
+    default_output,
+    sparse_pass,
+    watched_pass,
+)
+from apd_lens._product import Mask
+from apd_lens._selection import BatchTopK, Selection
+from apd_lens._settings import Optimization, Settings, learning_rate
+from apd_lens._target import TargetModel, evaluating
+from apd_lens._wrap import wrap
+
+# A component counts as alive if it was active at least once in so many steps.
+ALIVE_WINDOW = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A batch as the user gave it, and the target's pass over it.
+
+    The target never changes, so when the same batch comes again (training on all the data at once), its pass and the
+    Jacobian need not be computed again.
+    """
+
+    batch: Batch
+    versions: list[int]
+    on_device: Batch
+    watched: WatchedPass
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Divisors of faithfulness and simplicity, sums over all matrices."""
+
+    faithfulness: float
+    simplicity: float
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What the next step needs. The factors and the optimizer's moments are changed in place by `step`.
+
+    Attributes:
+        step: number of steps done.
+        weights, fingerprints: the decomposed matrices, in the dtype of the factors, and digests of the originals.
+        scales: what the sums of squared errors and of Schatten norms are divided by.
+        last_active: for every component the step in which it was last active.
+        seen: the last batch, and what the target made of it.
+    """
+
+    target: TargetModel
+    components: ParameterComponents
+    settings: Settings
+    output: OutputFn
+    optimizer: torch.optim.Optimizer
+    host_generator: torch.Generator
+    device_generator: torch.Generator
+    weights: dict[str, Tensor]
+    fingerprints: dict[str, str]
+    scales: Scales
+    last_active: Tensor
+    step: int = 0
+    seen: Seen | None = None
+
+    def decomposition(self) -> Decomposition:
+        """The decomposition as it is now: a copy that further steps do not change."""
+        A = {name: factor.detach().clone() for name, factor in self.components.A.items()}
+        B = {name: factor.detach().clone() for name, factor in self.components.B.items()}
+        components = ParameterComponents(A, B).requires_grad_(False)
+        return Decomposition(self.target, components, self.settings, self.output, self.fingerprints)
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a person wants to see of a step. Loss terms are scalars without coefficients, before the update.
+
+    Attributes:
+        step: counted from 0.
+        loss: the sum that was minimised, coefficients included.
+        terms: name -> value of each loss term that was computed.
+        k: mean number of active components a data point.
+        alive: components that were active in the last 100 steps.
+        learning_rate: of this step.
+        splits: number of split moves made after this step.
+    """
+
+    step: int
+    loss: Tensor
+    terms: dict[str, Tensor]
+    k: float
+    alive: int
+    learning_rate: float
+    splits: int = 0
+
+
+def init(
+    model: Any,
+    *,
+    weights: str | Iterable[str] = "*",
+    n_components: int,
+    rank: int | None = None,
+    selection: Selection | None = None,
+    attribution: Attribution | None = None,
+    losses: Losses | None = None,
+    optimization: Optimization | None = None,
+    moves: SplitMoves | None = None,
+    output: OutputFn = default_output,
+    seed: int = 0,
+) -> State:
+    """A fresh training state: random components and an optimizer. Arguments as in `decompose`. Runs no forward pass.
+
+    Raises:
+        UnknownWeight, UnsupportedModel: see `TargetModel.match`.
+        InvalidSetting: n_components, rank, or a selection that asks for more components than there are.
+        NonFinite: a weight matrix holds NaN or infinity.
+    """
+    target = wrap(model)
+    names = target.match(weights)
+    settings = Settings(
+        selection=selection or BatchTopK(k=1.0),
+        attribution=attribution or GradientAttribution(),
+        losses=losses or Losses(),
+        optimization=optimization or Optimization(),
+        moves=moves,
+        seed=seed,
+    )
+    _check_selection(settings.selection, n_components)
+    for name in names:
+        value = target.weights[name].value()
+        if not bool(value.isfinite().all()):
+            raise NonFinite(
+                f"The target's {name} holds {int((~value.isfinite()).sum())} values that are NaN or infinite, so it "
+                "cannot be decomposed."
+            )
+    host_generator = torch.Generator().manual_seed(seed)
+    components = initial_components([target.weights[name] for name in names], n_components, rank, host_generator)
+    originals = {name: target.weights[name].value().to(components.A[name].dtype).clone() for name in names}
+    device = next(iter(originals.values())).device
+    return State(
+        target=target,
+        components=components,
+        settings=settings,
+        output=output,
+        optimizer=torch.optim.Adam(components.parameters(), lr=settings.optimization.lr, fused=True),
+        host_generator=host_generator,
+        device_generator=torch.Generator(device).manual_seed(seed),
+        weights=originals,
+        fingerprints={name: target.weights[name].fingerprint() for name in names},
+        scales=_scales(settings.losses, list(originals.values())),
+        last_active=torch.full((n_components,), -ALIVE_WINDOW, device=device),
+    )
+
+
+def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
+    """One training step on one batch. The model is only looked at: afterwards it is as it was.
+
+    Raises:
+        NonFinite: NaN or infinity in the batch, the target's output or a loss term; the components are as they were
+            before the step.
+    """
+    settings = state.settings
+    where = f"step {state.step}"
+    progress = state.step / settings.optimization.steps
+
+    with evaluating(state.target.model):
+        seen = _watch(state, batch)
+        batch, watched = seen.on_device, seen.watched
+        attributions = settings.attribution(watched, state.components, settings.selection.granularity)
+        mask = settings.selection(attributions)
+        terms = _loss_terms(state, batch, watched, mask)
+        coefficients = {name: coefficient_at(getattr(settings.losses, name), progress) for name in terms}
+        loss = torch.stack([coefficients[name] * term for name, term in terms.items()]).sum()
+        _check_finite(terms, where)
+
+        rate = learning_rate(settings.optimization, state.step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        state.optimizer.zero_grad()
+        loss.backward(inputs=list(state.components.parameters()))
+        state.optimizer.step()
+
+    active = mask.flatten(0, -2).any(0)
+    last_active = torch.where(active, state.step, state.last_active)
+    n_splits = _maybe_split(state, watched, attributions)
+    info = StepInfo(
+        step=state.step,
+        loss=loss.detach(),
+        terms={name: term.detach() for name, term in terms.items()},
+        k=mask.sum().item() / mask[..., 0].numel(),
+        alive=int((last_active > state.step - ALIVE_WINDOW).sum()),
+        learning_rate=rate,
+        splits=n_splits,
+    )
+    return replace(state, last_active=last_active, step=state.step + 1, seen=seen), info
+
+
+def decompose(
+    model: Any,
+    batches: Iterable[Batch] | Callable[[int], Batch],
+    weights: str | Iterable[str] = "*",
+    *,
+    n_components: int,
+    rank: int | None = None,
+    selection: Selection | None = None,
+    attribution: Attribution | None = None,
+    losses: Losses | None = None,
+    optimization: Optimization | None = None,
+    moves: SplitMoves | None = None,
+    output: OutputFn = default_output,
+    seed: int = 0,
+    on_step: Callable[[int, StepInfo], Any] | None = None,
+    progress: bool = True,
+) -> Decomposition:
+    """Takes the named weight matrices of a trained model apart into parameter components.
+
+    Args:
+        model: a HookedTransformer, a torch.nn.Module, or `apd_lens.wrap(...)` of one. It is never changed: after this
+            call, and after any error in it, it is bit for bit what it was and carries no hook of ours. It is run in
+            eval mode.
+        batches: what the model is called with (a tensor, a tuple of positional or a dict of keyword arguments), as an
+            iterable that can be gone through again or a function step -> batch. Examples come first in every tensor,
+            and must not influence each other in the model.
+        weights: names or shell patterns, see `apd_lens.wrap(model).weights`.
+        n_components: number of components C.
+        rank: m, the rank that each component may have in each matrix; None for min(d_in, d_out).
+        selection: which components are active on a data point; default `BatchTopK(k=1.0)`.
+        attribution: how much a component matters on a data point; default `GradientAttribution()`.
+        losses: default `Losses()`.
+        optimization: default `Optimization()`.
+        moves: split moves, or None for none.
+        output: picks the tensor `batch *pos n_outputs` that is explained from what the model returns; the default takes
+            a tensor as it is and `.logits` of a Hugging Face output.
+        seed: the same seed on the same machine with the same number of threads gives the same factors bit for bit.
+        on_step: called as on_step(step, info) after every step.
+        progress: whether to show a bar with the losses, the components alive and the time left.
+
+    Raises:
+        ApdError: see `init`, `step` and `TargetModel.intercepted`. An error or interrupt in the middle of the training
+            carries the unfinished result as its attribute `decomposition`.
+    """
+    state = init(
+        model,
+        weights=weights,
+        n_components=n_components,
+        rank=rank,
+        selection=selection,
+        attribution=attribution,
+        losses=losses,
+        optimization=optimization,
+        moves=moves,
+        output=output,
+        seed=seed,
+    )
+    n_steps = state.settings.optimization.steps
+    try:
+        with tqdm(total=n_steps, desc="decompose", disable=not progress, mininterval=0.5, dynamic_ncols=True) as bar:
+            for batch in stream(batches):
+                state, info = step(state, batch)
+                if on_step is not None:
+                    on_step(info.step, info)
+                if bar.update():  # drawn anew just now; so the terms are fetched from the device only then
+                    bar.set_postfix_str(_postfix(info))
+                if state.step == n_steps:
+                    break
+    except BaseException as error:
+        if state.step > 0:
+            error.decomposition = state.decomposition()  # type: ignore[attr-defined]
+            error.add_note(f"The components after {state.step} steps are in this error's attribute `decomposition`.")
+        raise
+    return state.decomposition()
+
+
+def _watch(state: State, batch: Batch) -> Seen:
+    """The target's pass over the batch: the last one, if this is the same batch again."""
+    last = state.seen
+    if last is not None and tensors(batch) and same_arguments(batch, last.batch, last.versions):
+        return last
+    where = f"step {state.step}"
+    check_finite(batch, where)
+    moved = on_device(batch, state.last_active.device)
+    hidden = state.settings.losses.hidden_at
+    watched = watched_pass(state.target, state.components.names, moved, state.output, hidden=hidden)
+    check_finite_output(watched.output, where)
+    return Seen(batch, versions(batch), moved, watched)
+
+
+def _loss_terms(state: State, batch: Batch, watched: WatchedPass, mask: Mask) -> dict[str, Tensor]:
+    """Every loss term whose coefficient can be other than zero, by the name of its coefficient in `Losses`."""
+    losses, components = state.settings.losses, state.components
+    target_output = _at_least_float32(watched.output.detach())
+    relative = losses.normalization == "relative"
+    distance_scale = target_output.var() if relative and losses.distance == "mse" else 1.0
+
+    def distance_under(some_mask: Mask, hidden_at: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        output, hidden = sparse_pass(state.target, components, batch, some_mask, state.output, hidden_at)
+        return minimality_loss(target_output, _at_least_float32(output), losses.distance) / distance_scale, hidden
+
+    minimality, hidden = distance_under(mask, losses.hidden_at)
+    with torch.autocast(target_output.device.type, enabled=False):  # sums of weights, not a pass of the model
+        terms = {
+            "faithfulness": sum(
+                faithfulness_loss(state.weights[name], components.summed(name)) for name in components.names
+            )
+            / state.scales.faithfulness,
+            "minimality": minimality,
+            "simplicity": sum(
+                simplicity_loss(components.A[name], components.B[name], mask, losses.schatten_p)
+                for name in components.names
+            )
+            / state.scales.simplicity,
+        }
+    if losses.path:
+        terms["path"], _ = distance_under(path_mask(mask, state.device_generator))
+    if losses.hidden:
+        terms["hidden"] = _hidden_term(watched.hidden, hidden, relative)
+    return terms
+
+
+def _at_least_float32(output: Tensor) -> Tensor:
+    return output.to(torch.promote_types(output.dtype, torch.float32))
+
+
+def _hidden_term(target: dict[str, Tensor], sparse: dict[str, Tensor], relative: bool) -> Tensor:
+    """Σ_places mean over data points Σ_units squared error, over the number of units (times the target's variance)."""
+    errors = torch.stack([hidden_activation_loss(target[name], sparse[name]) for name in target]).sum()
+    units = sum(activation.shape[-1] for activation in target.values())
+    if not relative:
+        return errors / units
+    return errors / torch.stack([activation.var() * activation.shape[-1] for activation in target.values()]).sum()
+
+
+def _maybe_split(state: State, watched: WatchedPass, attributions: Tensor) -> int:
+    moves, done = state.settings.moves, state.step + 1
+    if moves is None or done % moves.every or done >= moves.until * state.settings.optimization.steps:
+        return 0
+    return make_splits(
+        state.components, state.optimizer, attributions, watched.calls, moves.noise, state.host_generator
+    )
+
+
+def _scales(losses: Losses, weights: Sequence[Tensor]) -> Scales:
+    if losses.normalization == "paper":
+        n_parameters = float(sum(weight.numel() for weight in weights))
+        return Scales(n_parameters, n_parameters)
+    return Scales(
+        faithfulness=sum(weight.square().sum().item() for weight in weights),
+        simplicity=sum(torch.linalg.svdvals(weight).pow(losses.schatten_p).sum().item() for weight in weights),
+    )
+
+
+def _check_selection(selection: Selection, n_components: int) -> None:
+    if n_components >= 1 and not 0 < selection.k <= n_components:
+        raise InvalidSetting(
+            f"{selection} needs 0 < k <= n_components: at least one and at most all of the {n_components} components "
+            "can be active."
+        )
+
+
+def _check_finite(terms: dict[str, Tensor], where: str) -> None:
+    for name, term in terms.items():
+        if not bool(term.isfinite()):
+            raise NonFinite(
+                f"{where}: the {name} is {term.item()}; nothing before it was. The components are as they were before "
+                "this step."
+            )
+
+
+def _postfix(info: StepInfo) -> str:
+    terms = ", ".join(f"{name} {value.item():.1e}" for name, value in info.terms.items())
+    return f"{info.alive} alive, {terms}"

@@ -1,0 +1,315 @@
+"""The result: components of a model's weights, and what can be done with them on the model."""
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from apd_lens._artifact import decode_settings, encode_settings, library_versions, read_artifact, write_artifact
+from apd_lens._attribution import metric_effects
+from apd_lens._batches import Batch, check_finite, on_device
+from apd_lens._components import ParameterComponents, effective_rank, singular_values
+from apd_lens._errors import ArtifactError, InvalidSetting, ShapeMismatch
+from apd_lens._passes import (
+    OutputFn,
+    WatchedPass,
+    check_finite_output,
+    default_output,
+    keep_weights,
+    replace_weights,
+    subtract_weights,
+    watched_pass,
+)
+from apd_lens._product import Mask
+from apd_lens._settings import Settings
+from apd_lens._table import table
+from apd_lens._target import TargetModel, evaluating
+from apd_lens._wrap import wrap
+
+# Components by their numbers.
+Chosen = int | Iterable[int] | Int[Tensor, "*n"]
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """A model's weight matrices as sums of parameter components.
+
+    Attributes:
+        target: the model that was taken apart, `target.model` being the user's.
+        components: the factors.
+        settings: what the decomposition was asked for.
+        output: picks the explained tensor from what the model returns; None where a saved decomposition was made with
+            a function of the user's that `load` was not given.
+        fingerprints: name -> digest of the matrix when it was decomposed.
+    """
+
+    target: TargetModel
+    components: ParameterComponents
+    settings: Settings
+    output: OutputFn | None
+    fingerprints: dict[str, str]
+
+    @torch.inference_mode(False)
+    def attributions(
+        self, batch: Batch, metric: Callable[[Tensor], Tensor] | None = None
+    ) -> Float[Tensor, "batch *pos C"]:
+        """A_c(x): estimated effect on the output of removing component c; `batch C`, or `batch pos C` where data
+        points are positions.
+
+        Args:
+            metric: a function of the explained output that gives one scalar an example; then the attributions are
+                signed and to that scalar: positive where a component raises it.
+
+        Raises:
+            NonFinite: the batch, or the output, holds NaN or infinity.
+        """
+        watched = self._watch(batch)
+        granularity = self.settings.selection.granularity
+        if metric is not None:
+            return metric_effects(watched, self.components, granularity, metric)
+        return self.settings.attribution(watched, self.components, granularity)
+
+    def select(self, batch: Batch, k: float | None = None) -> Bool[Tensor, "batch *pos C"]:
+        """The mask of active components, by the selection of the training; `k` overrides how many."""
+        selection = self.settings.selection if k is None else replace(self.settings.selection, k=k)
+        return selection(self.attributions(batch))
+
+    def sparse(self, mask: Mask) -> AbstractContextManager[None]:
+        """Inside, every forward of the user's model runs on Σ_c mask_c P_c in the place of its weights.
+
+        Args:
+            mask: `batch C` for whole examples, or `batch pos C`; bool, or floats that scale each component.
+
+        Raises:
+            ShapeMismatch: no such mask, or in a forward: of another batch.
+            AlreadyActive: inside another context on the same model.
+        """
+        n_components = self.components.n_components
+        if not isinstance(mask, Tensor) or mask.ndim < 2 or mask.shape[-1] != n_components:
+            came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ShapeMismatch(
+                f"Expected a mask of shape (batch, {n_components}) or (batch, pos, {n_components}), one entry for each "
+                f"component, got {came}. decomposition.select(batch) makes one."
+            )
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ShapeMismatch(
+                f"Expected a mask of bool, or of floats that scale components, got {mask.dtype}. Use mask.bool() "
+                "if its entries are 0 and 1."
+            )
+        mask = mask.to(next(self.components.parameters()).device)
+        return self.target.intercepted(self.components.names, replace_weights(self.components, mask))
+
+    def ablate(self, components: Chosen) -> AbstractContextManager[None]:
+        """Inside, the user's model runs on W − Σ P_c of the given components; with none, it is bit for bit the target.
+
+        Raises:
+            InvalidSetting: no such component.
+            AlreadyActive: inside another context on the same model.
+        """
+        return self.target.intercepted(
+            self.components.names, subtract_weights(self.components, self._indices(components))
+        )
+
+    def only(self, components: Chosen) -> AbstractContextManager[None]:
+        """Inside, the user's model runs on Σ P_c of the given components alone. Raises as `ablate` does."""
+        return self.target.intercepted(self.components.names, keep_weights(self.components, self._indices(components)))
+
+    @torch.no_grad()
+    def edited_state_dict(self, ablate: Chosen) -> dict[str, Tensor]:
+        """A state dict of the user's model with W − Σ P_c of the given components, in the host's own layout.
+
+        Edited tensors are new; all others are the model's own, as in `state_dict()`.
+        """
+        chosen = self._indices(ablate)
+        edited = dict(self.target.model.state_dict())
+        if not chosen:
+            return edited
+        mask = torch.zeros(self.components.n_components, device=next(self.components.parameters()).device)
+        mask[chosen] = 1.0
+        for name in self.components.names:
+            matrix = self.target.weights[name]
+            taken_out = self.components.summed(name, mask)
+            stored = matrix.to_host(matrix.value().to(taken_out.dtype) - taken_out).contiguous()
+            edited.update(dict.fromkeys(matrix.state_keys, stored))
+        return edited
+
+    @torch.no_grad()
+    def residuals(self) -> dict[str, float]:
+        """Name -> ‖Δ‖ / ‖W‖ with Δ = W − Σ_c P_c, what the components leave unexplained; "all" for all together."""
+        errors, norms = {}, {}
+        for name in self.components.names:
+            summed = self.components.summed(name)
+            weight = self.target.weights[name].value().to(summed)
+            errors[name] = (weight - summed).norm().item()
+            norms[name] = weight.norm().item()
+        errors["all"], norms["all"] = math.hypot(*errors.values()), math.hypot(*norms.values())
+        return {name: errors[name] / norms[name] if norms[name] else math.inf * errors[name] for name in errors}
+
+    @torch.no_grad()
+    def summary(self, batch: Batch) -> "Summary":
+        """A printable table of the components: how often active on the batch, attribution, norms, effective ranks."""
+        attributions = self.attributions(batch)
+        mask = self.settings.selection(attributions)
+        spectra = {name: singular_values(self.components, name) for name in self.components.names}
+        never_active = ~mask.flatten(0, -2).any(0)
+        dead_share = {}
+        for name in self.components.names:
+            dead = self.components.summed(name, never_active)
+            dead_share[name] = (dead.norm() / self.target.weights[name].value().to(dead).norm()).item()
+        return Summary(
+            active=mask.flatten(0, -2).float().mean(0),
+            attribution=attributions.flatten(0, -2).mean(0),
+            norm={name: spectrum.norm(dim=1) for name, spectrum in spectra.items()},
+            effective_rank={name: effective_rank(spectrum) for name, spectrum in spectra.items()},
+            dead_share=dead_share,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a folder: the factors as safetensors, and JSON with all settings, the versions of the libraries and a
+        fingerprint of the decomposed weights. Functions of the user's are not saved. See `apd_lens.load`.
+
+        Raises:
+            ArtifactError: the path is a file, or a folder that holds something else.
+        """
+        A, B = self.components.A, self.components.B
+        matrices = {
+            name: {
+                "d_in": A[name].shape[1],
+                "d_out": B[name].shape[2],
+                "rank": A[name].shape[2],
+                "fingerprint": self.fingerprints[name],
+            }
+            for name in self.components.names
+        }
+        about = {
+            "versions": library_versions(self.target.model),
+            "model": f"{type(self.target.model).__module__}.{type(self.target.model).__qualname__}",
+            "n_components": self.components.n_components,
+            "matrices": matrices,
+            "settings": encode_settings(self.settings),
+            "output": "default" if self.output is default_output else "given by the user",
+        }
+        factors = {f"A.{name}": factor for name, factor in A.items()} | {f"B.{name}": f for name, f in B.items()}
+        write_artifact(Path(path), factors, about)
+
+    def _watch(self, batch: Batch) -> WatchedPass:
+        if self.output is None:
+            raise InvalidSetting(
+                "This decomposition was made with an output function of your own, which is not saved. Give it again: "
+                "apd_lens.load(path, model, output=...)."
+            )
+        check_finite(batch, "attributions")
+        batch = on_device(batch, next(self.components.parameters()).device)
+        with evaluating(self.target.model):
+            watched = watched_pass(self.target, self.components.names, batch, self.output)
+        check_finite_output(watched.output, "attributions")
+        return watched
+
+    def _indices(self, components: Chosen) -> list[int]:
+        n_components = self.components.n_components
+        if isinstance(components, Tensor):
+            components = components.flatten().tolist()
+        chosen = [components] if isinstance(components, int) else [int(component) for component in components]
+        wrong = [component for component in chosen if not 0 <= component < n_components]
+        if wrong or len(set(chosen)) != len(chosen):
+            raise InvalidSetting(
+                f"Expected distinct component numbers from 0 to {n_components - 1}, got {wrong or chosen}."
+            )
+        return chosen
+
+
+def load(path: str | os.PathLike[str], model: Any, *, output: OutputFn | None = None) -> Decomposition:
+    """Reads a saved decomposition back onto the model that it was made from.
+
+    Args:
+        model: with the same weights; a HookedTransformer, a torch.nn.Module, or `apd_lens.wrap(...)` of one.
+        output: the output function, if the decomposition was made with one of your own (functions are not saved).
+            Without it everything works that needs no attributions.
+
+    Raises:
+        ArtifactError: nothing there; truncated, changed, not a decomposition, or of a newer format; or a matrix of the
+            model is missing, or has another shape or other weights: says which.
+    """
+    factors, about = read_artifact(Path(path))
+    target = wrap(model)
+    for name, saved in about["matrices"].items():
+        difference = _difference(target, name, saved)
+        if difference is not None:
+            raise ArtifactError(
+                f"The decomposition in {path} is of another model: {difference}. It was made from a {about['model']}; "
+                "load it onto that model, with the weights and the processing (folding, centring) that it had."
+            )
+    device = next(iter(target.weights.values())).parameter.device
+    components = ParameterComponents(
+        A={name: factors[f"A.{name}"].to(device) for name in about["matrices"]},
+        B={name: factors[f"B.{name}"].to(device) for name in about["matrices"]},
+    )
+    return Decomposition(
+        target=target,
+        components=components.requires_grad_(False),
+        settings=decode_settings(about["settings"]),
+        output=default_output if output is None and about["output"] == "default" else output,
+        fingerprints={name: saved["fingerprint"] for name, saved in about["matrices"].items()},
+    )
+
+
+def _difference(target: TargetModel, name: str, saved: dict[str, Any]) -> str | None:
+    """In what a model's matrix differs from the one that was decomposed, or None."""
+    matrix = target.weights.get(name)
+    if matrix is None:
+        return f"this {type(target.model).__name__} has no matrix {name} that can be decomposed"
+    if (matrix.d_in, matrix.d_out) != (saved["d_in"], saved["d_out"]):
+        return f"{name} is {matrix.d_in} × {matrix.d_out} here and was {saved['d_in']} × {saved['d_out']}"
+    if matrix.fingerprint() != saved["fingerprint"]:
+        return f"{name} has other weights, or another dtype (here {matrix.parameter.dtype})"
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """A table of components over a batch; `print` shows it.
+
+    Attributes:
+        active: share of data points on which each was active, `C`.
+        attribution: mean attribution, `C`.
+        norm: name -> Frobenius norm in that matrix, `C`.
+        effective_rank: name -> exp of the entropy of the normalised singular values, `C`.
+        dead_share: name -> ‖Σ P_c of the components that are never active‖ / ‖W‖. No loss keeps them small: they hold
+            what faithfulness needs and the data never used.
+    """
+
+    active: Float[Tensor, " C"]
+    attribution: Float[Tensor, " C"]
+    norm: dict[str, Tensor]
+    effective_rank: dict[str, Tensor]
+    dead_share: dict[str, float]
+
+    @property
+    def n_dead(self) -> int:
+        """Components that were active on no data point."""
+        return int((self.active == 0).sum())
+
+    def __str__(self) -> str:
+        header = ["component", "active", "attribution"]
+        for name in self.norm:
+            header += [f"‖{name}‖", "eff. rank"]
+        order = sorted(range(len(self.active)), key=lambda c: (-self.active[c].item(), -self.attribution[c].item()))
+        rows = [self._row(c) for c in order if self.active[c] > 0]
+        dead = ", ".join(f"{share:.2f} of ‖{name}‖" for name, share in self.dead_share.items())
+        footer = f"{len(rows)} components active on this batch, {self.n_dead} dead"
+        return f"{table(header, rows)}\n{footer}" + (f" (together {dead})" if self.n_dead else "")
+
+    def _row(self, component: int) -> list[str]:
+        row = [str(component), f"{self.active[component]:.2%}", f"{self.attribution[component]:.4f}"]
+        for name in self.norm:
+            row += [f"{self.norm[name][component]:.3f}", f"{self.effective_rank[name][component]:.2f}"]
+        return row
+
+    __repr__ = __str__

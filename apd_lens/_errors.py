@@ -1,0 +1,53 @@
+"""Every error that apd_lens raises on purpose.
+
+Each message says what was expected, what came, where, and what to do. All are subclasses of `ApdError`, and of the
+built-in error that a caller would otherwise expect, so `except ValueError` goes on working.
+"""
+
+
+class ApdError(Exception):
+    """Base of all errors raised by apd_lens."""
+
+
+class UnknownWeight(ApdError, LookupError):
+    """A pattern or a name matches no weight matrix of the model."""
+
+
+class UnsupportedModel(ApdError, TypeError):
+    """A model, or one of its matrices, cannot be taken apart."""
+
+
+class MissingExtra(ApdError, ImportError):
+    """An optional dependency is not installed."""
+
+
+class InvalidSetting(ApdError, ValueError):
+    """A setting has a value that cannot work."""
+
+
+class ShapeMismatch(ApdError, ValueError):
+    """A tensor has another shape or dtype than it must have."""
+
+
+class InvalidOutput(ApdError, TypeError):
+    """The model's output is not the tensor that can be explained."""
+
+
+class InvalidBatches(ApdError, ValueError):
+    """The stream of batches is empty, ends too early, or cannot be iterated."""
+
+
+class NonFinite(ApdError, ArithmeticError):
+    """NaN or infinity, reported where it first appeared."""
+
+
+class SiteNotCalled(ApdError, RuntimeError):
+    """A forward pass went past a matrix that was to be replaced or observed."""
+
+
+class AlreadyActive(ApdError, RuntimeError):
+    """A second context was entered on a model that has one already."""
+
+
+class ArtifactError(ApdError, ValueError):
+    """A saved decomposition cannot be written, read, or fitted to the model."""

@@ -1,0 +1,192 @@
+"""The losses, each a pure function of one matrix or one pair of outputs; sums and normalisations are the caller's.
+
+Source of all formulas unless another is named: Braun et al. 2025, arXiv 2501.14926.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from apd_lens._checks import check_fields
+from apd_lens._errors import InvalidSetting, ShapeMismatch
+
+# Added under a root so that its gradient is finite at zero; as in the paper's implementation.
+_EPS = 1e-16
+
+# A name, or a function (target output, sparse output) -> one scalar a data point.
+Distance = Literal["mse", "kl"] | Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class HoldThenDecay:
+    """A coefficient that is held, then goes linearly to zero.
+
+    For the simplicity coefficient: what is pulled together stays together once found, and taking the pull away at the
+    end removes the shrinkage that it causes.
+
+    Attributes:
+        value: the coefficient while it is held.
+        hold: share of the steps up to which it is held.
+        zero: share of the steps from which it is 0.
+    """
+
+    value: float
+    hold: float = 0.6
+    zero: float = 0.8
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0 <= self.hold <= self.zero:
+            raise InvalidSetting(f"HoldThenDecay needs 0 <= hold <= zero, got hold={self.hold}, zero={self.zero}.")
+
+
+Coefficient = float | HoldThenDecay
+
+
+def coefficient_at(coefficient: Coefficient, progress: float) -> float:
+    """The coefficient's value when `progress`, a share of the steps, is done."""
+    if not isinstance(coefficient, HoldThenDecay):
+        return coefficient
+    if progress < coefficient.hold:
+        return coefficient.value
+    if progress >= coefficient.zero:
+        return 0.0
+    return coefficient.value * (coefficient.zero - progress) / (coefficient.zero - coefficient.hold)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Which losses are added up, and how much each counts. Every coefficient is a number or a `HoldThenDecay`.
+
+    Attributes:
+        faithfulness: the components sum to the weights.
+        minimality: the model gives the same output with the active components only.
+        simplicity: the active components have small Schatten norms, so low rank.
+        schatten_p: p of that norm, p < 1 presses harder towards low rank.
+        path: like minimality, with every inactive component left on by a random amount between 0 and 1. Inactive
+            components may then not matter in any partial combination (the paper's appendix on "inactive").
+        hidden: like minimality, on the activations of `hidden_at`.
+        hidden_at: names of submodules whose outputs are compared, such as "blocks.0.mlp.hook_post".
+        distance: between outputs: "mse", "kl" (outputs are logits), or a function
+            (target output, sparse output) -> one scalar a data point.
+        normalization: "paper" divides faithfulness and simplicity by the number of decomposed parameters and leaves
+            the distance as it is. "relative" makes every term a share: faithfulness of Σ‖W‖², simplicity of the
+            target's own Σ of singular values to the p, mean squared errors of the variance of the target's values
+            (KL is in nats as it is), so that coefficients mean the same on models of any size and scale.
+    """
+
+    faithfulness: Coefficient = 1.0
+    minimality: Coefficient = 1.0
+    simplicity: Coefficient = 0.7
+    schatten_p: float = 1.0
+    path: Coefficient = 0.0
+    hidden: Coefficient = 0.0
+    hidden_at: tuple[str, ...] = ()
+    distance: Distance = "mse"
+    normalization: Literal["paper", "relative"] = "paper"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.schatten_p <= 0:
+            raise InvalidSetting(f"schatten_p must be positive, got {self.schatten_p}.")
+        if bool(self.hidden) != bool(self.hidden_at):
+            raise InvalidSetting(
+                "hidden and hidden_at go together: a coefficient and the submodules whose outputs are compared; got "
+                f"hidden={self.hidden}, hidden_at={self.hidden_at}."
+            )
+
+
+def faithfulness_loss(weight: Float[Tensor, "d_in d_out"], summed: Float[Tensor, "d_in d_out"]) -> Float[Tensor, ""]:
+    """‖W − Σ_c P_c‖²: squared distance between one matrix and the sum of its components.
+
+    Summed over entries, in squared units of the weights. The caller adds the matrices up and divides.
+
+    >>> faithfulness_loss(torch.eye(2), torch.zeros(2, 2))
+    tensor(2.)
+    """
+    return (weight - summed).square().sum()
+
+
+def minimality_loss(
+    target_output: Float[Tensor, "batch *pos n_outputs"],
+    sparse_output: Float[Tensor, "batch *pos n_outputs"],
+    distance: Distance = "mse",
+) -> Float[Tensor, ""]:
+    """D(f(x, θ*), f(x, κ(x))): mean over data points of the distance between the target's and the sparse output.
+
+    "mse" is the mean over outputs of the squared error; "kl" is KL(target ‖ sparse) of the distributions whose logits
+    the outputs are, in nats; a function gives one scalar a data point.
+
+    Raises:
+        ShapeMismatch: the user's function gives something else than one scalar a data point.
+
+    >>> minimality_loss(torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]))
+    tensor(5.)
+    """
+    if distance == "mse":
+        return F.mse_loss(sparse_output, target_output)
+    if distance == "kl":
+        return kl_divergence(target_output, sparse_output).mean()
+    assert callable(distance)
+    values = distance(target_output, sparse_output)
+    if not 0 < values.ndim < target_output.ndim or values.shape != target_output.shape[: values.ndim]:
+        raise ShapeMismatch(
+            "Expected the distance function to give one scalar a data point, shape "
+            f"{tuple(target_output.shape[:-1])} or ({len(target_output)},), got {tuple(values.shape)}."
+        )
+    return values.mean()
+
+
+def kl_divergence(
+    target_logits: Float[Tensor, "*data_points n_outputs"], logits: Float[Tensor, "*data_points n_outputs"]
+) -> Float[Tensor, "*data_points"]:
+    """KL(softmax(target) ‖ softmax(other)) of each data point, in nats."""
+    target_log_probs, log_probs = target_logits.log_softmax(-1), logits.log_softmax(-1)
+    return (target_log_probs.exp() * (target_log_probs - log_probs)).sum(-1)
+
+
+def hidden_activation_loss(
+    target: Float[Tensor, "batch *pos units"], sparse: Float[Tensor, "batch *pos units"]
+) -> Float[Tensor, ""]:
+    """Mean over data points of Σ_units (target − sparse)², for one place; the caller divides by the units."""
+    return (target - sparse).square().sum(-1).mean()
+
+
+def simplicity_loss(
+    A: Float[Tensor, "C d_in m"],
+    B: Float[Tensor, "C m d_out"],
+    mask: Float[Tensor, "batch *pos C"] | Bool[Tensor, "batch *pos C"],
+    p: float,
+) -> Float[Tensor, ""]:
+    """mean over data points Σ_c s_c Σ_m (‖A_c[:, m]‖² ‖B_c[m, :]‖²)^(p/2), for one matrix.
+
+    An upper bound of the active components' Schatten-p norms to the p, and equal to them where the m parts are
+    orthogonal. A mask enters only by how often each component was active. The caller adds the matrices up and
+    divides.
+    """
+    activity = mask.to(A.dtype).flatten(0, -2).mean(0)
+    parts = A.square().sum(1) * B.square().sum(2)
+    return (activity * (parts + _EPS).pow(p / 2).sum(1)).sum()
+
+
+def lp_sparsity(attributions: Float[Tensor, "batch *pos C"], p: float) -> Float[Tensor, "batch *pos C"]:
+    """A_c^p of every component and data point; its sum over components is the Lp form of minimality."""
+    return (attributions.square() + _EPS).pow(p / 2)
+
+
+def path_mask(
+    mask: Float[Tensor, "batch *pos C"] | Bool[Tensor, "batch *pos C"], generator: torch.Generator | None = None
+) -> Float[Tensor, "batch *pos C"]:
+    """γ_c drawn between s_c and 1: active components stay on, every other is left on by a random amount.
+
+    The model's output under it must equal the target's if inactive components are to be inactive in the strict
+    sense, where no partial ablation of them in any combination matters.
+    """
+    dtype = mask.dtype if mask.is_floating_point() else torch.float32
+    amounts = torch.rand(mask.shape, generator=generator, dtype=dtype, device=mask.device)
+    return torch.maximum(mask.to(dtype), amounts)

@@ -1,0 +1,216 @@
+"""Split moves: taking a part out of a component that serves different data points, and giving it to a dead one.
+
+Gradient descent alone does not leave the state in which a few components serve everything: those that were picked
+first are picked again. A move looks at nothing but the inputs and the attributions. Optimizer moments of both parts
+start from zero, which lets them learn faster than the others for a while; without that they mostly merge again.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from apd_lens._checks import check_fields
+from apd_lens._components import ParameterComponents
+from apd_lens._errors import InvalidSetting
+from apd_lens._passes import Call
+from apd_lens._product import Inputs, masked_product
+from apd_lens._target import Use
+
+# Of a clean split, in which each part does all for its data points, the shares done add up to 2; of one direction that
+# is cut in two they add up to 1.
+_MIN_SEPARATION = 1.2
+_RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class SplitMoves:
+    """When to make split moves, and how.
+
+    Attributes:
+        every: steps between moves.
+        until: share of the steps after which no more are made.
+        noise: standard deviation of the noise added to the factors of both parts, so that spare rank can grow.
+    """
+
+    every: int = 100
+    until: float = 0.6
+    noise: float = 5e-3
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.every < 1:
+            raise InvalidSetting(f"SplitMoves needs every >= 1 step, got {self.every}.")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One move: component `old` gives what it does on the marked data points to `new`.
+
+    Attributes:
+        given, kept: of all data points, those that go to the new component and those that stay.
+    """
+
+    old: int
+    new: int
+    given: Bool[Tensor, " data"]
+    kept: Bool[Tensor, " data"]
+
+
+@torch.no_grad()
+def make_splits(
+    components: ParameterComponents,
+    optimizer: torch.optim.Optimizer,
+    attributions: Float[Tensor, "batch *pos C"],
+    calls: Sequence[Call],
+    noise: float,
+    generator: torch.Generator,
+) -> int:
+    """Splits what can be split, in place and for all matrices at once; returns how many splits were made.
+
+    Args:
+        calls: x of every use on the batch that was attributed; of several uses of a matrix the first counts.
+    """
+    n_data_axes = attributions.ndim - 1
+    inputs: list[tuple[Use, Tensor]] = []
+    for name in components.names:
+        use, x = _inputs_of(name, calls)
+        inputs.append((use, x.flatten(0, n_data_axes - 1)))
+    alike = sum(_random_projection(x, components.factors(use)[0].shape[1], generator) for use, x in inputs)
+    assert isinstance(alike, Tensor)
+    made = [
+        split for split in plan_splits(attributions.flatten(0, -2), alike) if split_component(components, split, inputs)
+    ]
+    touched = sorted({component for split in made for component in (split.old, split.new)})
+    if touched:
+        for factor in components.parameters():
+            _forget_moments(optimizer.state.get(factor, {}), touched)
+            drawn = torch.randn(len(touched), *factor.shape[1:], generator=generator, dtype=factor.dtype)
+            factor[touched] += noise * drawn.to(factor.device)
+    return len(made)
+
+
+def plan_splits(attributions: Float[Tensor, "data C"], alike: Float[Tensor, " data"]) -> list[Split]:
+    """Which components to split: each that is the top one of several data points, most first.
+
+    About half of them go to the dead component (top of none) with the smallest attribution. Which half is random, but
+    data points that look alike stay together.
+
+    Args:
+        alike: a random number for each data point that is nearly the same for points that look alike, but for its sign.
+    """
+    n_components = attributions.shape[1]
+    top = attributions.argmax(1)
+    held = torch.bincount(top, minlength=n_components).tolist()
+    peak = attributions.max(0).values.tolist()
+    dead = sorted((c for c in range(n_components) if held[c] == 0), key=lambda c: peak[c])
+    crowded = sorted((c for c in range(n_components) if held[c] > 1), key=lambda c: -held[c])
+    splits = []
+    for old, new in zip(crowded, dead, strict=False):
+        size = alike.abs()
+        given = (top == old) & (size > size[top == old].mean())
+        splits.append(Split(old, new, given, (top == old) & ~given))
+    return splits
+
+
+def split_component(components: ParameterComponents, split: Split, inputs: Sequence[tuple[Use, Tensor]]) -> bool:
+    """Makes one split, unless it would cut through what is one thing.
+
+    In every matrix the new component gets, on top of what it had, the part of P_old that acts on the given data points
+    and not on the kept ones (`part_for`); the old one keeps the rest, so the sum stays. Both are refactored by SVD.
+
+    Args:
+        inputs: of every matrix a use, and its x `data *pos d_in` (or rows `data *pos`).
+    """
+    if not split.given.any() or not split.kept.any():
+        return False
+    parts, separation = [], []
+    for use, x in inputs:
+        A, B = components.factors(use)
+        whole = A[split.old]
+        part = part_for(whole, x[split.given], x[split.kept])
+        done = _share_done(part, whole, B[split.old], x[split.given])
+        left = _share_done(whole - part, whole, B[split.old], x[split.kept])
+        parts.append(part)
+        separation.append(done + left)
+    if max(separation) < _MIN_SEPARATION:
+        return False
+    for part, (use, _) in zip(parts, inputs, strict=True):
+        A, B = components.factors(use)
+        rest = A[split.old] - part
+        _refactor(A, B, split.new, torch.cat([part, A[split.new]], 1), torch.cat([B[split.old], B[split.new]]))
+        _refactor(A, B, split.old, rest, B[split.old])
+    return True
+
+
+def part_for(
+    A: Float[Tensor, "d_in m"],
+    given: Float[Tensor, "given *pos d_in"] | Int[Tensor, "given *pos"],
+    kept: Float[Tensor, "kept *pos d_in"] | Int[Tensor, "kept *pos"],
+) -> Float[Tensor, "d_in m"]:
+    """Π A with the Π that comes nearest to x Π = x on given inputs and x Π = 0 on kept ones, by ridge regression.
+
+    Π = (XᵀX + λ)⁻¹ Xᵀ D X, X all inputs, D = 1 for given and 0 for kept, λ small beside X. For lookups, X one-hot.
+    """
+    if not given.is_floating_point():
+        n_given, n_kept = (torch.bincount(rows.flatten(), minlength=len(A)).to(A.dtype) for rows in (given, kept))
+        return (n_given / (n_given + n_kept).clamp_min(1))[:, None] * A
+    given, kept = given.flatten(0, -2).to(A.dtype), kept.flatten(0, -2).to(A.dtype)
+    X = torch.cat([given, kept])
+    wanted = torch.cat([given @ A, torch.zeros_like(kept @ A)])  # D X A
+    ridge = _RIDGE * X.square().sum() / X.shape[1] + torch.finfo(A.dtype).tiny
+    if len(X) < X.shape[1]:  # (XᵀX + λ)⁻¹ Xᵀ = Xᵀ (XXᵀ + λ)⁻¹
+        return X.mT @ torch.linalg.solve(X @ X.mT + ridge * torch.eye(len(X)).to(X), wanted)
+    return torch.linalg.solve(X.mT @ X + ridge * torch.eye(X.shape[1]).to(X), X.mT @ wanted)
+
+
+def _share_done(part: Tensor, whole: Tensor, B: Tensor, x: Tensor) -> float:
+    """‖x part B‖ / ‖x whole B‖ over inputs x."""
+    done = masked_product(x, part[None], B[None]).norm()
+    return (done / masked_product(x, whole[None], B[None]).norm().clamp_min(torch.finfo(B.dtype).tiny)).item()
+
+
+def _inputs_of(name: str, calls: Sequence[Call]) -> tuple[Use, Tensor]:
+    """The first use of a matrix, and its inputs; where the host multiplies head by head, the heads side by side."""
+    first = next(call.use for call in calls if call.use.matrix == name)
+    whole = replace(first, rows=slice(None), columns=slice(None))
+    if first.rows == slice(None):
+        return whole, next(call.x for call in calls if call.use == first)
+    return whole, torch.cat([call.x for call in calls if call.use.site == first.site], dim=-1)
+
+
+def _random_projection(x: Inputs, d_in: int, generator: torch.Generator) -> Float[Tensor, " data"]:
+    """Normalised inputs of each data point, summed over positions, times a random direction."""
+    direction = torch.randn(d_in, generator=generator).to(x.device)
+    if x.is_floating_point():
+        direction = direction.to(x.dtype)
+        along = (x @ direction) / x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
+    else:
+        along = direction[x]
+    return along.reshape(len(x), -1).sum(1).float()
+
+
+def _refactor(
+    A: Tensor, B: Tensor, component: int, left: Float[Tensor, "d_in r"], right: Float[Tensor, "r d_out"]
+) -> None:
+    """Writes the best rank-m approximation of left @ right into the component's factors, evenly balanced.
+
+    By QR of both sides, so that only an r × r matrix is decomposed.
+    """
+    Q_left, R_left = torch.linalg.qr(left)
+    Q_right, R_right = torch.linalg.qr(right.mT)
+    U, singular_values, Vh = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)
+    m = min(A.shape[-1], len(singular_values))
+    root = singular_values[:m].sqrt()
+    A[component], B[component] = 0.0, 0.0
+    A[component, :, :m] = Q_left @ U[:, :m] * root
+    B[component, :m] = root[:, None] * (Vh[:m] @ Q_right.mT)
+
+
+def _forget_moments(state: Mapping[str, Any], touched: list[int]) -> None:
+    for value in state.values():
+        if isinstance(value, Tensor) and value.ndim > 0:
+            value[touched] = 0.0

@@ -1,0 +1,85 @@
+"""Selection: from attributions to the mask of active components."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from apd_lens._attribution import Granularity
+from apd_lens._checks import check_fields
+from apd_lens._errors import InvalidSetting
+
+
+@dataclass(frozen=True)
+class BatchTopK:
+    """The k·n largest of all n·C attributions of a batch of n data points.
+
+    Attributes:
+        k: mean number of active components a data point; need not be whole.
+        granularity: whether a data point is an "example" or a "position".
+    """
+
+    k: float
+    granularity: Granularity = "example"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __call__(self, attributions: Float[Tensor, "batch *pos C"]) -> Bool[Tensor, "batch *pos C"]:
+        return batch_topk_mask(attributions, self.k)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k largest attributions of each data point.
+
+    Attributes:
+        k: number of active components a data point.
+        granularity: whether a data point is an "example" or a "position".
+    """
+
+    k: int
+    granularity: Granularity = "example"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __call__(self, attributions: Float[Tensor, "batch *pos C"]) -> Bool[Tensor, "batch *pos C"]:
+        return topk_mask(attributions, self.k)
+
+
+Selection = BatchTopK | TopK
+
+
+def batch_topk_mask(attributions: Float[Tensor, "batch *pos C"], k: float) -> Bool[Tensor, "batch *pos C"]:
+    """True for the int(k·n) largest of all n·C attributions, n data points.
+
+    Raises:
+        InvalidSetting: k·n selects nothing, or more than there is.
+    """
+    n_components = attributions.shape[-1]
+    n_data_points = attributions[..., 0].numel()
+    n_active = int(k * n_data_points)
+    if not 1 <= n_active <= attributions.numel():
+        raise InvalidSetting(
+            f"BatchTopK(k={k}) selects int(k·n) = {n_active} of the n·C = {n_data_points} · {n_components} = "
+            f"{attributions.numel()} attributions of a batch; it must select at least 1 and at most all. "
+            f"Choose k between {1 / n_data_points:.4g} and {n_components} for this batch."
+        )
+    flat = torch.zeros(attributions.numel(), dtype=torch.bool, device=attributions.device)
+    flat[attributions.flatten().topk(n_active, sorted=False).indices] = True
+    return flat.view_as(attributions)
+
+
+def topk_mask(attributions: Float[Tensor, "batch *pos C"], k: int) -> Bool[Tensor, "batch *pos C"]:
+    """True for the k largest attributions of each data point.
+
+    Raises:
+        InvalidSetting: k is not between 1 and C.
+    """
+    n_components = attributions.shape[-1]
+    if not 1 <= k <= n_components:
+        raise InvalidSetting(f"TopK(k={k}) needs k between 1 and the number of components, {n_components}.")
+    indices = attributions.topk(k, dim=-1, sorted=False).indices
+    return torch.zeros_like(attributions, dtype=torch.bool).scatter_(-1, indices, True)

@@ -1,0 +1,61 @@
+"""What a decomposition was asked for, in one place, so that it can be saved with the result."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from apd_lens._attribution import Attribution, GradientAttribution
+from apd_lens._checks import check_fields
+from apd_lens._errors import InvalidSetting
+from apd_lens._losses import Losses
+from apd_lens._moves import SplitMoves
+from apd_lens._selection import BatchTopK, Selection
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """Adam without weight decay.
+
+    Attributes:
+        steps: number of batches.
+        lr: learning rate at the peak.
+        schedule: after the warm-up "cosine" is lr·cos(π/2 · progress), "linear" is lr·(1 − progress), "constant" is lr.
+        warmup: share of the steps in which the learning rate rises linearly from 0.
+    """
+
+    steps: int = 20_000
+    lr: float = 3e-2
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.steps < 1:
+            raise InvalidSetting(f"Optimization needs at least 1 step, got {self.steps}.")
+        if not 0 <= self.warmup < 1:
+            raise InvalidSetting(f"warmup is a share of the steps, 0 <= warmup < 1, got {self.warmup}.")
+
+
+def learning_rate(optimization: Optimization, step: int) -> float:
+    """The learning rate of a step, counted from 0."""
+    progress = step / optimization.steps
+    if progress < optimization.warmup:
+        return optimization.lr * (step + 1) / math.ceil(optimization.warmup * optimization.steps)
+    after = (progress - optimization.warmup) / (1 - optimization.warmup)
+    factor = {"cosine": math.cos(math.pi / 2 * after), "linear": 1 - after, "constant": 1.0}
+    return optimization.lr * factor[optimization.schedule]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that `decompose` was told, apart from the model, the data and the output function."""
+
+    selection: Selection = field(default_factory=lambda: BatchTopK(k=1.0))
+    attribution: Attribution = field(default_factory=GradientAttribution)
+    losses: Losses = field(default_factory=Losses)
+    optimization: Optimization = field(default_factory=Optimization)
+    moves: SplitMoves | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)

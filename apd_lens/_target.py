@@ -1,0 +1,267 @@
+"""What a target model offers: its weight matrices by name, and a forward pass in which each use can be intercepted.
+
+The core knows no host. A host's adapter says where the matrices are and puts the interception in place; everything
+else in apd_lens goes through `TargetModel`.
+"""
+
+import difflib
+import fnmatch
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from apd_lens._errors import AlreadyActive, ApdError, SiteNotCalled, UnknownWeight, UnsupportedModel
+from apd_lens._patch import PatchedForward, is_patched, patched
+from apd_lens._table import table
+
+
+@dataclass(frozen=True)
+class Use:
+    """One place where the forward pass multiplies by a matrix: y = x @ W, or x @ Wᵀ for a transposed use.
+
+    `rows` and `columns` narrow the matrix (after transposing) where the host multiplies by a part of it only, such as
+    one head.
+    """
+
+    matrix: str
+    site: str
+    transposed: bool = False
+    rows: slice = field(default_factory=lambda: slice(None))
+    columns: slice = field(default_factory=lambda: slice(None))
+
+
+@dataclass(frozen=True, eq=False)
+class WeightMatrix:
+    """One matrix of the target model, seen as `d_in d_out` (y = x @ W) however the host stores it.
+
+    Attributes:
+        name: as the user types it.
+        module, attribute: where the host keeps the parameter; looked up at every access, since hosts replace it.
+        layout: einops pattern from the host's layout to `d_in d_out`, such as "head d_in d_head -> d_in (head d_head)".
+        axes: sizes of the pattern's axes that a reshape back needs.
+        uses: the places where the forward pass multiplies by it.
+        tied_to: other names of the same parameter.
+        state_keys: the parameter's keys in the state dict of the user's model.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    layout: str
+    uses: tuple[Use, ...]
+    state_keys: tuple[str, ...]
+    axes: Mapping[str, int] = field(default_factory=dict)
+    tied_to: tuple[str, ...] = ()
+
+    @property
+    def parameter(self) -> Tensor:
+        """The host's own tensor, in the host's layout."""
+        return getattr(self.module, self.attribute)
+
+    @property
+    def d_in(self) -> int:
+        return self.value().shape[0]
+
+    @property
+    def d_out(self) -> int:
+        return self.value().shape[1]
+
+    def value(self) -> Float[Tensor, "d_in d_out"]:
+        """The matrix as it is now, detached; may share memory with the model, so do not write to it."""
+        return rearrange(self.parameter.detach(), self.layout, **self.axes)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the matrix as `d_in d_out`: dtype, shape and bytes."""
+        value = self.value()
+        digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def to_host(self, value: Float[Tensor, "d_in d_out"]) -> Tensor:
+        """A matrix in the host's own layout and dtype: the inverse of `value`."""
+        host, ours = self.layout.split("->")
+        return rearrange(value, f"{ours} -> {host}", **self.axes).to(self.parameter.dtype)
+
+
+# What an adapter calls at each use: intercept(use, x, original, bias) -> y.
+#   x         `batch *pos d_in`, or integer rows `batch *pos` for a lookup; heads are flattened into d_in
+#   original  computes the host's own y `batch *pos d_out`, bias included
+#   bias      what the host adds to x @ W, or None
+Intercept = Callable[[Use, Tensor, Callable[[], Tensor], Tensor | None], Tensor]
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """What a host must offer; one instance serves any number of models of that host.
+
+    Register it with one line in your own pyproject, under the host's top-level package name:
+
+        [project.entry-points."apd_lens.adapters"]
+        my_host = "my_package:MyAdapter"
+    """
+
+    def matrices(self, model: Any) -> Iterable[WeightMatrix]:
+        """The matrices that can be decomposed, in the order of the forward pass."""
+        ...
+
+    def refused(self, model: Any) -> Mapping[str, str]:
+        """Matrices that cannot be decomposed: name -> reason."""
+        ...
+
+    def patches(
+        self, model: Any, matrices: Iterable[WeightMatrix], intercept: Intercept
+    ) -> Iterable[tuple[nn.Module, PatchedForward]]:
+        """Which modules' forwards must be patched, and by what, so that each use of `matrices` calls `intercept`.
+
+        Must not change anything by itself. Where `intercept` returns `original()`, the output must be bit for bit
+        what it was.
+        """
+        ...
+
+    def runs_every_use(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a forward with these arguments reaches every use; false where the user asked to stop early."""
+        ...
+
+
+class TargetModel:
+    """A trained model, seen as named weight matrices. Never trained, never changed; make one with `apd_lens.wrap`.
+
+    Attributes:
+        model: the user's model.
+        weights: name -> `WeightMatrix`, in the order of the forward pass; a tied matrix stands here once.
+        refused: name -> reason, the matrices that cannot be decomposed.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Adapter):
+        self.model = model
+        self.adapter = adapter
+        self.weights: Mapping[str, WeightMatrix] = MappingProxyType({w.name: w for w in adapter.matrices(model)})
+        self.refused: Mapping[str, str] = MappingProxyType(dict(adapter.refused(model)))
+        if not self.weights:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
+            raise UnsupportedModel(
+                f"{type(model).__name__} has no weight matrix that can be decomposed. "
+                f"{reasons or 'It has no matrices.'} Could be decomposed: nn.Linear, transformers' Conv1D and "
+                "nn.Embedding in any torch module, and every matrix of a transformer_lens.HookedTransformer."
+            )
+
+    def match(self, patterns: str | Iterable[str]) -> list[str]:
+        """Names of the matrices that match any of the names or shell patterns, in the model's order, each once.
+
+        A name that is tied to another stands for the whole tied matrix.
+
+        Raises:
+            UnknownWeight: a pattern matches nothing; names the closest matches.
+            UnsupportedModel: a pattern matches only matrices that cannot be decomposed; gives the reason.
+        """
+        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        if not patterns:
+            raise UnknownWeight("No weights were asked for: expected names or shell patterns, such as ['*'], got none.")
+        chosen: set[str] = set()
+        for pattern in patterns:
+            found = {
+                name
+                for name, matrix in self.weights.items()
+                if any(fnmatch.fnmatchcase(alias, pattern) for alias in (name, *matrix.tied_to))
+            }
+            if not found:
+                raise self._no_match(pattern)
+            chosen |= found
+        return [name for name in self.weights if name in chosen]
+
+    def _no_match(self, pattern: str) -> ApdError:
+        for name, reason in self.refused.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return UnsupportedModel(f"{name} (from {pattern!r}) cannot be decomposed: {reason}.")
+        names = [alias for name, matrix in self.weights.items() for alias in (name, *matrix.tied_to)]
+        closest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+        return UnknownWeight(
+            f"No weight matches {pattern!r}. This model has {len(self.weights)} that can be decomposed; the closest "
+            f"{'is' if len(closest) == 1 else 'are'} {', '.join(map(repr, closest))}. "
+            "print(apd_lens.wrap(model)) lists them all."
+        )
+
+    @contextmanager
+    def intercepted(self, names: Iterable[str], intercept: Intercept) -> Iterator[None]:
+        """Inside, every use of the named matrices in a forward of the user's model goes through `intercept`.
+
+        Raises:
+            AlreadyActive: the model is intercepted already.
+            SiteNotCalled: a forward of the whole model ended without reaching one of the uses.
+        """
+        if is_patched(self.model):
+            raise AlreadyActive(
+                f"This {type(self.model).__name__} is already inside a sparse, ablate or only context (or a decompose "
+                "run). Contexts do not nest on one model: leave the first before entering the second."
+            )
+        matrices = [self.weights[name] for name in names]
+        expected = {use.site for matrix in matrices for use in matrix.uses}
+        called: set[str] = set()
+        input_axes = 0
+
+        def at_use(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+            called.add(use.site)
+            if not x.is_floating_point() and x.ndim == 1 and input_axes > 1:
+                # A lookup of positions that all examples share, such as wpe(arange(pos)): it has no batch axis.
+                y = intercept(use, x[None], lambda: original()[None], bias)
+            else:
+                y = intercept(use, x, original, bias)
+            if torch.is_grad_enabled() and not y.requires_grad and self.weights[use.matrix].parameter.requires_grad:
+                # The host's own y would have a gradient, and the user's backward hooks behind it count on that.
+                return y.requires_grad_().clone()
+            return y
+
+        def at_root(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal input_axes
+            called.clear()
+            input_axes = max(
+                (value.ndim for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), default=0
+            )
+            output = original(*args, **kwargs)
+            missing = sorted(expected - called)
+            if missing and self.adapter.runs_every_use(args, kwargs):
+                raise SiteNotCalled(
+                    f"The forward pass of {type(model).__name__} went past {', '.join(missing)}: the decomposed matrix "
+                    "was not used there, so masks and ablations would have no effect on it. Leave it out of `weights`, "
+                    "or switch off the option (a fused or fast path, a layer that is skipped) that goes round it."
+                )
+            return output
+
+        with ExitStack() as stack:
+            for module, forward in self.adapter.patches(self.model, matrices, at_use):
+                stack.enter_context(patched(module, forward))
+            stack.enter_context(patched(self.model, at_root))
+            yield
+
+    def __str__(self) -> str:
+        rows = [
+            (name, str(matrix.d_in), str(matrix.d_out), ", ".join(use.site for use in matrix.uses))
+            for name, matrix in self.weights.items()
+        ]
+        text = f"{type(self.model).__name__}: {len(rows)} weight matrices that can be decomposed\n"
+        text += table(("name", "d_in", "d_out", "used at"), rows)
+        if self.refused:
+            text += "\ncannot be decomposed:\n" + table(("name", "reason"), list(self.refused.items()))
+        return text
+
+    __repr__ = __str__
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode, so that dropout is off and running statistics stay; after it, as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

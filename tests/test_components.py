@@ -1,0 +1,101 @@
+import pytest
+import torch
+from torch.testing import assert_close
+from toy_models import ResidualMLP, decomposition_of
+
+import apd_lens as apd
+from apd_lens._components import initial_components
+
+
+@pytest.fixture
+def components() -> apd.ParameterComponents:
+    return decomposition_of(ResidualMLP(4, 6, 3, 1), ["layers.*"], n_components=5, rank=2).components
+
+
+NAMES = ["layers.0.mlp_in.weight", "layers.0.mlp_out.weight"]
+
+
+def test_shapes(components: apd.ParameterComponents):
+    assert components.names == NAMES
+    assert components.n_components == 5
+    assert components.A[NAMES[0]].shape == (5, 6, 2)
+    assert components.B[NAMES[0]].shape == (5, 2, 3)
+    assert components.component_weights(NAMES[1]).shape == (5, 3, 6)
+
+
+@pytest.mark.parametrize(
+    "mask", [None, torch.tensor([1.0, 0, 0, 0.5, 1]), torch.tensor([True, False, True, True, False])]
+)
+def test_summed_is_the_sum_of_component_weights(components: apd.ParameterComponents, mask):
+    weights = components.component_weights(NAMES[0])
+    scale = torch.ones(5) if mask is None else mask.float()
+    assert_close(components.summed(NAMES[0], mask), torch.einsum("c,cio->io", scale, weights))
+
+
+def test_rank_none_is_the_full_rank_of_each_matrix():
+    components = decomposition_of(ResidualMLP(4, 6, 3, 1), rank=None).components
+    assert {name: A.shape[2] for name, A in components.A.items()} == {
+        "W_E.weight": 4,
+        **dict.fromkeys(NAMES, 3),
+        "W_U.weight": 4,
+    }
+
+
+def test_the_start_is_xavier_normal():
+    matrices = list(apd.wrap(torch.nn.Linear(300, 40)).weights.values())
+    components = initial_components(matrices, 20, 10, torch.Generator().manual_seed(0))
+    assert components.A["weight"].std().item() == pytest.approx((2 / 310) ** 0.5, rel=0.02)
+    assert components.B["weight"].std().item() == pytest.approx((2 / 50) ** 0.5, rel=0.02)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_factors_are_float32_or_better(dtype, expected):
+    components = decomposition_of(torch.nn.Linear(3, 3).to(dtype)).components
+    assert components.A["weight"].dtype == expected
+
+
+def test_singular_values_are_those_of_the_full_matrices(components: apd.ParameterComponents):
+    for name in NAMES:
+        full = torch.linalg.svdvals(components.component_weights(name))[:, :2]
+        assert_close(apd.singular_values(components, name), full, rtol=1e-4, atol=1e-5)
+
+
+def test_random_components_are_twins_in_singular_values_only(components: apd.ParameterComponents):
+    null = apd.random_components(components, seed=3)
+    for name in NAMES:
+        assert_close(apd.singular_values(null, name), apd.singular_values(components, name), rtol=1e-4, atol=1e-5)
+        cosine = torch.nn.functional.cosine_similarity(
+            null.component_weights(name).flatten(1), components.component_weights(name).flatten(1)
+        )
+        assert cosine.abs().max() < 0.9
+    assert not torch.equal(apd.random_components(components, seed=4).A[NAMES[0]], null.A[NAMES[0]])
+    assert torch.equal(apd.random_components(components, seed=3).A[NAMES[0]], null.A[NAMES[0]])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([3.0, 0.0, 0.0], 1.0), ([2.0, 2.0, 0.0], 2.0), ([1.0, 1.0, 1.0], 3.0), ([0.0, 0.0, 0.0], 0.0)],
+)
+def test_effective_rank(values: list[float], expected: float):
+    assert apd.effective_rank(torch.tensor([values])).item() == pytest.approx(expected)
+
+
+def test_shares_are_of_columns_and_rows(components: apd.ParameterComponents):
+    weights = components.component_weights(NAMES[0])
+    columns, rows = weights.square().sum(1), weights.square().sum(2)
+    assert_close(apd.output_share(components, NAMES[0]), columns / columns.sum(0))
+    assert_close(apd.input_share(components, NAMES[0]), rows / rows.sum(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_components": 0}, "n_components must be at least 1, got 0"),
+        ({"rank": 0}, "rank must be between 1 and min(d_in, d_out), which is 3 for weight (5 × 3); got 0"),
+        ({"rank": 4}, "which is 3 for weight (5 × 3); got 4. Give rank=None"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(options: dict, message: str):
+    with pytest.raises(apd.InvalidSetting) as error:
+        apd.init(torch.nn.Linear(5, 3), **{"n_components": 2, **options})
+    assert message in str(error.value)

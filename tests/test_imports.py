@@ -1,0 +1,89 @@
+"""What importing brings in, and what is said where an extra is missing. Each in a process of its own."""
+
+import importlib.metadata
+import inspect
+
+import outside
+import pytest
+
+import apd_lens as apd
+
+HOSTS = ("transformer_lens", "nnsight", "transformers", "matplotlib", "sae_lens")
+PRINT_HOSTS = f"import sys; print([name for name in {HOSTS} if name in sys.modules])"
+
+
+def test_importing_apd_lens_brings_in_no_host():
+    assert outside.run(f"import apd_lens; {PRINT_HOSTS}") == "[]\n"
+
+
+def test_decomposing_a_torch_module_brings_in_no_host():
+    code = "import torch, apd_lens as apd; apd.init(torch.nn.Linear(2, 2), n_components=1)"
+    assert outside.run(f"{code}; {PRINT_HOSTS}") == "[]\n"
+
+
+def test_the_check_above_can_fail():
+    assert "transformer_lens" in outside.run(f"import apd_lens, transformer_lens; {PRINT_HOSTS}")
+
+
+@pytest.mark.parametrize(
+    ("module", "needs", "extra"),
+    [("apd_transformer_lens", "transformer_lens", "transformer-lens"), ("apd_lens.plots", "matplotlib", "plots")],
+)
+def test_a_missing_extra_is_named(module: str, needs: str, extra: str):
+    printed = outside.run(
+        f"""
+        import sys
+        sys.modules[{needs!r}] = None  # as if it were not installed
+        import apd_lens as apd
+        try:
+            import {module}
+        except apd.MissingExtra as error:
+            print(isinstance(error, ImportError), error)
+        """
+    )
+    assert printed.startswith("True ")
+    assert f"pip install 'apd-lens[{extra}]'" in printed
+
+
+def test_the_extras_that_are_named_exist():
+    extras = importlib.metadata.metadata("apd-lens").get_all("Provides-Extra")
+    assert set(extras) == {"transformer-lens", "nnsight", "plots", "dev"}
+
+
+def test_an_adapter_is_found_by_the_package_of_the_models_class():
+    """A third party's host: one entry point, and an adapter with four methods."""
+    printed = outside.run(
+        """
+        import importlib.metadata, sys, types
+        import torch
+        import apd_lens as apd
+        from apd_lens._torch_modules import TorchAdapter
+
+        host = types.ModuleType("my_host")
+        class Model(torch.nn.Sequential):
+            pass
+        Model.__module__ = "my_host.models"
+        class Adapter(TorchAdapter):
+            pass
+        host.Adapter = Adapter
+        sys.modules["my_host"] = host
+        entry = importlib.metadata.EntryPoint("my_host", "my_host:Adapter", "apd_lens.adapters")
+        importlib.metadata.entry_points = lambda group: [entry]
+
+        print(isinstance(Adapter(), apd.Adapter))
+        print(type(apd.wrap(Model(torch.nn.Linear(2, 2))).adapter).__module__)
+        print(type(apd.wrap(torch.nn.Linear(2, 2)).adapter).__name__)
+        """
+    )
+    assert printed.split() == ["True", "__main__", "TorchAdapter"]
+
+
+def test_versions_agree():
+    assert importlib.metadata.version("apd-lens") == apd.__version__
+
+
+def test_everything_public_has_a_docstring():
+    public = [value for name, value in vars(apd).items() if not name.startswith("_") and not inspect.ismodule(value)]
+    documented = [value for value in public if inspect.isclass(value) or inspect.isfunction(value)]
+    assert len(documented) > 40
+    assert not [value for value in documented if not (value.__doc__ or "").strip()]

@@ -1,0 +1,48 @@
+import math
+
+import outside
+import pytest
+
+import apd_lens as apd
+from apd_lens._settings import learning_rate
+
+WRONG = {
+    "apd.Losses(schatten_p=0)": "schatten_p must be positive, got 0.",
+    "apd.Losses(distance='l1')": "Losses(distance=...) takes",
+    "apd.Losses(normalization='none')": "Losses(normalization=...) takes Literal['paper', 'relative'], got 'none'.",
+    "apd.Losses(hidden=1.0)": "hidden and hidden_at go together",
+    "apd.Losses(faithfulness='1')": "Losses(faithfulness=...) takes float | HoldThenDecay, got '1'.",
+    "apd.HoldThenDecay(1.0, hold=0.9, zero=0.8)": "needs 0 <= hold <= zero, got hold=0.9, zero=0.8.",
+    "apd.TopK(1.5)": "TopK(k=...) takes int, got 1.5.",
+    "apd.TopK(1, granularity='token')": "TopK(granularity=...) takes Literal['example', 'position'], got 'token'.",
+    "apd.BatchTopK('1')": "BatchTopK(k=...) takes float, got '1'.",
+    "apd.SplitMoves(every=0)": "SplitMoves needs every >= 1 step, got 0.",
+    "apd.Optimization(steps=0)": "Optimization needs at least 1 step, got 0.",
+    "apd.Optimization(schedule='cos')": "takes Literal['cosine', 'linear', 'constant'], got 'cos'.",
+    "apd.Optimization(warmup=1.0)": "warmup is a share of the steps, 0 <= warmup < 1, got 1.0.",
+    "apd.decompose(linear, [x], n_components='3')": "'n_components'.\nActual value: '3'\nExpected type: <class 'int'>.",
+    "apd.init(linear, n_components=3, losses={'path': 1})": "'losses'.",
+}
+
+
+def test_what_cannot_work_is_refused():
+    setup = "import torch, apd_lens as apd; linear, x = torch.nn.Linear(2, 2), torch.ones(1, 2)"
+    for (code, message), came in zip(WRONG.items(), outside.errors_of(setup, WRONG), strict=True):
+        assert came.startswith("InvalidSetting: "), code
+        assert message in came, code
+
+
+def test_whole_numbers_are_welcome_as_floats():
+    assert outside.run("import apd_lens as apd; print(apd.Losses(faithfulness=30).faithfulness)") == "30\n"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "at_half"), [("constant", 1.0), ("linear", 0.5), ("cosine", math.cos(math.pi / 4))]
+)
+def test_learning_rate(schedule, at_half: float):
+    plain = apd.Optimization(steps=100, lr=2.0, schedule=schedule, warmup=0.0)
+    assert learning_rate(plain, 0) == 2.0
+    assert learning_rate(plain, 50) == pytest.approx(2.0 * at_half)
+    warm = apd.Optimization(steps=100, lr=2.0, schedule=schedule, warmup=0.1)
+    assert [learning_rate(warm, step) for step in (0, 4, 9, 10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
+    assert learning_rate(warm, 55) == pytest.approx(2.0 * at_half)

@@ -1,0 +1,144 @@
+"""Small models whose right answers can be worked out, or whose weights can be swapped and asked again."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import apd_lens as apd
+
+
+class TMS(nn.Module):
+    """Toy model of superposition: relu((x @ W) @ Wᵀ + b), with one W in two layers."""
+
+    def __init__(self, n_features: int, d_hidden: int):
+        super().__init__()
+        self.linear1 = Conv1D(d_hidden, n_features)
+        self.linear2 = nn.Linear(d_hidden, n_features)
+        self.linear2.weight = self.linear1.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.linear2(self.linear1(x)))
+
+
+class ResidualMLP(nn.Module):
+    """r = x @ W_E; r = r + mlp_out(relu(mlp_in(r))) for each layer; y = r @ W_U."""
+
+    def __init__(self, n_features: int, d_resid: int, d_mlp: int, n_layers: int):
+        super().__init__()
+        self.W_E = nn.Linear(n_features, d_resid, bias=False)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"mlp_in": nn.Linear(d_resid, d_mlp), "act": nn.ReLU(), "mlp_out": nn.Linear(d_mlp, d_resid)})
+            for _ in range(n_layers)
+        )
+        self.W_U = nn.Linear(d_resid, n_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        r = self.W_E(x)
+        for layer in self.layers:
+            r = r + layer["mlp_out"](layer["act"](layer["mlp_in"](r)))
+        return self.W_U(r)
+
+
+class TinyGPT(nn.Module):
+    """Token and position embeddings (looked up by arange, without a batch axis), causal averaging, a tied head."""
+
+    def __init__(self, d_vocab: int = 11, d_model: int = 6, n_ctx: int = 7):
+        super().__init__()
+        self.wte = nn.Embedding(d_vocab, d_model)
+        self.wpe = nn.Embedding(n_ctx, d_model)
+        self.fc = nn.Linear(d_model, 2 * d_model)
+        self.proj = Conv1D(d_model, 2 * d_model)
+        self.head = nn.Linear(d_model, d_vocab, bias=False)
+        self.head.weight = self.wte.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        r = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
+        averaged = r.cumsum(1) / torch.arange(1, tokens.shape[1] + 1, device=tokens.device)[:, None]
+        return self.head(r + self.proj(torch.tanh(self.fc(averaged))))
+
+
+def linear_of_known_parts() -> tuple[nn.Linear, apd.ParameterComponents]:
+    """y = x @ W with W = Σ_c scale_c e_c e_cᵀ, scale = 1, 2, 3, 4: four rank-one parts, and the four as components."""
+    scale = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    model = nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.diag(scale))
+    e = torch.eye(4)
+    return model, apd.ParameterComponents({"weight": e[:, :, None] * scale[:, None, None]}, {"weight": e[:, None, :]})
+
+
+def decomposition_of(
+    model: Any,
+    weights: str | list[str] = "*",
+    *,
+    n_components: int = 5,
+    rank: int | None = 2,
+    selection: apd.BatchTopK | apd.TopK | None = None,
+    output: Callable[[Any], Tensor] | None = None,
+    seed: int = 0,
+) -> apd.Decomposition:
+    """Random components of a model, as `decompose` starts from."""
+    options = {} if output is None else {"output": output}
+    state = apd.init(
+        model,
+        weights=weights,
+        n_components=n_components,
+        rank=rank,
+        selection=selection or apd.BatchTopK(2.0),
+        seed=seed,
+        **options,
+    )
+    return state.decomposition()
+
+
+@contextmanager
+def substituted(target: apd.TargetModel, values: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the model's own parameters hold these matrices (`d_in d_out`); the slow, obviously right way."""
+    stored = {name: target.weights[name].parameter.detach().clone() for name in values}
+    try:
+        for name, value in values.items():
+            target.weights[name].parameter.data.copy_(target.weights[name].to_host(value))
+        yield
+    finally:
+        for name, value in stored.items():
+            target.weights[name].parameter.data.copy_(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """All that must be as it was before: parameters, buffers, gradients, modes, and every module's attributes."""
+
+    state: dict[str, Tensor]
+    grads: dict[str, Tensor | None]
+    attributes: dict[str, dict[str, Any]]
+
+    @staticmethod
+    def of(model: nn.Module) -> "Snapshot":
+        return Snapshot(
+            state={name: value.clone() for name, value in model.state_dict().items()},
+            grads={name: p.grad for name, p in model.named_parameters()},
+            attributes={
+                name: {key: _shallow(value) for key, value in module.__dict__.items()}
+                for name, module in model.named_modules()
+            },
+        )
+
+    def assert_unchanged(self, model: nn.Module) -> None:
+        now = Snapshot.of(model)
+        assert now.state.keys() == self.state.keys()
+        for name, value in self.state.items():
+            assert torch.equal(now.state[name], value), name
+        assert now.grads == self.grads
+        assert now.attributes == self.attributes
+
+
+def _shallow(value: Any) -> Any:
+    """A copy of a module's dict (parameters, hooks, submodules) with its entries by identity; others as they are."""
+    if isinstance(value, dict):
+        return {key: id(entry) for key, entry in value.items()}
+    return value if isinstance(value, bool | int | str | type(None)) else id(value)
