@@ -44,7 +44,7 @@ def attribution_matrix(
     if n_alive < len(order):
         ax.axvline(n_alive - 0.5, color="0.6", linewidth=1, linestyle=":")
     ax.set(
-        xlabel=f"component (sorted; the last {len(order) - n_alive} are the top one of nothing)",
+        xlabel=f"component (sorted; the last {len(order) - n_alive} are never active)",
         ylabel=data_name,
         title="attribution, as a share of the row's largest",
     )

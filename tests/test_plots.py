@@ -26,7 +26,7 @@ def test_the_attribution_matrix_shows_shares_of_each_row():
     torch.testing.assert_close(shown[0], torch.tensor([1.0, 0.0, 0.15, 0.05]), check_dtype=False)
     assert (shown.max(1).values == 1).all()
     assert ax.get_ylabel() == "fact"
-    assert "the last 2 are the top one of nothing" in ax.get_xlabel()
+    assert "the last 2 are never active" in ax.get_xlabel()
 
 
 def test_unit_shares_are_drawn_in_the_given_order_and_place():
