@@ -16,6 +16,7 @@ from torch import Tensor
 
 from apd_lens._components import ParameterComponents
 from apd_lens._errors import ShapeMismatch
+from apd_lens._padding import zero_at_padding
 from apd_lens._passes import Call, WatchedPass
 from apd_lens._product import Inputs, component_outputs, inner_activations
 
@@ -31,19 +32,21 @@ class GradientAttribution:
     """A_c(x) = sqrt( mean_o ( Σ_l Σ_uses <∂f_o/∂y_l , x_l P_c,l> )² ), exact, one vector-Jacobian product an output.
 
     Gradients and x are those of the target model. For positions as data points the sum over positions is left out.
-    The examples of a batch must not influence each other in the model. Source: Braun et al. 2025, arXiv 2501.14926.
+    The examples of a batch must not influence each other in the model. Outputs at padding (where the batch's
+    `attention_mask` is 0) do not count, and padding itself has attribution 0. Source: Braun et al. 2025, arXiv
+    2501.14926.
     """
 
     def __call__(
         self, watched: WatchedPass, components: ParameterComponents, granularity: Granularity
     ) -> Float[Tensor, "batch *pos C"]:
-        n_outputs = watched.output[0].numel()
         total = None
         for effects in output_effects(watched, components, granularity):
             squares = effects.square().sum(0)
             total = squares if total is None else total + squares
         assert total is not None
-        return (total / n_outputs).sqrt()
+        n_outputs = watched.n_outputs().to(total.dtype).reshape(-1, *[1] * (total.ndim - 1))
+        return zero_at_padding((total / n_outputs).sqrt(), watched.real)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class ActivationAttribution:
         with torch.no_grad():
             for call in watched.again(components).calls:
                 norms = component_outputs(call.x, *components.factors(call.use)).square().sum(-1)
+                norms = zero_at_padding(norms, watched.real)
                 norms = _over_data_points(norms, granularity)
                 total = norms if total is None else total + norms
         assert total is not None

@@ -54,14 +54,15 @@ class ParameterComponents(nn.Module):
         return einsum(A, B, "C d_in m, C m d_out -> d_in d_out")
 
     def factors(self, use: Use) -> tuple[Float[Tensor, "C d_in m"], Float[Tensor, "C m d_out"]]:
-        """A and B the way round, and of the part of the matrix, that one use multiplies by.
+        """A and B the way round, of the part of the matrix, and at the scale that one use multiplies by.
 
         (A B)ᵀ = Bᵀ Aᵀ for a transposed use.
         """
         A, B = self.A[use.matrix], self.B[use.matrix]
         if use.transposed:
             A, B = B.mT, A.mT
-        return A[:, use.rows], B[:, :, use.columns]
+        B = B[:, :, use.columns]
+        return A[:, use.rows], B if use.scale == 1 else use.scale * B
 
     def extra_repr(self) -> str:
         return f"n_components={self.n_components}, matrices={self.names}"

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 from tqdm.auto import tqdm
 
 from apd_lens._attribution import Attribution, GradientAttribution
 from apd_lens._batches import Batch, check_finite, on_device, same_arguments, stream, tensors, versions
 from apd_lens._components import ParameterComponents, initial_components
 from apd_lens._decomposition import Decomposition
-from apd_lens._errors import InvalidSetting, NonFinite
+from apd_lens._errors import InvalidSetting, NonFinite, UnsupportedModel
 from apd_lens._losses import (
     Losses,
     coefficient_at,
@@ -27,6 +28,7 @@ from apd_lens._losses import (
     simplicity_loss,
 )
 from apd_lens._moves import SplitMoves, make_splits
+from apd_lens._padding import without_padding
 from apd_lens._passes import (
     OutputFn,
     WatchedPass,
@@ -197,7 +199,7 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
         seen = _watch(state, batch)
         batch, watched = seen.on_device, seen.watched
         attributions = settings.attribution(watched, state.components, settings.selection.granularity)
-        mask = settings.selection(attributions)
+        mask = settings.selection(attributions, watched.real)
         terms = _loss_terms(state, batch, watched, mask)
         coefficients = {name: coefficient_at(getattr(settings.losses, name), progress) for name in terms}
         loss = torch.stack([coefficients[name] * term for name, term in terms.items()]).sum()
@@ -207,7 +209,13 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.optimizer.zero_grad()
-        loss.backward(inputs=list(state.components.parameters()))
+        try:
+            loss.backward(inputs=list(state.components.parameters()))
+        except CheckpointError as error:
+            raise UnsupportedModel(
+                f"{where}: this {type(state.target.model).__name__} uses torch.utils.checkpoint in eval mode too, and "
+                "parts of it would be run again without the components. Switch it off while decomposing."
+            ) from error
         state.optimizer.step()
 
     active = mask.flatten(0, -2).any(0)
@@ -217,7 +225,7 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
         step=state.step,
         loss=loss.detach(),
         terms={name: term.detach() for name, term in terms.items()},
-        k=mask.sum().item() / mask[..., 0].numel(),
+        k=without_padding(mask, watched.real).sum(-1).float().mean().item(),
         alive=int((last_active > state.step - ALIVE_WINDOW).sum()),
         learning_rate=rate,
         splits=n_splits,
@@ -245,12 +253,13 @@ def decompose(
     """Takes the named weight matrices of a trained model apart into parameter components.
 
     Args:
-        model: a HookedTransformer, a torch.nn.Module, or `apd_lens.wrap(...)` of one. It is never changed: after this
-            call, and after any error in it, it is bit for bit what it was and carries no hook of ours. It is run in
-            eval mode.
+        model: a HookedTransformer, TransformerBridge, nnsight model, torch.nn.Module, or `apd_lens.wrap(...)` of one.
+            It is never changed: after this call, and after any error in it, it is bit for bit what it was and carries
+            no hook of ours. It is run in eval mode.
         batches: what the model is called with (a tensor, a tuple of positional or a dict of keyword arguments), as an
             iterable that can be gone through again or a function step -> batch. Examples come first in every tensor,
-            and must not influence each other in the model.
+            and must not influence each other in the model. Positions that a keyword argument `attention_mask` marks
+            with 0 are padding: no data points, and in no loss.
         weights: names or shell patterns, see `apd_lens.wrap(model).weights`.
         n_components: number of components C.
         rank: m, the rank that each component may have in each matrix; None for min(d_in, d_out).
@@ -318,13 +327,14 @@ def _watch(state: State, batch: Batch) -> Seen:
 def _loss_terms(state: State, batch: Batch, watched: WatchedPass, mask: Mask) -> dict[str, Tensor]:
     """Every loss term whose coefficient can be other than zero, by the name of its coefficient in `Losses`."""
     losses, components = state.settings.losses, state.components
-    target_output = _at_least_float32(watched.output.detach())
+    target_output, real = _at_least_float32(watched.output.detach()), watched.real
     relative = losses.normalization == "relative"
-    distance_scale = target_output.var() if relative and losses.distance == "mse" else 1.0
+    distance_scale = without_padding(target_output, real).var() if relative and losses.distance == "mse" else 1.0
 
     def distance_under(some_mask: Mask, hidden_at: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
         output, hidden = sparse_pass(state.target, components, batch, some_mask, state.output, hidden_at)
-        return minimality_loss(target_output, _at_least_float32(output), losses.distance) / distance_scale, hidden
+        distance = minimality_loss(target_output, _at_least_float32(output), losses.distance, real)
+        return distance / distance_scale, hidden
 
     minimality, hidden = distance_under(mask, losses.hidden_at)
     with torch.autocast(target_output.device.type, enabled=False):  # sums of weights, not a pass of the model
@@ -335,7 +345,7 @@ def _loss_terms(state: State, batch: Batch, watched: WatchedPass, mask: Mask) ->
             / state.scales.faithfulness,
             "minimality": minimality,
             "simplicity": sum(
-                simplicity_loss(components.A[name], components.B[name], mask, losses.schatten_p)
+                simplicity_loss(components.A[name], components.B[name], without_padding(mask, real), losses.schatten_p)
                 for name in components.names
             )
             / state.scales.simplicity,
@@ -343,7 +353,11 @@ def _loss_terms(state: State, batch: Batch, watched: WatchedPass, mask: Mask) ->
     if losses.path:
         terms["path"], _ = distance_under(path_mask(mask, state.device_generator))
     if losses.hidden:
-        terms["hidden"] = _hidden_term(watched.hidden, hidden, relative)
+        kept, kept_sparse = (
+            {name: without_padding(activation, real) for name, activation in activations.items()}
+            for activations in (watched.hidden, hidden)
+        )
+        terms["hidden"] = _hidden_term(kept, kept_sparse, relative)
     return terms
 
 
@@ -365,7 +379,7 @@ def _maybe_split(state: State, watched: WatchedPass, attributions: Tensor) -> in
     if moves is None or done % moves.every or done >= moves.until * state.settings.optimization.steps:
         return 0
     return make_splits(
-        state.components, state.optimizer, attributions, watched.calls, moves.noise, state.host_generator
+        state.components, state.optimizer, attributions, watched.real, watched.calls, moves.noise, state.host_generator
     )
 
 

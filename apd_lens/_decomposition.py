@@ -17,6 +17,7 @@ from apd_lens._attribution import metric_effects
 from apd_lens._batches import Batch, check_finite, on_device
 from apd_lens._components import ParameterComponents, effective_rank, singular_values
 from apd_lens._errors import ArtifactError, InvalidSetting, ShapeMismatch
+from apd_lens._padding import real_positions, without_padding
 from apd_lens._passes import (
     OutputFn,
     WatchedPass,
@@ -61,7 +62,8 @@ class Decomposition:
         self, batch: Batch, metric: Callable[[Tensor], Tensor] | None = None
     ) -> Float[Tensor, "batch *pos C"]:
         """A_c(x): estimated effect on the output of removing component c; `batch C`, or `batch pos C` where data
-        points are positions.
+        points are positions. Padding (where the batch's keyword argument `attention_mask` is 0) is left out: outputs
+        there do not count, and the attributions of positions there are 0.
 
         Args:
             metric: a function of the explained output that gives one scalar an example; then the attributions are
@@ -77,9 +79,11 @@ class Decomposition:
         return self.settings.attribution(watched, self.components, granularity)
 
     def select(self, batch: Batch, k: float | None = None) -> Bool[Tensor, "batch *pos C"]:
-        """The mask of active components, by the selection of the training; `k` overrides how many."""
+        """The mask of active components, by the selection of the training; `k` overrides how many. None is active at
+        padding."""
         selection = self.settings.selection if k is None else replace(self.settings.selection, k=k)
-        return selection(self.attributions(batch))
+        attributions = self.attributions(batch)
+        return selection(attributions, real_positions(batch, attributions.device))
 
     def sparse(self, mask: Mask) -> AbstractContextManager[None]:
         """Inside, every forward of the user's model runs on Σ_c mask_c P_c in the place of its weights.
@@ -136,8 +140,7 @@ class Decomposition:
         for name in self.components.names:
             matrix = self.target.weights[name]
             taken_out = self.components.summed(name, mask)
-            stored = matrix.to_host(matrix.value().to(taken_out.dtype) - taken_out).contiguous()
-            edited.update(dict.fromkeys(matrix.state_keys, stored))
+            edited.update(matrix.state(matrix.value().to(taken_out.dtype) - taken_out))
         return edited
 
     @torch.no_grad()
@@ -156,7 +159,8 @@ class Decomposition:
     def summary(self, batch: Batch) -> "Summary":
         """A printable table of the components: how often active on the batch, attribution, norms, effective ranks."""
         attributions = self.attributions(batch)
-        mask = self.settings.selection(attributions)
+        real = real_positions(batch, attributions.device)
+        mask = without_padding(self.settings.selection(attributions, real), real)
         spectra = {name: singular_values(self.components, name) for name in self.components.names}
         never_active = ~mask.flatten(0, -2).any(0)
         dead_share = {}
@@ -165,7 +169,7 @@ class Decomposition:
             dead_share[name] = (dead.norm() / self.target.weights[name].value().to(dead).norm()).item()
         return Summary(
             active=mask.flatten(0, -2).float().mean(0),
-            attribution=attributions.flatten(0, -2).mean(0),
+            attribution=without_padding(attributions, real).flatten(0, -2).mean(0),
             norm={name: spectrum.norm(dim=1) for name, spectrum in spectra.items()},
             effective_rank={name: effective_rank(spectrum) for name, spectrum in spectra.items()},
             dead_share=dead_share,
@@ -185,6 +189,7 @@ class Decomposition:
                 "d_out": B[name].shape[2],
                 "rank": A[name].shape[2],
                 "fingerprint": self.fingerprints[name],
+                "sites": [use.site for use in self.target.weights[name].uses],
             }
             for name in self.components.names
         }
@@ -238,7 +243,7 @@ def load(path: str | os.PathLike[str], model: Any, *, output: OutputFn | None = 
             model is missing, or has another shape or other weights: says which.
     """
     factors, about = read_artifact(Path(path))
-    target = wrap(model)
+    target = _with_uses(wrap(model), about["matrices"])
     for name, saved in about["matrices"].items():
         difference = _difference(target, name, saved)
         if difference is not None:
@@ -260,6 +265,13 @@ def load(path: str | os.PathLike[str], model: Any, *, output: OutputFn | None = 
     )
 
 
+def _with_uses(target: TargetModel, matrices: dict[str, Any]) -> TargetModel:
+    """The target with those matrices untied that were untied when the decomposition was made."""
+    tied = {alias: matrix for matrix in target.weights.values() for alias in (matrix.name, *matrix.tied_to)}
+    untied = [name for name, saved in matrices.items() if name in tied and len(saved["sites"]) < len(tied[name].uses)]
+    return target.untied(*untied) if untied else target
+
+
 def _difference(target: TargetModel, name: str, saved: dict[str, Any]) -> str | None:
     """In what a model's matrix differs from the one that was decomposed, or None."""
     matrix = target.weights.get(name)
@@ -267,6 +279,8 @@ def _difference(target: TargetModel, name: str, saved: dict[str, Any]) -> str | 
         return f"this {type(target.model).__name__} has no matrix {name} that can be decomposed"
     if (matrix.d_in, matrix.d_out) != (saved["d_in"], saved["d_out"]):
         return f"{name} is {matrix.d_in} × {matrix.d_out} here and was {saved['d_in']} × {saved['d_out']}"
+    if (sites := [use.site for use in matrix.uses]) != saved["sites"]:
+        return f"{name} is used at {sites} here and was at {saved['sites']}"
     if matrix.fingerprint() != saved["fingerprint"]:
         return f"{name} has other weights, or another dtype (here {matrix.parameter.dtype})"
     return None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from apd_lens._checks import check_fields
 from apd_lens._errors import InvalidSetting, ShapeMismatch
+from apd_lens._padding import Real, without_padding
 
 # Added under a root so that its gradient is finite at zero; as in the paper's implementation.
 _EPS = 1e-16
@@ -116,11 +117,15 @@ def minimality_loss(
     target_output: Float[Tensor, "batch *pos n_outputs"],
     sparse_output: Float[Tensor, "batch *pos n_outputs"],
     distance: Distance = "mse",
+    real: Real = None,
 ) -> Float[Tensor, ""]:
     """D(f(x, θ*), f(x, κ(x))): mean over data points of the distance between the target's and the sparse output.
 
     "mse" is the mean over outputs of the squared error; "kl" is KL(target ‖ sparse) of the distributions whose logits
     the outputs are, in nats; a function gives one scalar a data point.
+
+    Args:
+        real: False at padding, which is no data point. A function of the user's is given padded outputs as zeros.
 
     Raises:
         ShapeMismatch: the user's function gives something else than one scalar a data point.
@@ -129,9 +134,9 @@ def minimality_loss(
     tensor(5.)
     """
     if distance == "mse":
-        return F.mse_loss(sparse_output, target_output)
+        return F.mse_loss(without_padding(sparse_output, real), without_padding(target_output, real))
     if distance == "kl":
-        return kl_divergence(target_output, sparse_output).mean()
+        return kl_divergence(without_padding(target_output, real), without_padding(sparse_output, real)).mean()
     assert callable(distance)
     values = distance(target_output, sparse_output)
     if not 0 < values.ndim < target_output.ndim or values.shape != target_output.shape[: values.ndim]:
@@ -139,7 +144,7 @@ def minimality_loss(
             "Expected the distance function to give one scalar a data point, shape "
             f"{tuple(target_output.shape[:-1])} or ({len(target_output)},), got {tuple(values.shape)}."
         )
-    return values.mean()
+    return (values[real] if real is not None and values.shape == real.shape else values).mean()
 
 
 def kl_divergence(

@@ -16,6 +16,7 @@ from torch import Tensor
 from apd_lens._checks import check_fields
 from apd_lens._components import ParameterComponents
 from apd_lens._errors import InvalidSetting
+from apd_lens._padding import Real, padded, without_padding, zero_at_padding
 from apd_lens._passes import Call
 from apd_lens._product import Inputs, masked_product
 from apd_lens._target import Use
@@ -65,6 +66,7 @@ def make_splits(
     components: ParameterComponents,
     optimizer: torch.optim.Optimizer,
     attributions: Float[Tensor, "batch *pos C"],
+    real: Real,
     calls: Sequence[Call],
     noise: float,
     generator: torch.Generator,
@@ -72,18 +74,22 @@ def make_splits(
     """Splits what can be split, in place and for all matrices at once; returns how many splits were made.
 
     Args:
+        real: False at padding, which is no data point.
         calls: x of every use on the batch that was attributed; of several uses of a matrix the first counts.
     """
     n_data_axes = attributions.ndim - 1
     inputs: list[tuple[Use, Tensor]] = []
     for name in components.names:
         use, x = _inputs_of(name, calls)
-        inputs.append((use, x.flatten(0, n_data_axes - 1)))
+        if (is_data := padded(attributions, real)) is not None:
+            x = x[is_data]
+        else:
+            x = zero_at_padding(x, real).flatten(0, n_data_axes - 1)
+        inputs.append((use, x))
     alike = sum(_random_projection(x, components.factors(use)[0].shape[1], generator) for use, x in inputs)
     assert isinstance(alike, Tensor)
-    made = [
-        split for split in plan_splits(attributions.flatten(0, -2), alike) if split_component(components, split, inputs)
-    ]
+    plan = plan_splits(without_padding(attributions, real).flatten(0, -2), alike)
+    made = [split for split in plan if split_component(components, split, inputs)]
     touched = sorted({component for split in made for component in (split.old, split.new)})
     if touched:
         for factor in components.parameters():
@@ -176,7 +182,7 @@ def _share_done(part: Tensor, whole: Tensor, B: Tensor, x: Tensor) -> float:
 def _inputs_of(name: str, calls: Sequence[Call]) -> tuple[Use, Tensor]:
     """The first use of a matrix, and its inputs; where the host multiplies head by head, the heads side by side."""
     first = next(call.use for call in calls if call.use.matrix == name)
-    whole = replace(first, rows=slice(None), columns=slice(None))
+    whole = replace(first, rows=slice(None), columns=slice(None), scale=1.0)  # factors that can be written to
     if first.rows == slice(None):
         return whole, next(call.x for call in calls if call.use == first)
     return whole, torch.cat([call.x for call in calls if call.use.site == first.site], dim=-1)

@@ -7,11 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from apd_lens._batches import Batch, call, n_examples
 from apd_lens._components import ParameterComponents
 from apd_lens._errors import InvalidOutput, InvalidSetting, NonFinite, ShapeMismatch, SiteNotCalled
+from apd_lens._padding import Real, padded, real_positions, zero_at_padding
 from apd_lens._product import Mask, masked_product
 from apd_lens._target import Intercept, TargetModel, Use
 
@@ -72,7 +74,8 @@ class WatchedPass:
     """A forward pass in which every use of the chosen matrices was watched.
 
     Attributes:
-        output: `batch *pos n_outputs`, with the graph from the calls' y to it.
+        output: `batch *pos n_outputs`, with the graph from the calls' y to it; zero at padding.
+        real: False at padding.
         calls: in the order of the forward; a module that is used twice has two.
         hidden: activations of the named submodules, without a graph.
         again: the same pass with another set of components in the place of the weights (None: the target's own).
@@ -80,10 +83,18 @@ class WatchedPass:
     """
 
     output: Tensor
+    real: Real
     calls: list[Call]
     hidden: dict[str, Tensor]
     again: Callable[[ParameterComponents | None], "WatchedPass"]
     jacobians: list[Tensor | None] = field(default_factory=list)
+
+    def n_outputs(self) -> Float[Tensor, " batch"]:
+        """Number of outputs of each example, those at padding not counted."""
+        real = padded(self.output, self.real)
+        if real is None:
+            return torch.full((len(self.output),), self.output[0].numel()).to(self.output)
+        return (real.sum(1).clamp_min(1) * self.output[0, 0].numel()).to(self.output)
 
 
 def watched_pass(
@@ -115,8 +126,11 @@ def watched_pass(
 
     with torch.enable_grad(), target.intercepted(names, watch), _activations(target.model, hidden) as kept:
         picked = explained_output(output, call(target.model, batch), examples)
+        real = real_positions(batch)
+        picked = zero_at_padding(picked, real)
     return WatchedPass(
         output=picked,
+        real=real,
         calls=calls,
         hidden={name: activation.detach() for name, activation in kept.items()},
         again=lambda other: watched_pass(target, names, batch, output, components=other),
@@ -134,7 +148,8 @@ def sparse_pass(
     """The explained output, and named hidden activations, of the model run on Σ_c mask_c P_c for each data point."""
     replaced = replace_weights(components, mask)
     with target.intercepted(components.names, replaced), _activations(target.model, hidden) as kept:
-        return explained_output(output, call(target.model, batch), n_examples(batch)), kept
+        picked = explained_output(output, call(target.model, batch), n_examples(batch))
+        return zero_at_padding(picked, real_positions(batch)), kept
 
 
 def replace_weights(components: ParameterComponents, mask: Mask | None = None) -> Intercept:

@@ -9,11 +9,12 @@ from torch import Tensor
 from apd_lens._attribution import Granularity
 from apd_lens._checks import check_fields
 from apd_lens._errors import InvalidSetting
+from apd_lens._padding import Real, padded, zero_at_padding
 
 
 @dataclass(frozen=True)
 class BatchTopK:
-    """The k·n largest of all n·C attributions of a batch of n data points.
+    """The k·n largest of all n·C attributions of a batch of n data points (padding is none).
 
     Attributes:
         k: mean number of active components a data point; need not be whole.
@@ -26,13 +27,13 @@ class BatchTopK:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def __call__(self, attributions: Float[Tensor, "batch *pos C"]) -> Bool[Tensor, "batch *pos C"]:
-        return batch_topk_mask(attributions, self.k)
+    def __call__(self, attributions: Float[Tensor, "batch *pos C"], real: Real = None) -> Bool[Tensor, "batch *pos C"]:
+        return batch_topk_mask(attributions, self.k, real)
 
 
 @dataclass(frozen=True)
 class TopK:
-    """The k largest attributions of each data point.
+    """The k largest attributions of each data point (padding is none).
 
     Attributes:
         k: number of active components a data point.
@@ -45,19 +46,29 @@ class TopK:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def __call__(self, attributions: Float[Tensor, "batch *pos C"]) -> Bool[Tensor, "batch *pos C"]:
-        return topk_mask(attributions, self.k)
+    def __call__(self, attributions: Float[Tensor, "batch *pos C"], real: Real = None) -> Bool[Tensor, "batch *pos C"]:
+        return topk_mask(attributions, self.k, real)
 
 
 Selection = BatchTopK | TopK
 
 
-def batch_topk_mask(attributions: Float[Tensor, "batch *pos C"], k: float) -> Bool[Tensor, "batch *pos C"]:
+def batch_topk_mask(
+    attributions: Float[Tensor, "batch *pos C"], k: float, real: Real = None
+) -> Bool[Tensor, "batch *pos C"]:
     """True for the int(k·n) largest of all n·C attributions, n data points.
+
+    Args:
+        real: False at padding, where nothing is selected and which is not counted; only where data points are
+            positions.
 
     Raises:
         InvalidSetting: k·n selects nothing, or more than there is.
     """
+    if (real := padded(attributions, real)) is not None:
+        mask = torch.zeros_like(attributions, dtype=torch.bool)
+        mask[real] = batch_topk_mask(attributions[real], k)
+        return mask
     n_components = attributions.shape[-1]
     n_data_points = attributions[..., 0].numel()
     n_active = int(k * n_data_points)
@@ -72,8 +83,11 @@ def batch_topk_mask(attributions: Float[Tensor, "batch *pos C"], k: float) -> Bo
     return flat.view_as(attributions)
 
 
-def topk_mask(attributions: Float[Tensor, "batch *pos C"], k: int) -> Bool[Tensor, "batch *pos C"]:
+def topk_mask(attributions: Float[Tensor, "batch *pos C"], k: int, real: Real = None) -> Bool[Tensor, "batch *pos C"]:
     """True for the k largest attributions of each data point.
+
+    Args:
+        real: False at padding, where nothing is selected; only where data points are positions.
 
     Raises:
         InvalidSetting: k is not between 1 and C.
@@ -82,4 +96,5 @@ def topk_mask(attributions: Float[Tensor, "batch *pos C"], k: int) -> Bool[Tenso
     if not 1 <= k <= n_components:
         raise InvalidSetting(f"TopK(k={k}) needs k between 1 and the number of components, {n_components}.")
     indices = attributions.topk(k, dim=-1, sorted=False).indices
-    return torch.zeros_like(attributions, dtype=torch.bool).scatter_(-1, indices, True)
+    mask = torch.zeros_like(attributions, dtype=torch.bool).scatter_(-1, indices, True)
+    return zero_at_padding(mask, real)

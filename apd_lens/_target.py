@@ -9,7 +9,7 @@ import fnmatch
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,16 +19,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from apd_lens._errors import AlreadyActive, ApdError, SiteNotCalled, UnknownWeight, UnsupportedModel
-from apd_lens._patch import PatchedForward, is_patched, patched
+from apd_lens._patch import PatchedForward, in_nnsight_trace, is_patched, patched
 from apd_lens._table import table
 
 
 @dataclass(frozen=True)
 class Use:
-    """One place where the forward pass multiplies by a matrix: y = x @ W, or x @ Wᵀ for a transposed use.
+    """One place where the forward pass multiplies by a matrix: y = scale · x @ W, or x @ Wᵀ for a transposed use.
 
     `rows` and `columns` narrow the matrix (after transposing) where the host multiplies by a part of it only, such as
-    one head.
+    one head. `scale` is that of an embedding which multiplies its rows by a constant.
     """
 
     matrix: str
@@ -36,6 +36,7 @@ class Use:
     transposed: bool = False
     rows: slice = field(default_factory=lambda: slice(None))
     columns: slice = field(default_factory=lambda: slice(None))
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +49,10 @@ class WeightMatrix:
         layout: einops pattern from the host's layout to `d_in d_out`, such as "head d_in d_head -> d_in (head d_head)".
         axes: sizes of the pattern's axes that a reshape back needs.
         uses: the places where the forward pass multiplies by it.
-        tied_to: other names of the same parameter.
         state_keys: the parameter's keys in the state dict of the user's model.
+        tied_to: other names of the same numbers in memory.
+        tied: the matrices that have those names where they are parameters of their own, and whether each is the
+            transpose.
     """
 
     name: str
@@ -60,6 +63,7 @@ class WeightMatrix:
     state_keys: tuple[str, ...]
     axes: Mapping[str, int] = field(default_factory=dict)
     tied_to: tuple[str, ...] = ()
+    tied: tuple[tuple["WeightMatrix", bool], ...] = ()
 
     @property
     def parameter(self) -> Tensor:
@@ -78,6 +82,19 @@ class WeightMatrix:
         """The matrix as it is now, detached; may share memory with the model, so do not write to it."""
         return rearrange(self.parameter.detach(), self.layout, **self.axes)
 
+    def place_in_memory(self) -> tuple[Any, ...] | None:
+        """Equal for two matrices exactly if they are the same numbers in memory, the same way round.
+
+        Not a parameter's identity: hosts make two parameters that are views of one storage, or one the transpose of
+        the other. None where there is no memory to compare (a meta tensor).
+        """
+        parameter, value = self.parameter, self.value()
+        if not (storage := parameter.untyped_storage().data_ptr()):
+            return None
+        if value.untyped_storage().data_ptr() == storage:
+            return storage, value.storage_offset(), value.shape, value.stride()
+        return storage, parameter.storage_offset(), parameter.shape, parameter.stride(), self.layout
+
     def fingerprint(self) -> str:
         """SHA-256 of the matrix as `d_in d_out`: dtype, shape and bytes."""
         value = self.value()
@@ -89,6 +106,13 @@ class WeightMatrix:
         """A matrix in the host's own layout and dtype: the inverse of `value`."""
         host, ours = self.layout.split("->")
         return rearrange(value, f"{ours} -> {host}", **self.axes).to(self.parameter.dtype)
+
+    def state(self, value: Float[Tensor, "d_in d_out"]) -> dict[str, Tensor]:
+        """The entries of a state dict that hold this matrix, under all its names."""
+        entries = dict.fromkeys(self.state_keys, self.to_host(value).contiguous())
+        for other, transposed in self.tied:
+            entries |= other.state(value.mT if transposed else value)
+        return entries
 
 
 # What an adapter calls at each use: intercept(use, x, original, bias) -> y.
@@ -102,14 +126,15 @@ Intercept = Callable[[Use, Tensor, Callable[[], Tensor], Tensor | None], Tensor]
 class Adapter(Protocol):
     """What a host must offer; one instance serves any number of models of that host.
 
-    Register it with one line in your own pyproject, under the host's top-level package name:
+    Register a function `wrap(model) -> TargetModel` with one line in your own pyproject, under the host's top-level
+    package name:
 
         [project.entry-points."apd_lens.adapters"]
-        my_host = "my_package:MyAdapter"
+        my_host = "my_package:wrap"
     """
 
     def matrices(self, model: Any) -> Iterable[WeightMatrix]:
-        """The matrices that can be decomposed, in the order of the forward pass."""
+        """The matrices that can be decomposed, in the order of the forward pass; tied ones each on its own."""
         ...
 
     def refused(self, model: Any) -> Mapping[str, str]:
@@ -134,23 +159,26 @@ class Adapter(Protocol):
 class TargetModel:
     """A trained model, seen as named weight matrices. Never trained, never changed; make one with `apd_lens.wrap`.
 
+    Matrices that share memory are tied: they are one matrix with several uses, under the name of the first.
+
     Attributes:
         model: the user's model.
         weights: name -> `WeightMatrix`, in the order of the forward pass; a tied matrix stands here once.
         refused: name -> reason, the matrices that cannot be decomposed.
     """
 
-    def __init__(self, model: nn.Module, adapter: Adapter):
+    def __init__(self, model: nn.Module, adapter: Adapter, untied: Iterable[str] = ()):
         self.model = model
         self.adapter = adapter
-        self.weights: Mapping[str, WeightMatrix] = MappingProxyType({w.name: w for w in adapter.matrices(model)})
+        weights = _tied(adapter.matrices(model), untied=set(untied))
+        self.weights: Mapping[str, WeightMatrix] = MappingProxyType({matrix.name: matrix for matrix in weights})
         self.refused: Mapping[str, str] = MappingProxyType(dict(adapter.refused(model)))
         if not self.weights:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
             raise UnsupportedModel(
                 f"{type(model).__name__} has no weight matrix that can be decomposed. "
-                f"{reasons or 'It has no matrices.'} Could be decomposed: nn.Linear, transformers' Conv1D and "
-                "nn.Embedding in any torch module, and every matrix of a transformer_lens.HookedTransformer."
+                f"{reasons or 'It has no matrices.'} Could be decomposed: nn.Linear, transformers' Conv1D, "
+                "nn.Embedding and convolutions in any torch module, and every matrix of a transformer_lens model."
             )
 
     def match(self, patterns: str | Iterable[str]) -> list[str]:
@@ -188,6 +216,21 @@ class TargetModel:
             f"{'is' if len(closest) == 1 else 'are'} {', '.join(map(repr, closest))}. "
             "print(apd_lens.wrap(model)) lists them all."
         )
+
+    def untied(self, *names: str) -> "TargetModel":
+        """The same model with these tied matrices standing for themselves, each with components of its own.
+
+        The model stays as it is, so an edited state dict then holds different values under names that are tied in the
+        model; load it into a model in which they are separate parameters.
+
+        Raises:
+            UnknownWeight: one of the names is not tied to another.
+        """
+        tied = {alias for matrix in self.weights.values() if matrix.tied_to for alias in (matrix.name, *matrix.tied_to)}
+        for name in names:
+            if name not in tied:
+                raise UnknownWeight(f"{name!r} is not tied to another matrix. Tied are: {sorted(tied) or 'none'}.")
+        return TargetModel(self.model, self.adapter, untied=names)
 
     @contextmanager
     def intercepted(self, names: Iterable[str], intercept: Intercept) -> Iterator[None]:
@@ -227,11 +270,13 @@ class TargetModel:
             )
             output = original(*args, **kwargs)
             missing = sorted(expected - called)
-            if missing and self.adapter.runs_every_use(args, kwargs):
+            # In a trace the user may skip modules or stop.
+            if missing and self.adapter.runs_every_use(args, kwargs) and not in_nnsight_trace(model):
                 raise SiteNotCalled(
                     f"The forward pass of {type(model).__name__} went past {', '.join(missing)}: the decomposed matrix "
                     "was not used there, so masks and ablations would have no effect on it. Leave it out of `weights`, "
-                    "or switch off the option (a fused or fast path, a layer that is skipped) that goes round it."
+                    "or switch off the option that goes round it (a layer that is skipped, a fused path; for "
+                    "nn.TransformerEncoder: torch.backends.mha.set_fastpath_enabled(False))."
                 )
             return output
 
@@ -253,6 +298,32 @@ class TargetModel:
         return text
 
     __repr__ = __str__
+
+
+def _tied(matrices: Iterable[WeightMatrix], untied: set[str]) -> Iterable[WeightMatrix]:
+    """Merges matrices that are the same numbers in memory, one the transpose of the other perhaps."""
+    merged: dict[str, WeightMatrix] = {}
+    first_at: dict[tuple[Any, ...], tuple[str, bool]] = {}  # place in memory -> name there, the other way round
+    for matrix in matrices:
+        place = None if matrix.name in untied else matrix.place_in_memory()
+        if place not in first_at:
+            merged[matrix.name] = matrix
+            if place is not None:
+                if len(place) == 4:  # a view, so that its transpose can be told
+                    storage, offset, shape, stride = place
+                    first_at[storage, offset, shape[::-1], stride[::-1]] = (matrix.name, True)
+                first_at[place] = (matrix.name, False)
+            continue
+        name, transposed = first_at[place]
+        first = merged[name]
+        moved = [replace(use, matrix=name, transposed=use.transposed != transposed) for use in matrix.uses]
+        merged[name] = replace(
+            first,
+            uses=(*first.uses, *moved),
+            tied_to=(*first.tied_to, matrix.name, *matrix.tied_to),
+            tied=(*first.tied, (matrix, transposed)),
+        )
+    return merged.values()
 
 
 @contextmanager

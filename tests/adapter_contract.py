@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from toy_models import Snapshot, decomposition_of, substituted
+from toy_models import Snapshot, decomposition_of, keep_in_float64, substituted
 
 import apd_lens as apd
 from apd_lens._batches import call
@@ -76,8 +76,8 @@ class AdapterContract:
     def test_values_turn_back_into_the_hosts_own_layout(self, target: apd.TargetModel):
         for matrix in target.weights.values():
             assert torch.equal(matrix.to_host(matrix.value()), matrix.parameter)
-            for key in matrix.state_keys:
-                assert torch.equal(target.model.state_dict()[key], matrix.parameter)
+            for key, stored in matrix.state(matrix.value()).items():
+                assert torch.equal(target.model.state_dict()[key], stored)
 
     def test_nothing_ablated_is_bit_for_bit_the_target(self, target: apd.TargetModel):
         batch = self.batch(3)
@@ -104,7 +104,7 @@ class AdapterContract:
             call_ = watched.calls[0]
             W = matrix.value()
             W = (W.mT if call_.use.transposed else W)[call_.use.rows, call_.use.columns]
-            product = W[call_.x] if not call_.x.is_floating_point() else call_.x @ W
+            product = call_.use.scale * (W[call_.x] if not call_.x.is_floating_point() else call_.x @ W)
             with substituted(target, {name: torch.zeros_like(matrix.value())}):
                 without = watched_pass(target, [name], self.batch(3), self.output).calls[0]
             if matrix.uses[0].site == matrix.uses[-1].site:  # a tied matrix changes its own inputs
@@ -187,8 +187,9 @@ class AdapterContract:
             assert_close(self._run(target, batch), expected, **SAME)
         assert max(decomposition.residuals().values()) < 1e-6
 
-    def test_attributions_equal_finite_differences(self):
+    def test_attributions_equal_finite_differences(self, monkeypatch):
         """∂/∂ε of every output, with W + ε P_c in the place of W, is Σ_uses <∂f_o/∂y, x P_c>."""
+        keep_in_float64(monkeypatch)
         torch.manual_seed(0)
         target = apd.wrap(self.double_model())
         batch = self._double(self.batch(2))

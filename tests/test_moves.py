@@ -128,7 +128,7 @@ def test_the_optimizer_forgets_the_touched_components_only():
     attributions[:4, 0], attributions[4:6, 1], attributions[6:, 2] = 2.0, 1.0, 1.0
     generator = torch.Generator().manual_seed(0)
     before = [factor.detach().clone() for factor in state.components.parameters()]
-    assert make_splits(state.components, state.optimizer, attributions, calls, 0.01, generator) == 1
+    assert make_splits(state.components, state.optimizer, attributions, None, calls, 0.01, generator) == 1
     for factor, was in zip(state.components.parameters(), before, strict=True):
         moments = state.optimizer.state[factor]
         assert (moments["exp_avg"][[0, 3]] == 0).all()

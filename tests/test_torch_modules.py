@@ -6,7 +6,14 @@ from adapter_contract import AdapterContract
 from torch import Tensor, nn
 from torch.testing import assert_close
 from toy_models import TMS, ResidualMLP, TinyGPT, decomposition_of
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 
 import apd_lens as apd
 
@@ -128,6 +135,163 @@ class TestGPT2(AdapterContract):
         return {"input_ids": tokens(n_examples, 5, 13)}
 
 
+class TestGemma(AdapterContract):
+    """Hugging Face: embeddings that are scaled, and tied to the unscaled head; grouped queries, gated MLP, softcaps."""
+
+    n_positions = 4
+
+    names = (
+        "model.embed_tokens.weight",
+        *(f"model.layers.0.self_attn.{side}_proj.weight" for side in "qkvo"),
+        *(f"model.layers.0.mlp.{side}_proj.weight" for side in ("gate", "up", "down")),
+    )
+
+    def model(self):
+        config = Gemma2Config(
+            vocab_size=11,
+            hidden_size=6,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+            pad_token_id=0,
+            initializer_range=0.3,
+            max_position_embeddings=8,
+            attn_implementation="eager",
+            use_cache=False,
+        )
+        return Gemma2ForCausalLM(config).eval()
+
+    def batch(self, n_examples):
+        return {"input_ids": 1 + tokens(n_examples, 4, 10)}  # 0 is padding: a row of zeros, divided by its norm
+
+    def test_shows_the_tie_and_the_scale(self, target):
+        embedding, head = target.weights["model.embed_tokens.weight"].uses
+        assert (embedding.site, head.site) == ("model.embed_tokens", "lm_head")
+        assert (embedding.scale, head.scale) == (pytest.approx(6**0.5), 1.0)
+
+
+class TestConvolutions(AdapterContract):
+    """Images, with every option of a convolution; the positions of a convolution are its output pixels."""
+
+    names = ("0.weight", "2.weight", "4.weight", "6.weight")
+
+    def model(self):
+        return nn.Sequential(
+            nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=1, dilation=(1, 2), padding_mode="reflect"),
+            nn.Tanh(),
+            nn.Conv2d(3, 2, 3, padding="same", bias=False),
+            nn.Flatten(2),
+            nn.Conv1d(2, 4, 3, stride=2),
+            nn.Tanh(),
+            nn.Linear(5, 2),
+        )
+
+    def batch(self, n_examples):
+        return vectors(n_examples * 2, 5 * 4).reshape(n_examples, 2, 5, 4)
+
+
+class TestViewsOfOneStorage(AdapterContract):
+    """Two parameters that share memory, one the transpose of the other; and two halves of a third, which do not."""
+
+    names = ("first.weight", "left.weight", "right.weight")
+
+    def model(self):
+        class Views(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 4, bias=False)
+                self.last.weight = nn.Parameter(self.first.weight.detach().T)
+                halves = torch.randn(6, 4)
+                self.left, self.right = nn.Linear(4, 3), nn.Linear(4, 3)
+                self.left.weight, self.right.weight = nn.Parameter(halves[:3]), nn.Parameter(halves[3:])
+
+            def forward(self, x):
+                r = self.last(torch.tanh(self.first(x)))
+                return self.left(r) * self.right(r)
+
+        Views.__qualname__ = "TestViewsOfOneStorage.Views"
+        TestViewsOfOneStorage.Views = Views  # so that pickle finds it
+        return Views()
+
+    def batch(self, n_examples):
+        return vectors(n_examples, 4)
+
+    def double_model(self):
+        model = self.model().double()  # which makes new memory for each parameter
+        model.last.weight = nn.Parameter(model.first.weight.detach().T)
+        return model
+
+    def test_a_copy_made_inside_a_context_is_a_plain_model(self, target):
+        pytest.skip("torch's own copies of such parameters no longer share memory after pickling")
+
+
+def test_tied_matrices_can_be_untied(tmp_path):
+    model, x = TinyGPT(), tokens(2, 4, 11)
+    target = apd.wrap(model).untied("head.weight")
+    assert [name for name in target.weights if name in ("wte.weight", "head.weight")] == ["wte.weight", "head.weight"]
+    assert target.weights["wte.weight"].tied_to == ()
+    assert [use.site for use in target.weights["head.weight"].uses] == ["head"]
+    decomposition = decomposition_of(target, "head.weight")
+    untied = TinyGPT()
+    untied.load_state_dict(model.state_dict())
+    untied.head.weight = nn.Parameter(untied.wte.weight.detach().clone())
+    untied.load_state_dict(decomposition.edited_state_dict(ablate=[0, 2]))
+    assert torch.equal(untied.wte.weight, model.wte.weight)
+    with decomposition.ablate([0, 2]):
+        assert_close(model(x), untied(x), rtol=1e-5, atol=1e-6)
+    decomposition.save(tmp_path)
+    assert torch.equal(apd.load(tmp_path, model).attributions(x), decomposition.attributions(x))
+    with pytest.raises(apd.UnknownWeight, match=r"'fc.weight' is not tied to another matrix. Tied are: \['head"):
+        apd.wrap(model).untied("fc.weight")
+
+
+def test_a_decomposition_of_both_uses_is_not_loaded_onto_one(tmp_path):
+    model = TinyGPT()
+    decomposition_of(model, "wte.weight").save(tmp_path)
+    with pytest.raises(apd.ArtifactError, match=r"wte.weight is used at \['wte'\] here and was at \['wte', 'head'\]"):
+        apd.load(tmp_path, apd.wrap(model).untied("head.weight"))
+
+
+def test_a_fused_matrix_is_one_matrix():
+    """Hugging Face's query_key_value: d_out is three times as wide, and a component may span all three."""
+    config = GPTNeoXConfig(
+        vocab_size=9,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=8,
+    )
+    matrix = apd.wrap(GPTNeoXForCausalLM(config)).weights["gpt_neox.layers.0.attention.query_key_value.weight"]
+    assert (matrix.d_in, matrix.d_out) == (8, 24)
+
+
+def test_pixels_as_data_points():
+    """A mask for each output pixel: the pixel is what it would be if the whole image were run on that mask."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 2))
+    decomposition = decomposition_of(model, selection=apd.TopK(2, granularity="position"))
+    images = vectors(2 * 2, 12).reshape(2, 2, 3, 4)
+    mask = decomposition.select(images)
+    assert mask.shape == (2, 2, 3, 5)
+    with decomposition.sparse(mask):
+        together = model(images)
+    for row in range(2):
+        for column in range(3):
+            with decomposition.sparse(mask[:, row, column]):
+                alone = model(images)[:, :, row, column]
+            assert_close(together[:, :, row, column], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_an_image_without_a_batch_axis():
+    convolution = nn.Conv1d(2, 3, 2)
+    decomposition = decomposition_of(convolution)
+    x = vectors(2, 5)
+    with decomposition.only([1, 2]):
+        assert_close(convolution(x), convolution(x[None])[0], rtol=1e-5, atol=1e-6)
+
+
 def test_tied_matrices_stand_once_with_all_uses():
     target = apd.wrap(TinyGPT())
     matrix = target.weights["wte.weight"]
@@ -177,7 +341,8 @@ class OwnLinear(nn.Linear):
     [
         (nn.MultiheadAttention(4, 2), "part.in_proj_weight", "without calling a submodule"),
         (nn.MultiheadAttention(4, 2), "part.out_proj.weight", "without calling a submodule"),
-        (nn.Conv2d(2, 3, 3), "part.weight", "Conv2d is not among the layers"),
+        (nn.ConvTranspose2d(2, 3, 3), "part.weight", "ConvTranspose2d is not among the layers"),
+        (nn.Conv2d(2, 4, 3, groups=2), "part.weight", "a convolution in groups is several matrices"),
         (nn.LSTM(4, 4), "part.weight_ih_l0", "LSTM is not among the layers"),
         (nn.Bilinear(2, 3, 4), "part.weight", "Bilinear is not among the layers"),
         (nn.Embedding(4, 2, max_norm=1.0), "part.weight", "max_norm"),
@@ -195,12 +360,12 @@ def test_refuses_with_the_reason(module: nn.Module, name: str, reason: str):
 
 
 def test_a_model_without_matrices_is_refused():
-    with pytest.raises(apd.UnsupportedModel, match=r"weight: Conv2d is not among .* Could be decomposed: nn\.Linear"):
-        apd.wrap(nn.Sequential(nn.Conv2d(1, 1, 1)))
+    with pytest.raises(apd.UnsupportedModel, match=r"weight: Conv3d is not among .* Could be decomposed: nn\.Linear"):
+        apd.wrap(nn.Sequential(nn.Conv3d(1, 1, 1)))
 
 
 def test_what_is_no_model_is_refused():
-    with pytest.raises(apd.UnsupportedModel, match=r"Expected a model, got builtins\.dict.*HookedTransformer"):
+    with pytest.raises(apd.UnsupportedModel, match=r"Expected a model, got builtins\.dict.*transformer_lens"):
         apd.wrap({"weight": torch.eye(2)})
 
 
@@ -216,6 +381,13 @@ def test_a_path_around_a_matrix_is_reported():
     ):
         layer(x)
     decomposition.attributions(x)  # with gradients, the layers are called
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), decomposition.only(0):
+            layer(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def test_a_layer_that_is_skipped_is_reported():

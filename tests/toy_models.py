@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -94,6 +96,18 @@ def decomposition_of(
         **options,
     )
     return state.decomposition()
+
+
+def keep_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts round norms and softmax to float32 in a float64 model; finite differences cannot be taken of that."""
+    to, softmax = Tensor.to, F.softmax
+
+    def keep(x: Tensor, dtype: Any) -> Any:
+        return x.dtype if x.dtype == torch.float64 and dtype == torch.float32 else dtype
+
+    monkeypatch.setattr(Tensor, "float", lambda x: to(x, keep(x, torch.float32)))
+    monkeypatch.setattr(Tensor, "to", lambda x, *args, **kwargs: to(x, *(keep(x, arg) for arg in args), **kwargs))
+    monkeypatch.setattr(F, "softmax", lambda x, dim, dtype=None: softmax(x, dim, dtype=keep(x, dtype)))
 
 
 @contextmanager
