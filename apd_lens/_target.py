@@ -329,10 +329,12 @@ def _tied(matrices: Iterable[WeightMatrix], untied: set[str]) -> Iterable[Weight
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in eval mode, so that dropout is off and running statistics stay; after it, as it was."""
+    training_before = model.training
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         yield
     finally:
+        model.train(training_before)  # a TransformerBridge switches modules that are not among its own
         for module, training in modes:
             module.training = training

@@ -151,7 +151,8 @@ def _scale(module: nn.Module) -> float:
 def _is_scaled_embedding(module: nn.Module) -> bool:
     cls = type(module)
     known = cls.__module__.startswith("transformers.") and cls.__name__.endswith("ScaledWordEmbedding")
-    return known and isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")
+    alone = len(list(module.parameters())) == 1  # one has rows that it puts in the place of some of the weight's
+    return known and alone and isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")
 
 
 def _conv1d_class(module: nn.Module) -> type | None:

@@ -13,7 +13,7 @@ from apd_lens._torch_modules import TorchAdapter
 def wrap(model: Any) -> TargetModel:
     """The weight matrices of a model, by name, ready to be decomposed. Changes nothing on the model.
 
-    A host's adapter (entry-point group "apd_lens.adapters") is chosen by the packages in which the model's classes
+    A host's own `wrap` (entry-point group "apd_lens.adapters") is chosen by the packages in which the model's classes
     are defined, so no host is imported that is not in use; any other torch module is taken apart by its leaves.
 
     Raises:
@@ -21,18 +21,13 @@ def wrap(model: Any) -> TargetModel:
     """
     if isinstance(model, TargetModel):
         return model
-    if isinstance(model, nn.Module) and any("__nnsight__" in module.__dict__ for module in model.modules()):
-        raise UnsupportedModel(
-            f"This {type(model).__name__} is inside an nnsight model, which is not supported yet. Decompose it before "
-            "it is given to nnsight."
-        )
     packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
     for entry_point in importlib.metadata.entry_points(group="apd_lens.adapters"):
         if entry_point.name in packages:
-            return TargetModel(model, entry_point.load()())
+            return entry_point.load()(model)
     if isinstance(model, nn.Module):
         return TargetModel(model, TorchAdapter())
     raise UnsupportedModel(
         f"Expected a model, got {type(model).__module__}.{type(model).__qualname__}, which is not supported. Could be "
-        "decomposed: a torch.nn.Module (not yet wrapped by another library) or a transformer_lens.HookedTransformer."
+        "decomposed: a torch.nn.Module, a transformer_lens model or an nnsight model."
     )

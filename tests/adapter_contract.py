@@ -24,7 +24,10 @@ FINITE_DIFFERENCES = {"rtol": 1e-5, "atol": 1e-7}  # float64, central difference
 
 
 class AdapterContract:
-    """Subclass as `class TestMyHost(AdapterContract)`."""
+    """Subclass as `class TestMyHost(AdapterContract)`; its docstring says which variant of the host it is."""
+
+    #: A heading of docs/coverage.md.
+    host: str
 
     #: Positions of an example, if it has any.
     n_positions: int | None = None

@@ -1,21 +1,27 @@
-"""The adapter for HookedTransformer: the contract in many forms, and composition with what users do with hooks."""
+"""The adapter for HookedTransformer: the contract in every form that a matrix can have there."""
+
+import warnings
 
 import pytest
 import torch
 from adapter_contract import SAME, AdapterContract
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
-from toy_models import Snapshot, decomposition_of, substituted
-from transformer_lens import HookedTransformer, HookedTransformerConfig, patching
+from toy_models import Snapshot, decomposition_of, keep_in_float64, substituted
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import apd_lens as apd
+from apd_lens._batches import call
+from apd_lens._padding import real_positions, zero_at_padding
 from apd_lens._passes import watched_pass
 
-pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated:DeprecationWarning")
+HOST = "HookedTransformer"
 
 ATTN = tuple(f"attn.W_{letter}" for letter in "QKVO")
 MLP = ("mlp.W_in", "mlp.W_out")
 GATED = ("mlp.W_in", "mlp.W_gate", "mlp.W_out")
+EXPERTS = tuple(f"mlp.experts.{expert}.{name}" for expert in range(3) for name in ("W_in", "W_gate", "W_out"))
+MIXTURE = {"num_experts": 3, "experts_per_token": 2, "act_fn": "silu", "normalization_type": "RMS"}
 
 
 def names_of(*per_block: str, n_layers: int = 1, pos: bool = True) -> tuple[str, ...]:
@@ -23,7 +29,7 @@ def names_of(*per_block: str, n_layers: int = 1, pos: bool = True) -> tuple[str,
     return ("embed.W_E", *(["pos_embed.W_pos"] if pos else []), *blocks, "unembed.W_U")
 
 
-def hooked_transformer(**changes) -> HookedTransformer:
+def hooked_transformer(cls: type[HookedTransformer] = HookedTransformer, **changes) -> HookedTransformer:
     options = {
         "n_layers": 1,
         "d_model": 8,
@@ -39,10 +45,12 @@ def hooked_transformer(**changes) -> HookedTransformer:
         "seed": 0,
         "device": "cpu",
     }
-    model = HookedTransformer(HookedTransformerConfig(**{**options, **changes})).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
+        model = cls(HookedTransformerConfig(**{**options, **changes})).eval()
     with torch.no_grad():  # biases are 0 at first, which would hide a forgotten one
         for name, parameter in model.named_parameters():
-            if name.rpartition(".")[2].startswith(("b_", "_b_")):
+            if name.rpartition(".")[2].startswith(("b_", "_b_", "bias")):
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     return model
 
@@ -52,277 +60,309 @@ def tokens(n_examples: int, length: int = 4) -> Tensor:
 
 
 class HookedTransformerContract(AdapterContract):
+    host = HOST
     options: dict = {}  # noqa: RUF012
+    switches: tuple[str, ...] = ()
     n_positions = 4
     names = names_of(*ATTN, *MLP)
 
     def model(self):
-        return hooked_transformer(**self.options)
+        model = hooked_transformer(**self.options)
+        for switch in self.switches:
+            getattr(model, f"set_use_{switch}")(True)
+        return model
 
     def double_model(self):
-        self.options = {**self.options, "dtype": torch.float64}
-        return self.model()
+        return self.model().to(torch.float64, print_details=False)
 
     def batch(self, n_examples):
         return tokens(n_examples)
 
 
 class TestBase(HookedTransformerContract):
-    pass
-
-
-class TestTwoLayers(HookedTransformerContract):
-    options = {"n_layers": 2, "act_fn": "relu"}  # noqa: RUF012
-    names = names_of(*ATTN, *MLP, n_layers=2)
-
-
-class TestPadded(HookedTransformerContract):
-    """Left-padded batches: positions are counted from the first real token, and padding has none."""
-
-    def batch(self, n_examples):
-        mask = torch.ones(n_examples, 4, dtype=torch.long)
-        mask[::2, 0] = 0
-        return {"input": tokens(n_examples), "attention_mask": mask}
-
-    def test_y_is_x_times_w(self, target):
-        """But for padding, where y of W_pos is 0."""
-        batch = self.batch(3)
-        call = watched_pass(target, ["pos_embed.W_pos"], batch, self.output).calls[0]
-        expected = target.model.W_pos[call.x] * batch["attention_mask"][..., None]
-        assert torch.equal(call.y, expected)
-
-
-class TestAttentionOnly(HookedTransformerContract):
-    options = {"attn_only": True}  # noqa: RUF012
-    names = names_of(*ATTN)
-
-
-class TestGatedMLP(HookedTransformerContract):
-    options = {"gated_mlp": True, "act_fn": "silu"}  # noqa: RUF012
-    names = names_of(*ATTN, *GATED)
-
-
-class TestSoLU(HookedTransformerContract):
-    options = {"act_fn": "solu_ln"}  # noqa: RUF012
-
-
-class TestGatedSoLU(HookedTransformerContract):
-    """Its forward uses W_gate only."""
-
-    options = {"act_fn": "solu_ln", "gated_mlp": True}  # noqa: RUF012
-    names = names_of(*ATTN, "mlp.W_gate", "mlp.W_out")
-
-
-class TestGroupedQueryAttention(HookedTransformerContract):
-    options = {"n_key_value_heads": 1}  # noqa: RUF012
-
-
-class TestUngrouped(HookedTransformerContract):
-    options = {"n_key_value_heads": 1, "ungroup_grouped_query_attention": True}  # noqa: RUF012
-
-
-class TestRotary(HookedTransformerContract):
-    options = {"positional_embedding_type": "rotary", "rotary_dim": 4}  # noqa: RUF012
-    names = names_of(*ATTN, *MLP, pos=False)
-
-
-class TestAlibi(HookedTransformerContract):
-    options = {"positional_embedding_type": "alibi"}  # noqa: RUF012
-    names = names_of(*ATTN, *MLP, pos=False)
-
-
-class TestShortformer(HookedTransformerContract):
-    options = {"positional_embedding_type": "shortformer", "normalization_type": None}  # noqa: RUF012
-
-
-class TestParallel(HookedTransformerContract):
-    options = {"parallel_attn_mlp": True, "normalization_type": "LNPre"}  # noqa: RUF012
-
-
-class TestPostEmbeddingNorm(HookedTransformerContract):
-    options = {"post_embedding_ln": True}  # noqa: RUF012
-
-
-class TestQKNormAndSoftcaps(HookedTransformerContract):
-    options = {"use_qk_norm": True, "attn_scores_soft_cap": 5.0, "output_logits_soft_cap": 3.0}  # noqa: RUF012
+    """Attention and a plain MLP, layer norms, learned positions"""
 
 
 class TestNoLayers(HookedTransformerContract):
+    """Embeddings only"""
+
     options = {"n_layers": 0, "normalization_type": None, "attn_only": True}  # noqa: RUF012
     names = names_of()
 
 
-class TestAttnResult(HookedTransformerContract):
+class TestTwoLayersOfAttentionOnly(HookedTransformerContract):
+    """Two layers of attention only"""
+
+    options = {"n_layers": 2, "attn_only": True}  # noqa: RUF012
+    names = names_of(*ATTN, n_layers=2)
+
+
+class TestLikeGPTJ(HookedTransformerContract):
+    """Parallel attention and MLP with LNPre; use_attn_in and use_hook_mlp_in"""
+
+    options = {"parallel_attn_mlp": True, "normalization_type": "LNPre"}  # noqa: RUF012
+    switches = ("attn_in", "hook_mlp_in")
+
+
+class TestLikeBloom(HookedTransformerContract):
+    """alibi, a layer norm behind the embedding, SoLU with a layer norm in the MLP"""
+
+    options = {"positional_embedding_type": "alibi", "post_embedding_ln": True, "act_fn": "solu_ln"}  # noqa: RUF012
+    names = names_of(*ATTN, *MLP, pos=False)
+
+
+class TestLikeQwen(HookedTransformerContract):
+    """Gated MLP, rotary, RMS, qk-norm, grouped queries (as stored)"""
+
+    options = {  # noqa: RUF012
+        "gated_mlp": True,
+        "act_fn": "silu",
+        "normalization_type": "RMS",
+        "positional_embedding_type": "rotary",
+        "n_key_value_heads": 1,
+        "use_qk_norm": True,
+    }
+    names = names_of(*ATTN, *GATED, pos=False)
+
+
+class TestLikeGemma(HookedTransformerContract):
+    """Gated MLP, norms before and after, both softcaps, local attention, grouped queries (ungrouped)"""
+
+    options = {  # noqa: RUF012
+        "gated_mlp": True,
+        "act_fn": "gelu_new",
+        "normalization_type": "RMS",
+        "use_normalization_before_and_after": True,
+        "attn_scores_soft_cap": 5.0,
+        "output_logits_soft_cap": 3.0,
+        "use_local_attn": True,
+        "attn_types": ["local"],
+        "window_size": 2,
+        "n_key_value_heads": 1,
+        "ungroup_grouped_query_attention": True,
+    }
+    names = names_of(*ATTN, *GATED)
+
+
+class TestLikeOLMo2(HookedTransformerContract):
+    """OLMo 2: post-norms, qk-norm over all heads, clipped q, k and v, rotary in part of a head"""
+
+    options = {  # noqa: RUF012
+        "original_architecture": "Olmo2ForCausalLM",
+        "gated_mlp": True,
+        "act_fn": "silu",
+        "normalization_type": "RMS",
+        "positional_embedding_type": "rotary",
+        "rotary_dim": 2,
+        "clip_qkv": 2.0,
+    }
+    names = names_of(*ATTN, *GATED, pos=False)
+
+
+class TestShortformer(HookedTransformerContract):
+    """Shortformer, use_split_qkv_input, no norms, gated SoLU"""
+
+    options = {  # noqa: RUF012
+        "positional_embedding_type": "shortformer",
+        "normalization_type": None,
+        "act_fn": "solu_ln",
+        "gated_mlp": True,
+    }
+    switches = ("split_qkv_input",)
+    names = names_of(*ATTN, "mlp.W_gate", "mlp.W_out")
+
+
+class TestEveryHeadOnItsOwn(HookedTransformerContract):
+    """use_split_qkv_input and use_attn_result with grouped queries"""
+
+    options = {"n_heads": 4, "d_head": 2, "n_key_value_heads": 2, "attn_only": True}  # noqa: RUF012
+    switches = ("split_qkv_input", "attn_result")
+    names = names_of(*ATTN)
+
+
+class TestMixtureOfExperts(HookedTransformerContract):
+    """Mixtral: router and gated experts, rotary"""
+
+    options = {**MIXTURE, "positional_embedding_type": "rotary", "norm_topk_prob": True}  # noqa: RUF012
+    names = names_of(*ATTN, "mlp.W_gate", *EXPERTS, pos=False)
+
+
+class TestLikeGptOss(HookedTransformerContract):
+    """GPT-OSS: router and experts with biases, attention sinks"""
+
+    options = {**MIXTURE, "original_architecture": "GptOssForCausalLM", "use_attention_sinks": True}  # noqa: RUF012
+    names = names_of(*ATTN, "mlp.W_gate", *EXPERTS)
+
+    def test_attributions_equal_finite_differences(self, monkeypatch):
+        zeros_like = torch.zeros_like  # of routing weights, in float32 even for a float64 model
+        monkeypatch.setattr(torch, "zeros_like", lambda x, dtype=None: zeros_like(x))
+        super().test_attributions_equal_finite_differences(monkeypatch)
+
+
+class TestTied(HookedTransformerContract):
+    """W_U in the memory of W_E, transposed"""
+
+    names = names_of(*ATTN, *MLP)[:-1]
+
     def model(self):
-        model = hooked_transformer(**self.options)
-        model.set_use_attn_result(True)
+        model = super().model()
+        model.unembed.W_U = nn.Parameter(model.embed.W_E.T)
         return model
 
-
-class TestSplitQKVInput(HookedTransformerContract):
-    def model(self):
-        model = hooked_transformer(**self.options)
-        model.set_use_split_qkv_input(True)
-        return model
+    def test_is_one_matrix_with_two_uses(self, target):
+        embedding = target.weights["embed.W_E"]
+        assert embedding.tied_to == ("unembed.W_U",)
+        assert [(use.site, use.transposed) for use in embedding.uses] == [("embed", False), ("unembed.hook_out", True)]
 
 
-class TestSplitGroupedQueryAttention(HookedTransformerContract):
-    def model(self):
-        model = hooked_transformer(n_heads=4, d_head=2, n_key_value_heads=2, **self.options)
-        model.set_use_split_qkv_input(True)
-        return model
+# Batches with padding.
 
 
-class TestAttnIn(HookedTransformerContract):
-    def model(self):
-        model = hooked_transformer(**self.options)
-        model.set_use_attn_in(True)
-        model.set_use_hook_mlp_in(True)
-        return model
+def left_padded(*lengths: int) -> dict[str, Tensor]:
+    """Examples of these lengths, with padding before them."""
+    width = max(lengths)
+    attention_mask = (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
+    return {"input": tokens(len(lengths), width) * attention_mask, "attention_mask": attention_mask}
 
 
-# What users do with a hooked model, against a model whose weights were really replaced.
+class TestPadded(HookedTransformerContract):
+    """Left-padded batches: positions are counted from the first real token, and padding has none"""
+
+    def batch(self, n_examples):
+        return left_padded(*[3, 4, 2, 4][:n_examples])
+
+    def test_watching_is_bit_for_bit_the_target(self, target):
+        batch = self.batch(3)
+        watched = watched_pass(target, list(target.weights), batch, self.output)
+        assert torch.equal(watched.output, zero_at_padding(self._run(target, batch), real_positions(batch)))
+
+    def test_y_is_x_times_w(self, target):
+        """But for padding, where y of W_pos is 0."""
+        batch = self.batch(3)
+        call_ = watched_pass(target, ["pos_embed.W_pos"], batch, self.output).calls[0]
+        expected = target.model.W_pos[call_.x] * batch["attention_mask"][..., None]
+        assert torch.equal(call_.y, expected)
+
+    def test_attributions_equal_finite_differences(self):
+        """As they do without padding, if they are the same as without."""
+        check_attributions_without_padding(self.model(), "example")
 
 
-@pytest.fixture
-def case() -> tuple[apd.Decomposition, dict[str, Tensor]]:
-    """A decomposition of every matrix, and the weights that MASK stands for."""
-    decomposition = decomposition_of(hooked_transformer(n_layers=2), rank=4)
-    components = decomposition.components
-    return decomposition, {name: components.summed(name, MASK[0].float()) for name in components.names}
+PADDED_MODELS = {
+    "standard": {},
+    "rotary": {"positional_embedding_type": "rotary", "n_key_value_heads": 1, "gated_mlp": True, "act_fn": "silu"},
+    "alibi": {"positional_embedding_type": "alibi"},
+    "experts": {**MIXTURE, "positional_embedding_type": "shortformer"},
+}
 
 
-MASK = torch.tensor([True, True, False, True, False]).expand(3, -1)
+@pytest.mark.parametrize("granularity", ["example", "position"])
+@pytest.mark.parametrize("form", PADDED_MODELS)
+def test_padding_has_no_attribution_and_gives_none(form: str, granularity):
+    check_attributions_without_padding(hooked_transformer(**PADDED_MODELS[form]), granularity)
 
 
-def zero_head(z: Tensor, hook) -> Tensor:
-    z = z.clone()
-    z[:, :, 1] = 0
-    return z
+def check_attributions_without_padding(model: HookedTransformer, granularity) -> None:
+    decomposition = decomposition_of(model, selection=apd.BatchTopK(2, granularity=granularity))
+    lengths = [3, 5, 4]
+    batch = left_padded(*lengths)
+    attributions, mask = decomposition.attributions(batch), decomposition.select(batch)
+    for index, length in enumerate(lengths):
+        (expected,) = decomposition.attributions(batch["input"][index : index + 1, -length:])
+        came = attributions[index]
+        assert_close(came[-length:] if granularity == "position" else came, expected, rtol=1e-5, atol=1e-5)
+    if granularity == "position":
+        padding = batch["attention_mask"] == 0
+        assert attributions[padding].abs().max() == 0
+        assert not mask[padding].any()
+        assert mask.sum() == 2 * sum(lengths)
+    with decomposition.sparse(mask):
+        sparse = call(model, batch)
+    for index, length in enumerate(lengths):
+        its_own = mask[index : index + 1, -length:] if granularity == "position" else mask[index : index + 1]
+        with decomposition.sparse(its_own):
+            expected = model(batch["input"][index : index + 1, -length:])
+        assert_close(sparse[index : index + 1, -length:], expected, **SAME)
 
 
-def double(value: Tensor, hook) -> Tensor:
-    return value * 2
-
-
-@pytest.mark.parametrize(
-    ("hook_name", "edit"),
-    [
-        ("blocks.0.attn.hook_z", zero_head),
-        ("blocks.0.attn.hook_q", double),
-        ("blocks.0.attn.hook_v", double),
-        ("blocks.0.mlp.hook_pre", double),
-        ("blocks.0.mlp.hook_post", double),
-        ("blocks.1.hook_resid_pre", double),
-        ("hook_embed", double),
-        ("blocks.1.hook_mlp_out", double),
-    ],
-)
-@pytest.mark.parametrize("added", ["before", "inside", "prepended", "run_with_hooks", "permanent"])
-def test_user_hooks_edit_what_replaced_weights_read_and_write(case, hook_name: str, edit, added: str):
-    decomposition, summed = case
-    model = decomposition.target.model
-    with substituted(decomposition.target, summed):
-        expected = model.run_with_hooks(tokens(3), fwd_hooks=[(hook_name, edit)])
-    if added == "before":
-        model.add_hook(hook_name, edit)
-    with decomposition.sparse(MASK):
-        if added == "inside":
-            model.add_hook(hook_name, edit)
-        if added == "permanent":
-            model.add_perma_hook(hook_name, edit)
-        if added == "prepended":
-            model.hook_dict[hook_name].add_hook(edit, prepend=True)
-        hooks = [(hook_name, edit)] if added == "run_with_hooks" else []
-        logits = model.run_with_hooks(tokens(3), fwd_hooks=hooks, reset_hooks_end=False)
-    assert_close(logits, expected, **SAME)
-    assert (logits - model(tokens(3))).abs().max() > 1e-2  # outside, the weights are the target's again
-
-
-def test_run_with_cache_sees_the_replaced_model(case):
-    decomposition, summed = case
-    model = decomposition.target.model
-    with substituted(decomposition.target, summed):
-        _, expected = model.run_with_cache(tokens(3))
-    with decomposition.sparse(MASK):
-        _, cache = model.run_with_cache(tokens(3))
-    assert cache.keys() == expected.keys()
-    for name in expected:
-        assert_close(cache[name], expected[name], **SAME)
-
-
-def test_backward_hooks_see_the_gradients_of_the_replaced_model(case):
-    decomposition, summed = case
-    model = decomposition.target.model
-
-    def gradients() -> dict[str, Tensor]:
-        seen: dict[str, Tensor] = {}
-        names = ["blocks.0.attn.hook_z", "blocks.0.attn.hook_q", "blocks.1.mlp.hook_post", "blocks.0.hook_resid_pre"]
-
-        def keep(gradient: Tensor, hook) -> None:
-            seen[hook.name] = gradient.clone()
-
-        with model.hooks(bwd_hooks=[(name, keep) for name in names]):
-            model(tokens(3)).square().sum().backward()
-        assert sorted(seen) == sorted(names)
-        model.zero_grad()
-        return seen
-
-    with substituted(decomposition.target, summed):
-        expected = gradients()
-    with decomposition.sparse(MASK):
-        seen = gradients()
-    for name in expected:
-        assert_close(seen[name], expected[name], rtol=1e-4, atol=1e-4)
-
-
-def test_layers_can_be_left_out(case):
-    decomposition, summed = case
-    model = decomposition.target.model
-    with substituted(decomposition.target, summed):
-        residual = model(tokens(3), stop_at_layer=1)
-        expected = model(residual, start_at_layer=1)
-    with decomposition.sparse(MASK):
-        assert_close(model(tokens(3), stop_at_layer=1), residual, **SAME)
-        assert_close(model(residual, start_at_layer=1), expected, **SAME)
-
-
-def test_activation_patching_runs_on_the_replaced_model(case):
-    decomposition, summed = case
-    model = decomposition.target.model
-    clean, corrupted = tokens(3), tokens(3).flip(1)
-
-    def patch_heads() -> Tensor:
-        _, cache = model.run_with_cache(clean)
-        return patching.get_act_patch_attn_head_out_all_pos(
-            model, corrupted, cache, lambda logits: logits[:, -1, 0].sum()
+@pytest.mark.parametrize("granularity", ["example", "position"])
+def test_training_is_that_without_padding(granularity):
+    batch = left_padded(5, 3, 3)
+    batch = {name: value[1:] for name, value in batch.items()}  # two columns of padding
+    infos = []
+    for some_batch in (batch, batch["input"][:, 2:]):
+        torch.manual_seed(0)
+        state = apd.init(
+            hooked_transformer(),
+            n_components=4,
+            rank=2,
+            selection=apd.BatchTopK(1.5, granularity=granularity),
+            losses=apd.Losses(hidden=1.0, hidden_at=("blocks.0.hook_resid_post",), normalization="relative"),
         )
-
-    with substituted(decomposition.target, summed):
-        expected = patch_heads()
-    with decomposition.sparse(MASK):
-        assert_close(patch_heads(), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_options_can_be_switched_inside_a_context(case):
-    decomposition, summed = case
-    model = decomposition.target.model
-    with substituted(decomposition.target, summed):
-        expected = model(tokens(3))
-    with decomposition.sparse(MASK):
-        for switch in (model.set_use_attn_result, model.set_use_split_qkv_input, model.set_use_hook_mlp_in):
-            switch(True)
-            assert_close(model(tokens(3)), expected, **SAME)
+        state, _ = apd.step(state, some_batch)
+        infos.append(apd.step(state, some_batch)[1])
+    assert infos[0].k == infos[1].k
+    assert_close(infos[0].terms, infos[1].terms, rtol=1e-4, atol=1e-5)
 
 
-def test_reset_hooks_does_not_take_ours_away(case):
-    decomposition, summed = case
-    model = decomposition.target.model
-    with substituted(decomposition.target, summed):
-        expected = model(tokens(3))
-    with decomposition.sparse(MASK):
-        model.reset_hooks()
-        assert_close(model(tokens(3)), expected, **SAME)
+# Mixtures of experts.
+
+
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "GptOssForCausalLM"])
+def test_experts_that_no_token_was_routed_to_have_no_effect(architecture: str):
+    model = hooked_transformer(**MIXTURE, original_architecture=architecture)
+    decomposition = decomposition_of(model, "*.experts.*")
+    target, batch = decomposition.target, tokens(1, 1)
+    chosen: list[int] = []
+    model.add_perma_hook("blocks.0.mlp.hook_expert_indices", lambda indices, hook: chosen.extend(indices[0].tolist()))
+    model(batch)
+    (unused,) = {0, 1, 2} - set(chosen)
+    for expert in range(3):
+        attributions = decomposition_of(model, f"*.experts.{expert}.*").attributions(batch)
+        assert (attributions > 0).all() if expert != unused else (attributions == 0).all()
+    mask = torch.rand(1, 5)
+    with substituted(target, {name: decomposition.components.summed(name, mask[0]) for name in target.match("*.exp*")}):
+        expected = model(batch)
+    with decomposition.sparse(mask):
+        assert_close(model(batch), expected, **SAME)
+    before = Snapshot.of(model)
+    apd.decompose(model, [batch], n_components=2, rank=1, optimization=apd.Optimization(steps=2), progress=False)
+    before.assert_unchanged(model)
+
+
+def test_routing_that_the_user_edits_is_that_of_the_components_too(monkeypatch):
+    """Here every token goes to one expert twice, and the third has none."""
+    keep_in_float64(monkeypatch)
+    model = hooked_transformer(**MIXTURE).to(torch.float64, print_details=False)
+    model.add_perma_hook("blocks.0.mlp.hook_expert_indices", lambda indices, hook: torch.ones_like(indices))
+    decomposition = decomposition_of(model, ["*.experts.1.*", "*.attn.W_V"])
+    check_effects(decomposition, lambda: model(tokens(2)), tokens(2))
+    assert decomposition_of(model, "*.experts.2.*").attributions(tokens(2)).abs().max() == 0
+
+
+def check_effects(decomposition: apd.Decomposition, run, batch) -> None:
+    """Signed attributions to a random projection of the output are finite differences of `run` in float64."""
+    target, components, step = decomposition.target, decomposition.components, 1e-5
+    projection = torch.randn(run()[0].shape, dtype=torch.float64)
+
+    def project(output: Tensor) -> Tensor:
+        return (output * projection).flatten(1).sum(1)
+
+    effects = []
+    for component in range(components.n_components):
+        ends = []
+        for sign in (1, -1):
+            moved = {
+                name: target.weights[name].value().clone() + sign * step * components.component_weights(name)[component]
+                for name in components.names
+            }
+            with substituted(target, moved):
+                ends.append(project(run()).detach())
+        effects.append((ends[0] - ends[1]) / (2 * step))
+    assert_close(decomposition.attributions(batch, metric=project), torch.stack(effects, 1), rtol=1e-5, atol=1e-7)
+
+
+# Names and refusals.
 
 
 def test_refuses_with_the_reason():
@@ -335,14 +375,25 @@ def test_refuses_with_the_reason():
         target.match("pos_embed.*")
 
 
-def test_mixture_of_experts_is_refused_and_the_rest_is_not():
-    model = hooked_transformer(num_experts=2, experts_per_token=1, gated_mlp=True, act_fn="silu")
+def test_components_of_the_users_own_are_refused_and_the_rest_is_not(record_property):
+    model = hooked_transformer(n_layers=2)
+
+    class OwnMLP(type(model.blocks[0].mlp)):
+        pass
+
+    class OwnAttention(type(model.blocks[0].attn)):
+        pass
+
+    model.blocks[0].mlp = OwnMLP(model.cfg)
+    model.blocks[1].attn = OwnAttention(model.cfg)
     target = apd.wrap(model)
-    assert target.match("blocks.0.*") == [f"blocks.0.{name}" for name in ATTN]
-    assert "the forward of MoE is not understood" in target.refused["blocks.0.mlp.experts.0.W_in.weight"]
-    before = Snapshot.of(model)
-    apd.decompose(model, [tokens(3)], n_components=2, rank=1, optimization=apd.Optimization(steps=2), progress=False)
-    before.assert_unchanged(model)
+    assert tuple(target.match("blocks.*")) == names_of(*ATTN, *MLP, n_layers=2, pos=False)[1:5] + tuple(
+        f"blocks.1.{name}" for name in MLP
+    )
+    assert target.refused["blocks.0.mlp.W_in"] == "the forward of OwnMLP is not understood"
+    assert target.refused["blocks.1.attn.W_Q"] == "the forward of OwnAttention is not understood"
+    reason = target.refused["blocks.1.attn.W_Q"]
+    record_property("refused", (HOST, "An attention or MLP class of the user's own", reason))
 
 
 def test_unknown_names_are_met_with_the_closest():

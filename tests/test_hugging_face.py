@@ -186,9 +186,7 @@ def test_attributions_of_a_model_that_always_checkpoints():
         apd.wrap(plain), decomposition.components, decomposition.settings, decomposition.output, {}
     )
     assert_close(decomposition.attributions(x), expected.attributions(x))
-    with pytest.raises(
-        apd.UnsupportedModel, match=r"step 0: this Checkpointed uses torch.utils.checkpoint .* Switch"
-    ):
+    with pytest.raises(apd.UnsupportedModel, match=r"step 0: this Checkpointed uses torch.utils.checkpoint .* Switch"):
         apd.decompose(model, [x], n_components=3, progress=False)
 
 

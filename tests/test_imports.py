@@ -27,7 +27,11 @@ def test_the_check_above_can_fail():
 
 @pytest.mark.parametrize(
     ("module", "needs", "extra"),
-    [("apd_transformer_lens", "transformer_lens", "transformer-lens"), ("apd_lens.plots", "matplotlib", "plots")],
+    [
+        ("apd_transformer_lens", "transformer_lens", "transformer-lens"),
+        ("apd_nnsight", "nnsight", "nnsight"),
+        ("apd_lens.plots", "matplotlib", "plots"),
+    ],
 )
 def test_a_missing_extra_is_named(module: str, needs: str, extra: str):
     printed = outside.run(
@@ -47,11 +51,11 @@ def test_a_missing_extra_is_named(module: str, needs: str, extra: str):
 
 def test_the_extras_that_are_named_exist():
     extras = importlib.metadata.metadata("apd-lens").get_all("Provides-Extra")
-    assert set(extras) == {"transformer-lens", "nnsight", "plots", "dev"}
+    assert set(extras) == {"transformer-lens", "nnsight", "sae-lens", "plots", "dev"}
 
 
 def test_an_adapter_is_found_by_the_package_of_the_models_class():
-    """A third party's host: one entry point, and an adapter with four methods."""
+    """A third party's host: one entry point, a function that puts an adapter with four methods to a model."""
     printed = outside.run(
         """
         import importlib.metadata, sys, types
@@ -65,9 +69,9 @@ def test_an_adapter_is_found_by_the_package_of_the_models_class():
         Model.__module__ = "my_host.models"
         class Adapter(TorchAdapter):
             pass
-        host.Adapter = Adapter
+        host.wrap = lambda model: apd.TargetModel(model, Adapter())
         sys.modules["my_host"] = host
-        entry = importlib.metadata.EntryPoint("my_host", "my_host:Adapter", "apd_lens.adapters")
+        entry = importlib.metadata.EntryPoint("my_host", "my_host:wrap", "apd_lens.adapters")
         importlib.metadata.entry_points = lambda group: [entry]
 
         print(isinstance(Adapter(), apd.Adapter))

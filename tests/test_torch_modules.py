@@ -7,15 +7,22 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from toy_models import TMS, ResidualMLP, TinyGPT, decomposition_of
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 import apd_lens as apd
+
+TORCH = "torch modules"
+HUGGING_FACE = "Hugging Face models"
 
 
 def vectors(n_examples: int, width: int) -> Tensor:
@@ -27,6 +34,9 @@ def tokens(n_examples: int, length: int, d_vocab: int) -> Tensor:
 
 
 class TestLinear(AdapterContract):
+    """nn.Linear"""
+
+    host = TORCH
     names = tuple(f"layers.{i}.{side}.weight" for i in (0, 1) for side in ("mlp_in", "mlp_out"))
     names = ("W_E.weight", *names, "W_U.weight")
 
@@ -38,7 +48,7 @@ class TestLinear(AdapterContract):
 
 
 class TestTrainableInPositions(TestLinear):
-    """Examples with positions; the parameters are frozen."""
+    """nn.Linear on examples with positions; the parameters are frozen."""
 
     n_positions = 3
 
@@ -50,8 +60,9 @@ class TestTrainableInPositions(TestLinear):
 
 
 class TestBareLinear(AdapterContract):
-    """The model is itself the leaf."""
+    """A model that is itself the leaf."""
 
+    host = TORCH
     names = ("weight",)
 
     def model(self):
@@ -65,6 +76,9 @@ class TestBareLinear(AdapterContract):
 
 
 class TestTiedToy(AdapterContract):
+    """One parameter in a Conv1D and a Linear, which uses the transpose (toy model of superposition)."""
+
+    host = TORCH
     names = ("linear1.weight",)
 
     def model(self):
@@ -75,8 +89,9 @@ class TestTiedToy(AdapterContract):
 
 
 class TestTiedEmbeddings(AdapterContract):
-    """Positions looked up without a batch axis; the embedding is tied to the head; Conv1D."""
+    """nn.Embedding tied to the head, positions looked up without a batch axis, Conv1D."""
 
+    host = TORCH
     n_positions = 4
 
     names = ("wte.weight", "wpe.weight", "fc.weight", "proj.weight")
@@ -91,6 +106,7 @@ class TestTiedEmbeddings(AdapterContract):
 class TestUsedTwice(AdapterContract):
     """One module that is called twice in a forward, with an activation that works in place."""
 
+    host = TORCH
     names = ("shared.weight", "last.weight")
 
     def model(self):
@@ -113,8 +129,9 @@ class TestUsedTwice(AdapterContract):
 
 
 class TestGPT2(AdapterContract):
-    """Hugging Face: Conv1D everywhere, wte tied to lm_head, positions looked up with a batch axis of 1."""
+    """GPT-2: Conv1D with fused QKV, wte tied to lm_head, positions looked up with a batch axis of 1."""
 
+    host = HUGGING_FACE
     n_positions = 5
 
     names = (
@@ -136,8 +153,9 @@ class TestGPT2(AdapterContract):
 
 
 class TestGemma(AdapterContract):
-    """Hugging Face: embeddings that are scaled, and tied to the unscaled head; grouped queries, gated MLP, softcaps."""
+    """Gemma-2: embeddings that are scaled, and tied to the unscaled head; grouped queries, gated MLP, softcaps."""
 
+    host = HUGGING_FACE
     n_positions = 4
 
     names = (
@@ -172,9 +190,76 @@ class TestGemma(AdapterContract):
         assert (embedding.scale, head.scale) == (pytest.approx(6**0.5), 1.0)
 
 
-class TestConvolutions(AdapterContract):
-    """Images, with every option of a convolution; the positions of a convolution are its output pixels."""
+class TestLlama(AdapterContract):
+    """Llama: grouped queries, gated MLP, untied head."""
 
+    host = HUGGING_FACE
+    n_positions = 4
+
+    names = (
+        "model.embed_tokens.weight",
+        *(f"model.layers.0.self_attn.{side}_proj.weight" for side in "qkvo"),
+        *(f"model.layers.0.mlp.{side}_proj.weight" for side in ("gate", "up", "down")),
+        "lm_head.weight",
+    )
+
+    def model(self):
+        config = LlamaConfig(
+            vocab_size=11,
+            hidden_size=6,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+            max_position_embeddings=8,
+            initializer_range=0.3,
+            attn_implementation="eager",
+            use_cache=False,
+        )
+        return LlamaForCausalLM(config).eval()
+
+    def batch(self, n_examples):
+        return {"input_ids": tokens(n_examples, 4, 11)}
+
+
+class TestBert(AdapterContract):
+    """BERT: encoder with learned positions and token types, sdpa attention, tied head."""
+
+    host = HUGGING_FACE
+    n_positions = 4
+
+    names = (
+        "bert.embeddings.word_embeddings.weight",
+        "bert.embeddings.position_embeddings.weight",
+        "bert.embeddings.token_type_embeddings.weight",
+        *(f"bert.encoder.layer.0.attention.self.{side}.weight" for side in ("query", "key", "value")),
+        "bert.encoder.layer.0.attention.output.dense.weight",
+        "bert.encoder.layer.0.intermediate.dense.weight",
+        "bert.encoder.layer.0.output.dense.weight",
+        "cls.predictions.transform.dense.weight",
+    )
+
+    def model(self):
+        config = BertConfig(
+            vocab_size=11,
+            hidden_size=6,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=8,
+            max_position_embeddings=4,
+            initializer_range=0.3,
+        )
+        return BertForMaskedLM(config).eval()
+
+    def batch(self, n_examples):
+        return {"input_ids": tokens(n_examples, 4, 11)}
+
+
+class TestConvolutions(AdapterContract):
+    """nn.Conv2d and nn.Conv1d with stride, padding, dilation, reflection; their positions are output pixels."""
+
+    host = TORCH
     names = ("0.weight", "2.weight", "4.weight", "6.weight")
 
     def model(self):
@@ -193,8 +278,9 @@ class TestConvolutions(AdapterContract):
 
 
 class TestViewsOfOneStorage(AdapterContract):
-    """Two parameters that share memory, one the transpose of the other; and two halves of a third, which do not."""
+    """Two parameters that share memory, one the transpose of the other (tied); two halves of a third (not tied)."""
 
+    host = TORCH
     names = ("first.weight", "left.weight", "right.weight")
 
     def model(self):
@@ -350,11 +436,12 @@ class OwnLinear(nn.Linear):
         (nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)), "part.parametrizations.weight.original", "layers that"),
     ],
 )
-def test_refuses_with_the_reason(module: nn.Module, name: str, reason: str):
+def test_refuses_with_the_reason(module: nn.Module, name: str, reason: str, record_property):
     target = apd.wrap(nn.ModuleDict({"part": module, "linear": nn.Linear(2, 2)}))
     assert reason in target.refused[name]
     assert name not in target.weights
     assert reason in str(target)
+    record_property("refused", (TORCH, type(module).__name__, target.refused[name]))
     with pytest.raises(apd.UnsupportedModel, match=f"{name.replace('.', '[.]')}.* cannot be decomposed: .*{reason}"):
         target.match(name)
 
@@ -369,7 +456,7 @@ def test_what_is_no_model_is_refused():
         apd.wrap({"weight": torch.eye(2)})
 
 
-def test_a_path_around_a_matrix_is_reported():
+def test_a_path_around_a_matrix_is_reported(record_property):
     """The fused fast path of TransformerEncoderLayer (eval, no grad) calls none of its linear layers."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     decomposition = decomposition_of(layer, ["linear1.weight"])
@@ -380,6 +467,8 @@ def test_a_path_around_a_matrix_is_reported():
         decomposition.only(0),
     ):
         layer(x)
+    reason = "an error in the forward, until torch.backends.mha.set_fastpath_enabled(False)"
+    record_property("refused", (TORCH, "The fast path of TransformerEncoder (in eval mode, without gradients)", reason))
     decomposition.attributions(x)  # with gradients, the layers are called
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -9,58 +9,68 @@ are shadowed, so that
 
 Options that can be switched at any time (`set_use_split_qkv_input`, `set_use_attn_result`, ...) are looked up in each
 call.
+
+In a mixture of experts the matrices are nn.Linear leaves, which see rows of the positions that were routed to them;
+these are put back to their examples and positions.
 """
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformer_lens import HookedTransformer
+from transformer_lens.components import (
+    AbstractAttention,
+    Attention,
+    Embed,
+    GroupedQueryAttention,
+    PosEmbed,
+    Unembed,
+)
+from transformer_lens.components.mlps.gated_mlp import GatedMLP
+from transformer_lens.components.mlps.gpt_oss_moe import GptOssMoE
+from transformer_lens.components.mlps.mlp import MLP
+from transformer_lens.components.mlps.moe import MoE
+from transformer_lens.utilities import get_offset_position_ids
 
-from apd_lens import Intercept, MissingExtra, UnsupportedModel, Use, WeightMatrix
-
-try:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.components import (
-        AbstractAttention,
-        Embed,
-        GroupedQueryAttention,
-        PosEmbed,
-        Unembed,
-    )
-    from transformer_lens.components.mlps.gated_mlp import GatedMLP
-    from transformer_lens.components.mlps.mlp import MLP
-    from transformer_lens.utilities import get_offset_position_ids
-except ImportError as error:
-    raise MissingExtra(
-        "apd_transformer_lens needs transformer-lens 3.9, the last release with HookedTransformer. Install it with "
-        "pip install 'apd-lens[transformer-lens]'"
-    ) from error
+from apd_lens import Intercept, Use, WeightMatrix
+from apd_lens._patch import patched
+from apd_transformer_lens._shadow import Shadow, shadowed
 
 _PLAIN = "d_in d_out -> d_in d_out"
+_LINEAR = "d_out d_in -> d_in d_out"
 _HEADS_OUT = "head d_in d_head -> d_in (head d_head)"
 _HEADS_IN = "head d_head d_out -> (head d_head) d_out"
+_OF_AN_EXPERT = ("W_in", "W_gate", "W_out")
 _FORWARD_SIGNATURE = inspect.signature(HookedTransformer.forward)
 _Uses = dict[str, Use]
 
 
 class HookedTransformerAdapter:
-    """W_E, W_pos, W_Q, W_K, W_V, W_O, W_in, W_gate, W_out and W_U, with the heads flattened into one side."""
+    """W_E, W_pos, W_Q, W_K, W_V, W_O, W_in, W_gate, W_out and W_U, with the heads flattened into one side.
+
+    Of a mixture of experts: `mlp.W_gate`, the router, and `mlp.experts.3.W_in` and so on.
+    """
 
     def matrices(self, model: nn.Module) -> Iterator[WeightMatrix]:
         for component in _components(model):
             for name, stored in component.stored.items():
+                path, _, attribute = stored.attribute.rpartition(".")
+                module = component.module.get_submodule(path)
                 yield WeightMatrix(
                     name=f"{component.path}.{name}",
-                    module=component.module,
-                    attribute=stored.attribute,
+                    module=module,
+                    attribute=attribute,
                     layout=stored.layout,
-                    axes={"head": len(getattr(component.module, stored.attribute))} if "head" in stored.layout else {},
-                    uses=(Use(f"{component.path}.{name}", site=f"{component.path}.{stored.site}".rstrip(".")),),
+                    axes={"head": len(getattr(module, attribute))} if "head" in stored.layout else {},
+                    uses=(Use(f"{component.path}.{name}", site=component.site(stored)),),
                     state_keys=(f"{component.path}.{stored.attribute}",),
                 )
 
@@ -74,10 +84,10 @@ class HookedTransformerAdapter:
     def patches(
         self, model: nn.Module, matrices: Iterable[WeightMatrix], intercept: Intercept
     ) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-        wanted = {matrix.name: matrix.uses[0] for matrix in matrices}
+        wanted = {use.site: use for matrix in matrices for use in matrix.uses}
         for component in _components(model):
-            names = (name for name in component.stored if f"{component.path}.{name}" in wanted)
-            uses = {name: wanted[f"{component.path}.{name}"] for name in names}
+            sites = {name: component.site(stored) for name, stored in component.stored.items()}
+            uses = {name: wanted[site] for name, site in sites.items() if site in wanted}
             if uses:
                 yield component.module, partial(component.forward, uses=uses, intercept=intercept)
 
@@ -89,7 +99,7 @@ class HookedTransformerAdapter:
 
 @dataclass(frozen=True)
 class _Stored:
-    """How a component stores one matrix, and the hook point (or "" for the component itself) where y is made."""
+    """How a component stores one matrix, and the submodule (or "" for the component itself) where y is made."""
 
     attribute: str
     layout: str
@@ -106,15 +116,13 @@ class _Component:
     forward: Callable[..., Any]
     refused: dict[str, str] = field(default_factory=dict)
 
+    def site(self, stored: _Stored) -> str:
+        return f"{self.path}.{stored.site}".rstrip(".")
+
 
 def _components(model: nn.Module) -> Iterator[_Component]:
     """In the order of the forward pass."""
-    if not isinstance(model, HookedTransformer):
-        raise UnsupportedModel(
-            f"{type(model).__module__}.{type(model).__name__} cannot be decomposed. Of transformer_lens, could be: a "
-            "HookedTransformer. Of anything else: a torch module with nn.Linear, Conv1D or nn.Embedding leaves, such "
-            "as the Hugging Face model behind this one."
-        )
+    assert isinstance(model, HookedTransformer)
     cfg = model.cfg
     yield _Component("embed", model.embed, {"W_E": _Stored("W_E", _PLAIN)}, _embed)
     if cfg.positional_embedding_type == "alibi":
@@ -130,6 +138,8 @@ def _components(model: nn.Module) -> Iterator[_Component]:
 
 
 def _attention_component(path: str, attn: AbstractAttention) -> _Component:
+    if type(attn) not in (Attention, GroupedQueryAttention):
+        return _refused(path, attn, f"the forward of {type(attn).__name__} is not understood")
     if attn.cfg.load_in_4bit:
         return _refused(path, attn, "4-bit weights cannot be decomposed")
     grouped = "_" if isinstance(attn, GroupedQueryAttention) else ""  # W_K is then a repeated view of _W_K
@@ -153,6 +163,10 @@ def _mlp_component(path: str, mlp: nn.Module) -> _Component:
             return _Component(path, mlp, {"W_gate": W_gate, "W_out": W_out}, _gated_mlp, {"W_in": reason})
         W_in = _Stored("W_in", _PLAIN, "hook_pre_linear")
         return _Component(path, mlp, {"W_in": W_in, "W_gate": W_gate, "W_out": W_out}, _gated_mlp)
+    if type(mlp) is MoE or type(mlp) is GptOssMoE:
+        experts = [f"experts.{expert}.{name}" for expert in range(mlp.num_experts) for name in _OF_AN_EXPERT]
+        stored = {name: _Stored(f"{name}.weight", _LINEAR, name) for name in ("W_gate", *experts)}
+        return _Component(path, mlp, stored, _mixture_of_experts)
     return _refused(path, mlp, f"the forward of {type(mlp).__name__} is not understood")
 
 
@@ -165,13 +179,18 @@ def _refused(path: str, module: nn.Module, reason: str) -> _Component:
 # the uses of the matrices that are decomposed, by the matrix's name.
 
 
+def _keep(read: dict[str, Tensor], name: str) -> Shadow:
+    """Puts what the code behind the submodule of that name receives into `read`."""
+    return Shadow(after=partial(read.__setitem__, name))
+
+
 def _embed(
     embed: Embed, original: Callable[..., Tensor], tokens: Tensor, *, uses: _Uses, intercept: Intercept
 ) -> Tensor:
     if not embed.cfg.post_embedding_ln:
         return intercept(uses["W_E"], tokens, lambda: original(tokens), None)
     # The looked-up rows are what the layer norm at the end is given.
-    with _shadowed(embed, ln=_Shadow(before=lambda rows: intercept(uses["W_E"], tokens, lambda: rows, None))):
+    with shadowed(embed, ln=Shadow(before=lambda rows: intercept(uses["W_E"], tokens, lambda: rows, None))):
         return original(tokens)
 
 
@@ -186,10 +205,7 @@ def _pos_embed(
     intercept: Intercept,
 ) -> Tensor:
     use, length = uses["W_pos"], tokens.shape[-1]
-
-    def looked_up() -> Tensor:
-        return original(tokens, past_kv_pos_offset, attention_mask)
-
+    looked_up = partial(original, tokens, past_kv_pos_offset, attention_mask)
     if attention_mask is None:
         # A slice, as in the host: shorter than `length` where it would run over the end of W_pos.
         rows = torch.arange(len(pos_embed.W_pos), device=tokens.device)[past_kv_pos_offset:][:length]
@@ -202,27 +218,19 @@ def _pos_embed(
 def _attention(
     attn: AbstractAttention, original: Callable[..., Tensor], *, uses: _Uses, intercept: Intercept, **inputs: Any
 ) -> Tensor:
-    z: Tensor | None = None
-    shadows = {}
+    read: dict[str, Tensor] = {}
+    shadows = {"hook_z": _keep(read, "hook_z")}
     for letter, x_name in (("Q", "query_input"), ("K", "key_input"), ("V", "value_input")):
         if f"W_{letter}" in uses:
-            shadows[f"hook_{letter.lower()}"] = _Shadow(
+            shadows[f"hook_{letter.lower()}"] = Shadow(
                 before=partial(_to_heads, attn, letter, inputs[x_name], uses[f"W_{letter}"], intercept)
             )
-    if "W_O" in uses:
-
-        def keep(value: Tensor) -> None:
-            nonlocal z
-            z = value
-
-        shadows["hook_z"] = _Shadow(after=keep)
-        if attn.cfg.use_attn_result:
-            shadows["hook_result"] = _Shadow(before=lambda y: _from_each_head(z, y, uses["W_O"], intercept))
-    with _shadowed(attn, **shadows):
+    if "W_O" in uses and attn.cfg.use_attn_result:
+        shadows["hook_result"] = Shadow(before=lambda y: _from_each_head(read["hook_z"], y, uses["W_O"], intercept))
+    with shadowed(attn, **shadows):
         out = original(**inputs)
-    if "W_O" in uses and not attn.cfg.use_attn_result:
-        assert z is not None
-        return intercept(uses["W_O"], z.flatten(2), lambda: out, attn.b_O)
+    if "W_O" in uses and "hook_z" in read and not attn.cfg.use_attn_result:
+        return intercept(uses["W_O"], read["hook_z"].flatten(2), lambda: out, attn.b_O)
     return out
 
 
@@ -244,9 +252,8 @@ def _to_heads(attn: AbstractAttention, letter: str, x: Tensor, use: Use, interce
     return torch.stack(heads, 2)
 
 
-def _from_each_head(z: Tensor | None, y: Tensor, use: Use, intercept: Intercept) -> Tensor:
+def _from_each_head(z: Tensor, y: Tensor, use: Use, intercept: Intercept) -> Tensor:
     """Intercepts W_O where each head's result is made on its own: y is `batch pos head d_model`, without bias."""
-    assert z is not None
     d_head = z.shape[3]
     heads = []
     for head in range(z.shape[2]):
@@ -277,75 +284,99 @@ def _mlp_with(
     intercept: Intercept,
 ) -> Tensor:
     """Intercepts the matrices that read the MLP's input, by the hook point that is given their y, and W_out."""
-    post: Tensor | None = None
-
-    def keep(value: Tensor) -> None:
-        nonlocal post
-        post = value
-
-    def replaced(use: Use, bias: Tensor | None, y: Tensor) -> Tensor:
-        return intercept(use, x, lambda: y, bias)
-
-    shadows = {
-        hook: _Shadow(before=partial(replaced, uses[name], bias))
-        for hook, (name, bias) in made_before.items()
-        if name in uses
-    }
-    with _shadowed(mlp, **shadows, hook_post=_Shadow(after=keep)):
+    read = {"hook_in": x}
+    shadows = {"hook_post": _keep(read, "hook_post")}
+    if "hook_in" in mlp._modules:  # SAELens adds it
+        shadows["hook_in"] = _keep(read, "hook_in")
+    for hook, (name, bias) in made_before.items():
+        if name in uses:
+            shadows[hook] = Shadow(before=partial(_reader_of_the_input, read, uses[name], bias, intercept))
+    with shadowed(mlp, **shadows):
         out = original(x)
-    if "W_out" not in uses:
-        return out
-    assert post is not None
-    return intercept(uses["W_out"], post, lambda: out, mlp.b_out)
+    if "W_out" in uses and "hook_post" in read:
+        return intercept(uses["W_out"], read["hook_post"], lambda: out, mlp.b_out)
+    return out
+
+
+def _reader_of_the_input(
+    read: dict[str, Tensor], use: Use, bias: Tensor | None, intercept: Intercept, y: Tensor
+) -> Tensor:
+    return intercept(use, read["hook_in"], lambda: y, bias)
+
+
+@dataclass(frozen=True)
+class _Routing:
+    """Which tokens of a batch, numbered `(batch pos)`, the leaves of a mixture of experts see.
+
+    Attributes:
+        shape: batch and pos.
+        read: under "hook_expert_indices" the experts of each token, `(batch pos) slot`, once they are known.
+        called: the names of the leaves that were called.
+    """
+
+    shape: torch.Size
+    read: dict[str, Tensor] = field(default_factory=dict)
+    called: set[str] = field(default_factory=set)
+
+    def tokens(self, name: str) -> Tensor:
+        if name == "W_gate":
+            return torch.arange(self.shape.numel())
+        expert = int(name.split(".")[1])
+        return torch.where(self.read["hook_expert_indices"].mT == expert)[1]
+
+
+def _mixture_of_experts(
+    mlp: MoE | GptOssMoE, original: Callable[..., Tensor], x: Tensor, *, uses: _Uses, intercept: Intercept
+) -> Tensor:
+    """Intercepts the router and the experts, each on `batch pos`: x and y are 0 where a token was not routed there."""
+    routing = _Routing(x.shape[:2])
+    leaves = {
+        name: partial(_routed_leaf, name=name, routing=routing, use=use, intercept=intercept)
+        for name, use in uses.items()
+    }
+    with ExitStack() as stack:
+        stack.enter_context(shadowed(mlp, hook_expert_indices=_keep(routing.read, "hook_expert_indices")))
+        for name, leaf in leaves.items():
+            stack.enter_context(patched(mlp.get_submodule(name), leaf))
+        out = original(x)
+    for name, leaf in leaves.items():
+        # GptOssMoE does not call an expert that no token was routed to.
+        if name not in routing.called and routing.read and len(routing.tokens(name)) == 0:
+            linear = mlp.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            product = partial(F.linear, weight=linear.weight, bias=linear.bias)
+            no_rows = leaf(linear, product, x.new_zeros(0, linear.in_features))
+            out = torch.cat([out.flatten(), no_rows.flatten()]).view_as(out)  # the same, with y in its graph
+    return out
+
+
+def _routed_leaf(
+    leaf: nn.Linear,
+    original: Callable[[Tensor], Tensor],
+    rows: Tensor,
+    *,
+    name: str,
+    routing: _Routing,
+    use: Use,
+    intercept: Intercept,
+) -> Tensor:
+    routing.called.add(name)
+    tokens = routing.tokens(name).to(rows.device)
+    row_of = torch.full((routing.shape.numel(),), len(rows), device=rows.device)
+    row_of[tokens] = torch.arange(len(rows), device=rows.device)
+    at_positions = partial(_at_positions, row_of.view(routing.shape))
+    return intercept(use, at_positions(rows), lambda: at_positions(original(rows)), leaf.bias).flatten(0, 1)[tokens]
+
+
+def _at_positions(row_of: Int[Tensor, "batch pos"], rows: Float[Tensor, "row d"]) -> Float[Tensor, "batch pos d"]:
+    """The row of every token; 0 where it has none, which is where its number is that of the row behind the last."""
+    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])[row_of]
 
 
 def _unembed(
     unembed: Unembed, original: Callable[..., Tensor], residual: Tensor, *, uses: _Uses, intercept: Intercept
 ) -> Tensor:
-    x: Tensor | None = None
-
-    def keep(value: Tensor) -> None:
-        nonlocal x
-        x = value
-
-    def replaced(y: Tensor) -> Tensor:
-        assert x is not None
-        return intercept(uses["W_U"], x, lambda: y, unembed.b_U)
-
-    with _shadowed(unembed, hook_in=_Shadow(after=keep), hook_out=_Shadow(before=replaced)):
+    read: dict[str, Tensor] = {}
+    replaced = Shadow(before=lambda y: intercept(uses["W_U"], read["hook_in"], lambda: y, unembed.b_U))
+    with shadowed(unembed, hook_in=_keep(read, "hook_in"), hook_out=replaced):
         return original(residual)
-
-
-class _Shadow:
-    """Stands in for a submodule while its parent's forward runs.
-
-    Calls the submodule that the parent has at that moment, with whatever the user has hooked to it or spliced in
-    there. `before` may replace what it is given (a y that no hook of the user's has seen yet); `after` is shown what
-    the code behind it receives (an x with all of the user's edits).
-    """
-
-    def __init__(self, before: Callable[[Tensor], Tensor] | None = None, after: Callable[[Tensor], None] | None = None):
-        self.before, self.after = before, after
-        self.real: Any = None
-
-    def __call__(self, value: Tensor) -> Any:
-        out = self.real(value if self.before is None else self.before(value))
-        if self.after is not None:
-            self.after(out)
-        return out
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.real, name)
-
-
-@contextmanager
-def _shadowed(parent: nn.Module, **shadows: _Shadow) -> Iterator[None]:
-    """Instance attributes are found before submodules, so shadows go into the parent's `__dict__`."""
-    try:
-        for name, shadow in shadows.items():
-            shadow.real = getattr(parent, name)
-            parent.__dict__[name] = shadow
-        yield
-    finally:
-        for name in shadows:
-            parent.__dict__.pop(name, None)
