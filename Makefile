@@ -28,7 +28,7 @@ test: .venv/installed
 
 .venv-tl4/installed: pyproject.toml constraints-tl4.txt
 	$(PYTHON) -m venv .venv-tl4
-	.venv-tl4/bin/pip install --quiet --disable-pip-version-check -c constraints-tl4.txt -e '.[transformer-lens,dev]'
+	.venv-tl4/bin/pip install --quiet --disable-pip-version-check -c constraints-tl4.txt -e '.[transformer-lens,nnsight,dev]'
 	touch $@
 
 test-tl4: .venv-tl4/installed

@@ -316,8 +316,9 @@ def _watch(state: State, batch: Batch) -> Seen:
     if last is not None and tensors(batch) and same_arguments(batch, last.batch, last.versions):
         return last
     where = f"step {state.step}"
-    check_finite(batch, where)
-    moved = on_device(batch, state.last_active.device)
+    prepared = state.target.prepare(batch)
+    check_finite(prepared, where)
+    moved = on_device(prepared, state.last_active.device)
     hidden = state.settings.losses.hidden_at
     watched = watched_pass(state.target, state.components.names, moved, state.output, hidden=hidden)
     check_finite_output(watched.output, where)

@@ -82,6 +82,7 @@ class Decomposition:
         """The mask of active components, by the selection of the training; `k` overrides how many. None is active at
         padding."""
         selection = self.settings.selection if k is None else replace(self.settings.selection, k=k)
+        batch = self.target.prepare(batch)
         attributions = self.attributions(batch)
         return selection(attributions, real_positions(batch, attributions.device))
 
@@ -158,6 +159,7 @@ class Decomposition:
     @torch.no_grad()
     def summary(self, batch: Batch) -> "Summary":
         """A printable table of the components: how often active on the batch, attribution, norms, effective ranks."""
+        batch = self.target.prepare(batch)
         attributions = self.attributions(batch)
         real = real_positions(batch, attributions.device)
         mask = without_padding(self.settings.selection(attributions, real), real)
@@ -210,6 +212,7 @@ class Decomposition:
                 "This decomposition was made with an output function of your own, which is not saved. Give it again: "
                 "apd_lens.load(path, model, output=...)."
             )
+        batch = self.target.prepare(batch)
         check_finite(batch, "attributions")
         batch = on_device(batch, next(self.components.parameters()).device)
         with evaluating(self.target.model):

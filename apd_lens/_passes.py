@@ -14,6 +14,7 @@ from apd_lens._batches import Batch, call, n_examples
 from apd_lens._components import ParameterComponents
 from apd_lens._errors import InvalidOutput, InvalidSetting, NonFinite, ShapeMismatch, SiteNotCalled
 from apd_lens._padding import Real, padded, real_positions, zero_at_padding
+from apd_lens._patch import outside_traces
 from apd_lens._product import Mask, masked_product
 from apd_lens._target import Intercept, TargetModel, Use
 
@@ -124,7 +125,12 @@ def watched_pass(
         calls.append(Call(use, x.detach().clone(), y))
         return y.clone()  # the model may change it in place
 
-    with torch.enable_grad(), target.intercepted(names, watch), _activations(target.model, hidden) as kept:
+    with (
+        torch.enable_grad(),
+        outside_traces(target.model),
+        target.intercepted(names, watch),
+        _activations(target.model, hidden) as kept,
+    ):
         picked = explained_output(output, call(target.model, batch), examples)
         real = real_positions(batch)
         picked = zero_at_padding(picked, real)
@@ -147,7 +153,11 @@ def sparse_pass(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The explained output, and named hidden activations, of the model run on Σ_c mask_c P_c for each data point."""
     replaced = replace_weights(components, mask)
-    with target.intercepted(components.names, replaced), _activations(target.model, hidden) as kept:
+    with (
+        outside_traces(target.model),
+        target.intercepted(components.names, replaced),
+        _activations(target.model, hidden) as kept,
+    ):
         picked = explained_output(output, call(target.model, batch), n_examples(batch))
         return zero_at_padding(picked, real_positions(batch)), kept
 

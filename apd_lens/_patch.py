@@ -183,6 +183,21 @@ def in_nnsight_trace(module: nn.Module) -> bool:
     return controller is not None and controller.state.active()[0] is not None
 
 
+@contextmanager
+def outside_traces(model: nn.Module) -> Iterator[None]:
+    """Inside, forwards of the model are no part of a trace of nnsight that is running on it."""
+    controller = _controller(model)
+    interleaver = None if controller is None else controller.state.active()[0]
+    if interleaver is None:
+        yield
+        return
+    interleaver.interleaving = False
+    try:
+        yield
+    finally:
+        interleaver.interleaving = True
+
+
 def is_patched(model: nn.Module) -> bool:
     """Whether a patch of ours is at work on the model or on one of its submodules."""
     patches = map(_innermost, model.modules())

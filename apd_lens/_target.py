@@ -165,11 +165,19 @@ class TargetModel:
         model: the user's model.
         weights: name -> `WeightMatrix`, in the order of the forward pass; a tied matrix stands here once.
         refused: name -> reason, the matrices that cannot be decomposed.
+        prepare: makes what `model` is called with of what the user gives for a batch (tokens of text).
     """
 
-    def __init__(self, model: nn.Module, adapter: Adapter, untied: Iterable[str] = ()):
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        untied: Iterable[str] = (),
+        prepare: Callable[[Any], Any] = lambda batch: batch,
+    ):
         self.model = model
         self.adapter = adapter
+        self.prepare = prepare
         weights = _tied(adapter.matrices(model), untied=set(untied))
         self.weights: Mapping[str, WeightMatrix] = MappingProxyType({matrix.name: matrix for matrix in weights})
         self.refused: Mapping[str, str] = MappingProxyType(dict(adapter.refused(model)))
@@ -230,7 +238,7 @@ class TargetModel:
         for name in names:
             if name not in tied:
                 raise UnknownWeight(f"{name!r} is not tied to another matrix. Tied are: {sorted(tied) or 'none'}.")
-        return TargetModel(self.model, self.adapter, untied=names)
+        return TargetModel(self.model, self.adapter, names, self.prepare)
 
     @contextmanager
     def intercepted(self, names: Iterable[str], intercept: Intercept) -> Iterator[None]:

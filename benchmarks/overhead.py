@@ -1,17 +1,19 @@
 """What interception costs: forward times as ratios to the bare model, of rounds in one run.
 
     idle      inside a context that changes nothing, ablate([])
-    watched   x and y of every use kept for attributions, with the graph behind them
+    entered   the same, and with it entering and leaving the context
+    watched   x and y of every use kept for attributions, with the graph behind them; to a bare forward with gradients
     sparse    a mask of its own for every example, on C components of rank m
 
-The bare forward is timed in every round, before and after; the ratio is the median over rounds. A bare forward with
-gradients stands beside `watched`, which needs them.
+The bare forward is timed in every round, before and after; the ratio is the median over rounds.
 """
 
 import argparse
 import statistics
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -28,7 +30,8 @@ def hooked_transformer(d_model: int, n_layers: int) -> HookedTransformer:
         n_layers=n_layers, d_model=d_model, n_ctx=128, d_head=64, n_heads=d_model // 64, d_vocab=1000,
         act_fn="gelu_new", normalization_type="LN", device="cpu", seed=0,
     )  # fmt: skip
-    return HookedTransformer(config).eval()
+    with warnings.catch_warnings(action="ignore"):  # that it is deprecated
+        return HookedTransformer(config).eval()
 
 
 def hugging_face(d_model: int, n_layers: int) -> GPT2LMHeadModel:
@@ -38,18 +41,25 @@ def hugging_face(d_model: int, n_layers: int) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def seconds(run: Callable[[], object], inside: Callable[[], AbstractContextManager[None]] = nullcontext) -> float:
+    """Of `run` alone, not of entering the context that it runs in."""
+    with inside():
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
 
 
-def ratio(run: Callable[[], object], bare: Callable[[], object], rounds: int) -> float:
+def ratio(
+    run: Callable[[], object],
+    bare: Callable[[], object],
+    rounds: int,
+    inside: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> float:
     """Median over rounds of the time of `run` over the mean of the bare times around it."""
-    run(), bare()
+    seconds(run, inside), bare()
     ratios, before = [], seconds(bare)
     for _ in range(rounds):
-        middle, after = seconds(run), seconds(bare)
+        middle, after = seconds(run, inside), seconds(bare)
         ratios.append(2 * middle / (before + after))
         before = after
     return statistics.median(ratios)
@@ -70,19 +80,17 @@ def measure(model: torch.nn.Module, weights: str, n_components: int, rounds: int
     def watched() -> object:
         return watched_pass(decomposition.target, names, tokens, decomposition.output)
 
-    def idle() -> object:  # with entering and leaving the context
+    def entered() -> object:
         with decomposition.ablate([]):
             return forward()
 
-    def sparse() -> object:
-        with decomposition.sparse(torch.rand(4, n_components) < 0.1):
-            return forward()
-
+    mask = torch.rand(4, n_components, generator=torch.Generator().manual_seed(0)) < 0.1
     return {
         "bare": ratio(forward, forward, rounds),
-        "idle": ratio(idle, forward, rounds),
+        "idle": ratio(forward, forward, rounds, inside=lambda: decomposition.ablate([])),
+        "entered": ratio(entered, forward, rounds),
         "watched": ratio(watched, with_gradients, rounds),
-        "sparse": ratio(sparse, forward, rounds),
+        "sparse": ratio(forward, forward, rounds, inside=lambda: decomposition.sparse(mask)),
     }
 
 
@@ -92,13 +100,14 @@ def main() -> None:
     parser.add_argument("--components", type=int, default=64)
     arguments = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, batch 4 × 128, every matrix of the blocks; ratios to the bare model")
-    print(f"{'':36}{'bare':>8}{'idle':>8}{'watched':>9}{'sparse':>8}")
+    columns = ("bare", "idle", "entered", "watched", "sparse")
+    print(" " * 36 + "".join(f"{column:>9}" for column in columns))
     for d_model, n_layers in ((64, 2), (256, 4), (768, 4)):
         for name, make in {"HookedTransformer": hooked_transformer, "Hugging Face GPT-2": hugging_face}.items():
             model = make(d_model, n_layers)
             row = measure(model, WEIGHTS[name], arguments.components, arguments.rounds)
             label = f"{name}, d {d_model}, {n_layers} layers"
-            print(f"{label:36}{row['bare']:8.3f}{row['idle']:8.3f}{row['watched']:9.3f}{row['sparse']:8.3f}")
+            print(f"{label:36}" + "".join(f"{row[column]:9.3f}" for column in columns))
 
 
 if __name__ == "__main__":

@@ -851,3 +851,28 @@ def test_a_path_around_a_matrix_is_reported_outside_traces():
         decomposition.only(0),
     ):
         model(torch.randn(2, 3, 8))
+
+
+def test_text_is_a_batch_of_a_language_model(language_model):
+    """Tokenised and padded as in a trace, with each text at its own positions."""
+    model, _ = language_model
+    texts, batches = ["w3 w4 w5", "w7"], [["w3 w4 w5", "w7"], "w8 w9"]
+    options = {"n_components": 3, "rank": 1, "optimization": apd.Optimization(steps=2), "progress": False}
+    decomposition = apd.decompose(model, batches, **options)
+    together, alone = decomposition.attributions(texts), [decomposition.attributions(text) for text in texts]
+    assert_close(together, torch.cat(alone), **SAME)
+    with decomposition.sparse(decomposition.select(texts)), model.trace(texts):
+        assert model.output.logits.shape == (2, 3, D_VOCAB)
+
+
+def test_attributions_in_the_middle_of_a_trace(case: Case):
+    parent, leaf = case.model.get(case.host.parent), case.model.get(case.host.leaf)
+    expected = case.decomposition.select(case.host.batch)
+    with case.model.trace(case.host.batch):
+        y = leaf.output.save()
+    with case.model.trace(case.host.batch):
+        parent.input.save()
+        mask = case.decomposition.select(case.host.batch).save()
+        again = leaf.output.save()
+    assert torch.equal(mask, expected)
+    assert torch.equal(y, again)

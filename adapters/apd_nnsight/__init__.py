@@ -4,6 +4,7 @@ Interception goes to the forward that nnsight's controller runs (see `apd_lens._
 same on the module, on an envoy made of it before or after, and inside a trace of the user's.
 """
 
+from functools import partial
 from typing import Any
 
 import apd_lens as apd
@@ -37,4 +38,14 @@ def wrap(model: Any) -> TargetModel:
             f"The weights of this {type(model).__name__} are not loaded yet: they are on the meta device. Load them "
             "first; a TransformersModel does with dispatch=True."
         )
-    return apd.wrap(model._module)
+    target = apd.wrap(model._module)
+    return TargetModel(target.model, target.adapter, prepare=partial(_model_inputs, model))
+
+
+def _model_inputs(model: Envoy, batch: Any) -> Any:
+    """What a trace calls the module with: a TransformersModel takes text and makes tokens of it."""
+    texts = batch if isinstance(batch, list) else [batch]
+    if not hasattr(type(model), "_call") or not all(isinstance(text, str) for text in texts):
+        return batch
+    _, inputs = model._batch([((batch,), {})], model._call)
+    return inputs
