@@ -6,14 +6,37 @@ Inside the package nothing is checked at run time, except in the tests, which ch
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar, cast
 
-from beartype import BeartypeConf, beartype
-from beartype.door import is_bearable
 from jaxtyping import TypeCheckError, jaxtyped
 
 from apd_lens._errors import ApdError, InvalidSetting, ShapeMismatch
+
+
+@contextmanager
+def _object_as_python_made_it() -> Iterator[None]:
+    """Inside, `object` is without the method `save` that nnsight (0.8) gives it, which cannot be hashed.
+
+    Importing beartype (0.23) hashes all that `object` has, so it fails where nnsight was imported first.
+    """
+    added = vars(object).get("save")
+    if added is None or "nnsight._c" not in sys.modules:
+        yield
+        return
+    mounting = sys.modules["nnsight._c"]
+    mounting.unmount("save")
+    try:
+        yield
+    finally:
+        mounting.mount(added.__func__, "save")
+
+
+with _object_as_python_made_it():
+    from beartype import BeartypeConf, beartype
+    from beartype.door import is_bearable
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

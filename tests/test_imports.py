@@ -21,6 +21,26 @@ def test_decomposing_a_torch_module_brings_in_no_host():
     assert outside.run(f"{code}; {PRINT_HOSTS}") == "[]\n"
 
 
+def test_nnsight_may_be_imported_first():
+    """beartype cannot be imported after it, by itself."""
+    printed = outside.run(
+        """
+        import nnsight, torch
+        try:
+            import beartype
+        except TypeError:
+            print("beartype alone fails")
+        import apd_lens as apd
+        model = nnsight.NNsight(torch.nn.Linear(2, 2))
+        apd.init(model, n_components=1)
+        with model.trace(torch.ones(1, 2)):
+            y = model.output.save()
+        print(y.shape)
+        """
+    )
+    assert printed.splitlines()[-1] == "torch.Size([1, 2])"
+
+
 def test_the_check_above_can_fail():
     assert "transformer_lens" in outside.run(f"import apd_lens, transformer_lens; {PRINT_HOSTS}")
 
