@@ -21,5 +21,5 @@ def test_minilm(tmp_path):
     neurons = [line for line in done.stdout.splitlines() if line.startswith(" 1536")]
     assert len(neurons) == 1
     assert "1.0000 (0.00)" in neurons[0]  # all neurons together are the MLP
-    assert done.stdout.count("random twin") == 6
+    assert done.stdout.count("its random twin") == 6
     assert (tmp_path / "minilm.png").stat().st_size > 10_000
