@@ -108,10 +108,14 @@ class WeightMatrix:
         return rearrange(value, f"{ours} -> {host}", **self.axes).to(self.parameter.dtype)
 
     def state(self, value: Float[Tensor, "d_in d_out"]) -> dict[str, Tensor]:
-        """The entries of a state dict that hold this matrix, under all its names."""
-        entries = dict.fromkeys(self.state_keys, self.to_host(value).contiguous())
+        """The entries of a state dict that hold this matrix, under all its names; one tensor for one parameter."""
+        stored = self.to_host(value).contiguous()
+        entries = dict.fromkeys(self.state_keys, stored)
         for other, transposed in self.tied:
-            entries |= other.state(value.mT if transposed else value)
+            if other.parameter is self.parameter:
+                entries |= dict.fromkeys(other.state_keys, stored)
+            else:
+                entries |= other.state(value.mT if transposed else value)
         return entries
 
 
