@@ -10,15 +10,14 @@ def test_other_models_of_transformer_lens():
         warnings.filterwarnings("ignore")
         import apd_lens as apd
         from nnsight import NNsight
-        from transformer_lens import HookedEncoder, HookedTransformerConfig
-        sizes = dict(n_layers=1, d_model=8, n_ctx=4, d_head=4, n_heads=2, d_mlp=8, d_vocab=9, act_fn="gelu")
-        encoder = HookedEncoder(HookedTransformerConfig(**sizes, device="cpu"))
+        from transformer_lens.hook_points import HookPoint
+        part = HookPoint()  # there is one in transformer-lens 3 and 4
         """,
-        ["apd.wrap(encoder)", "apd.wrap(NNsight(encoder))"],
+        ["apd.wrap(part)", "apd.wrap(NNsight(part))"],
     )
     for message in came:
         assert "UnsupportedModel: transformer_lens." in message
-        assert "HookedEncoder cannot be decomposed. Of transformer_lens, could be: " in message
+        assert "HookPoint cannot be decomposed. Of transformer_lens, could be: " in message
         assert "a HookedTransformer or a TransformerBridge. " in message
 
 
