@@ -17,7 +17,7 @@ from apd_lens._attribution import metric_effects
 from apd_lens._batches import Batch, check_finite, on_device
 from apd_lens._components import ParameterComponents, effective_rank, singular_values
 from apd_lens._errors import ArtifactError, InvalidSetting, ShapeMismatch
-from apd_lens._padding import real_positions, without_padding
+from apd_lens._padding import Real, without_padding
 from apd_lens._passes import (
     OutputFn,
     WatchedPass,
@@ -72,19 +72,15 @@ class Decomposition:
         Raises:
             NonFinite: the batch, or the output, holds NaN or infinity.
         """
-        watched = self._watch(batch)
-        granularity = self.settings.selection.granularity
-        if metric is not None:
-            return metric_effects(watched, self.components, granularity, metric)
-        return self.settings.attribution(watched, self.components, granularity)
+        if metric is None:
+            return self._attributed(batch)[0]
+        return metric_effects(self._watch(batch), self.components, self.settings.selection.granularity, metric)
 
     def select(self, batch: Batch, k: float | None = None) -> Bool[Tensor, "batch *pos C"]:
         """The mask of active components, by the selection of the training; `k` overrides how many. None is active at
         padding."""
         selection = self.settings.selection if k is None else replace(self.settings.selection, k=k)
-        batch = self.target.prepare(batch)
-        attributions = self.attributions(batch)
-        return selection(attributions, real_positions(batch, attributions.device))
+        return selection(*self._attributed(batch))
 
     def sparse(self, mask: Mask) -> AbstractContextManager[None]:
         """Inside, every forward of the user's model runs on Σ_c mask_c P_c in the place of its weights.
@@ -159,9 +155,7 @@ class Decomposition:
     @torch.no_grad()
     def summary(self, batch: Batch) -> "Summary":
         """A printable table of the components: how often active on the batch, attribution, norms, effective ranks."""
-        batch = self.target.prepare(batch)
-        attributions = self.attributions(batch)
-        real = real_positions(batch, attributions.device)
+        attributions, real = self._attributed(batch)
         mask = without_padding(self.settings.selection(attributions, real), real)
         spectra = {name: singular_values(self.components, name) for name in self.components.names}
         never_active = ~mask.flatten(0, -2).any(0)
@@ -205,6 +199,12 @@ class Decomposition:
         }
         factors = {f"A.{name}": factor for name, factor in A.items()} | {f"B.{name}": f for name, f in B.items()}
         write_artifact(Path(path), factors, about)
+
+    @torch.inference_mode(False)
+    def _attributed(self, batch: Batch) -> tuple[Float[Tensor, "batch *pos C"], Real]:
+        """Attributions, and which positions are no padding."""
+        watched = self._watch(batch)
+        return self.settings.attribution(watched, self.components, self.settings.selection.granularity), watched.real
 
     def _watch(self, batch: Batch) -> WatchedPass:
         if self.output is None:

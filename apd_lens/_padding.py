@@ -3,7 +3,6 @@
 `real` is True elsewhere, and None where a batch has no attention_mask. Only values `batch pos *rest` have padding.
 """
 
-import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
@@ -12,11 +11,11 @@ from apd_lens._batches import Batch, arguments
 Real = Bool[Tensor, "batch pos"] | None
 
 
-def real_positions(batch: Batch, device: torch.device | None = None) -> Real:
+def real_positions(batch: Batch) -> Real:
     """True where a position is no padding."""
     attention_mask = arguments(batch)[1].get("attention_mask")
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        return attention_mask.to(device).bool()
+        return attention_mask.bool()
     return None
 
 

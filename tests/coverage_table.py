@@ -54,7 +54,7 @@ class CoverageTable:
             self.refused += [value for name, value in report.user_properties if name == "refused"]
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if not self.classes or session.testscollected == 0 or self.config.option.collectonly:
+        if not self.classes or self.config.option.collectonly:
             return
         rows: dict[str, list[str]] = {}
         for node, cls in self.classes.items():
