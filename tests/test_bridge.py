@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from adapter_contract import SAME, AdapterContract
 from torch import Tensor, nn
 from torch.testing import assert_close
-from toy_models import Snapshot, decomposition_of, substituted
+from toy_models import Snapshot, decomposition_of, double, substituted, zero_head
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
@@ -268,16 +268,6 @@ def case(request) -> tuple[apd.Decomposition, dict[str, Tensor]]:
     decomposition = decomposition_of(bridge(architecture, processing, **options), rank=4)
     components = decomposition.components
     return decomposition, {name: components.summed(name, MASK[0].float()) for name in components.names}
-
-
-def zero_head(z: Tensor, hook) -> Tensor:
-    z = z.clone()
-    z[:, :, 1] = 0
-    return z
-
-
-def double(value: Tensor, hook) -> Tensor:
-    return value * 2
 
 
 EDITS = [

@@ -11,38 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
-from toy_models import decomposition_of, substituted
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from toy_models import decomposition_of, substituted, tiny_gpt2, tiny_llama
 
 import apd_lens as apd
 
 CHOSEN = [1, 3]
 
 
-def gpt2() -> GPT2LMHeadModel:
-    config = GPT2Config(vocab_size=13, n_positions=12, n_embd=8, n_layer=2, n_head=2, initializer_range=0.3)
-    for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-        setattr(config, name, 0.0)
-    return GPT2LMHeadModel(config).eval()
-
-
-def llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=13,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=12,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+def gpt2() -> nn.Module:
+    return tiny_gpt2(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
 
 
 HOSTS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "gpt2": (gpt2, "transformer.h.0.*", "transformer.h.0.mlp.c_proj"),
-    "llama": (llama, "model.layers.0.*", "model.layers.0.mlp.down_proj"),
+    "llama": (tiny_llama, "model.layers.0.*", "model.layers.0.mlp.down_proj"),
 }
 TOKENS = torch.randint(13, (2, 5), generator=torch.Generator().manual_seed(1))
 

@@ -22,9 +22,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from torch.testing import assert_close
-from toy_models import Snapshot, decomposition_of, substituted
+from toy_models import Snapshot, decomposition_of, substituted, tiny_gpt2, tiny_llama
 from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import apd_lens as apd
 from apd_lens._passes import default_output
@@ -47,42 +47,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w2", eos_token="w1", pad_token="w1")
 
 
-def gpt2(n_layers: int = 2) -> GPT2LMHeadModel:
-    """wte is tied to lm_head."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=D_VOCAB,
-        n_positions=16,
-        n_embd=8,
-        n_layer=n_layers,
-        n_head=2,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-        initializer_range=0.3,
-    )
-    config._attn_implementation = "eager"
-    return GPT2LMHeadModel(config).eval()
+# As nnsight's language models use them.
+OPTIONS = {
+    "vocab_size": D_VOCAB,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "attn_implementation": "eager",
+}
 
 
-def llama(n_layers: int = 2) -> LlamaForCausalLM:
-    """Two query heads to one key and value head, a gated MLP."""
+def gpt2(n_layers: int = 2) -> nn.Module:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=D_VOCAB,
-        hidden_size=8,
-        intermediate_size=10,
-        num_hidden_layers=n_layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-        initializer_range=0.3,
-    )
-    config._attn_implementation = "eager"
-    return LlamaForCausalLM(config).eval()
+    return tiny_gpt2(n_positions=16, n_layer=n_layers, **OPTIONS)
+
+
+def llama(n_layers: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    return tiny_llama(intermediate_size=10, max_position_embeddings=16, num_hidden_layers=n_layers, **OPTIONS)
 
 
 def sequential() -> nn.Sequential:

@@ -6,20 +6,17 @@ pip install --no-deps pyvene
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
-from toy_models import Snapshot, decomposition_of, substituted
-from transformers import GPT2Config, GPT2LMHeadModel
+from toy_models import Snapshot, decomposition_of, substituted, tiny_gpt2
 
 pyvene = pytest.importorskip("pyvene", reason="pip install --no-deps pyvene")
 
 MASK = torch.tensor([True, True, False, True, False]).expand(3, -1)
 
 
-def gpt2() -> GPT2LMHeadModel:
-    config = GPT2Config(vocab_size=13, n_positions=8, n_embd=8, n_layer=2, n_head=2, initializer_range=0.3)
-    config._attn_implementation = "eager"
-    return GPT2LMHeadModel(config).eval()
+def gpt2() -> nn.Module:
+    return tiny_gpt2(n_positions=8, attn_implementation="eager")
 
 
 def tokens(seed: int) -> dict[str, Tensor]:

@@ -13,11 +13,10 @@ import torch
 from nnsight import NNsight
 from torch import Tensor, nn
 from torch.testing import assert_close
-from toy_models import decomposition_of
+from toy_models import decomposition_of, tiny_gpt2, tiny_llama
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights, convert_llama_weights
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import apd_lens as apd
 
@@ -43,25 +42,6 @@ LLAMA = {
     "lm_head.weight": "unembed.W_U",
 }
 SIZES = {"n_layers": 2, "d_model": 8, "n_ctx": 12, "d_head": 4, "n_heads": 2, "d_vocab": 13, "device": "cpu"}
-
-
-def gpt2() -> GPT2LMHeadModel:
-    config = GPT2Config(vocab_size=13, n_positions=12, n_embd=8, n_layer=2, n_head=2, initializer_range=0.3)
-    return GPT2LMHeadModel(config).eval()
-
-
-def llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=13,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=12,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def hooked_gpt2(model: nn.Module) -> HookedTransformer:
@@ -106,8 +86,8 @@ def bridged(model: nn.Module) -> Any:
 
 
 MODELS: dict[str, tuple[Callable, Callable, dict[str, str]]] = {
-    "gpt2": (gpt2, hooked_gpt2, GPT2),
-    "llama": (llama, hooked_llama, LLAMA),
+    "gpt2": (tiny_gpt2, hooked_gpt2, GPT2),
+    "llama": (tiny_llama, hooked_llama, LLAMA),
 }
 
 

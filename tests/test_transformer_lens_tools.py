@@ -14,7 +14,7 @@ from adapter_contract import SAME
 from test_hooked_transformer import check_effects, hooked_transformer, tokens
 from torch import Tensor
 from torch.testing import assert_close
-from toy_models import decomposition_of, keep_in_float64, substituted
+from toy_models import decomposition_of, double, keep_in_float64, substituted, zero_head
 from transformer_lens import HookedTransformer, TransformerLensKeyValueCache, patching
 
 import apd_lens as apd
@@ -71,16 +71,6 @@ def case(request) -> Case:
 
 
 # Hooks.
-
-
-def zero_head(z: Tensor, hook) -> Tensor:
-    z = z.clone()
-    z[:, :, 1] = 0
-    return z
-
-
-def double(value: Tensor, hook) -> Tensor:
-    return value * 2
 
 
 # Inputs and outputs of replaced matrices. The last: W_O reads what the user made of z.

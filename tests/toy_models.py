@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import apd_lens as apd
@@ -62,6 +63,39 @@ class TinyGPT(nn.Module):
         r = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
         averaged = r.cumsum(1) / torch.arange(1, tokens.shape[1] + 1, device=tokens.device)[:, None]
         return self.head(r + self.proj(torch.tanh(self.fc(averaged))))
+
+
+def tiny_gpt2(**changes: Any) -> GPT2LMHeadModel:
+    """Hugging Face's GPT-2 with random weights: two layers, wte tied to lm_head."""
+    sizes = {"vocab_size": 13, "n_positions": 12, "n_embd": 8, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
+    return GPT2LMHeadModel(GPT2Config(**{**sizes, **changes})).eval()
+
+
+def tiny_llama(**changes: Any) -> LlamaForCausalLM:
+    """Hugging Face's Llama with random weights: two layers, two query heads to one key and value head, a gated MLP."""
+    sizes = {
+        "vocab_size": 13,
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 12,
+        "initializer_range": 0.3,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).eval()
+
+
+def zero_head(z: Tensor, hook: Any) -> Tensor:
+    """A TransformerLens hook that takes the second head out."""
+    z = z.clone()
+    z[:, :, 1] = 0
+    return z
+
+
+def double(value: Tensor, hook: Any) -> Tensor:
+    """A TransformerLens hook."""
+    return value * 2
 
 
 def linear_of_known_parts() -> tuple[nn.Linear, apd.ParameterComponents]:
