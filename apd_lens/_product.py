@@ -3,6 +3,11 @@
 x is `batch *pos d_in`, or integers `batch *pos` that pick rows (a one-hot x, never built).
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
@@ -13,26 +18,19 @@ from apd_lens._errors import ShapeMismatch
 Inputs = Float[Tensor, "batch *pos d_in"] | Int[Tensor, "batch *pos"]
 Mask = Float[Tensor, "examples *mask_pos C"] | Bool[Tensor, "examples *mask_pos C"]
 
+# What the parts of a masked product cost, forward and backward, in multiply-adds of a dense one: measured on a CPU by
+# benchmarks/sparse_product.py, which prints them. Constants, so that the same run takes the same way every time.
+_PER_WEIGHT = 27  # a number in the factors that a grouped product reads, and has a gradient for
+_PER_GATHERED = 30  # a number of x and y, for each active pair
+_PER_GROUP = 360_000  # a component
+_PER_GATHERED_ROW = 70  # a number of x, y and the factors, for each active pair, where rank is one
+
 
 def inner_activations(x: Inputs, A: Float[Tensor, "C d_in m"]) -> Float[Tensor, "batch *pos C m"]:
     """x A_c for every component."""
     side = rearrange(A, "C d_in m -> d_in (C m)")
     flat = x.to(A.dtype) @ side if x.is_floating_point() else F.embedding(x, side)
     return flat.unflatten(-1, (A.shape[0], A.shape[2]))
-
-
-def masked_product(
-    x: Inputs, A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"], mask: Mask | None = None
-) -> Float[Tensor, "examples *pos d_out"]:
-    """Σ_c s_c x A_c B_c, each data point with its own mask.
-
-    A mask `batch C` holds for all positions of an example, `batch pos C` for each position on its own; values between
-    0 and 1 scale a component. The batch axis of x is that of the mask, or 1 where all examples share x.
-    """
-    inner = inner_activations(x, A)
-    if mask is not None:
-        inner = inner * _spread(mask, inner)[..., None]
-    return einsum(inner, B, "... C m, C m d_out -> ... d_out")
 
 
 def component_outputs(
@@ -42,20 +40,204 @@ def component_outputs(
     return einsum(inner_activations(x, A), B, "... C m, C m d_out -> ... C d_out")
 
 
+@dataclass(frozen=True, eq=False)
+class ActivePairs:
+    """The active (data point, component) pairs of a mask, sorted by component.
+
+    Attributes:
+        data_points: of every pair; the mask's examples, or positions of examples, in one row.
+        components: of every pair.
+        ends: for each component, where its pairs end.
+    """
+
+    data_points: Int[Tensor, " pairs"]
+    components: Int[Tensor, " pairs"]
+    ends: Int[Tensor, " C"]
+
+
+def active_pairs(mask: Bool[Tensor, "examples *mask_pos C"], n_active: int | None = None) -> ActivePairs:
+    """The pairs where the mask is True.
+
+    Args:
+        n_active: how many there are, if that is known. Then nothing has to be fetched from the device.
+    """
+    by_component = mask.flatten(0, -2).mT
+    found = by_component.nonzero() if n_active is None else torch.nonzero_static(by_component, size=n_active)
+    return ActivePairs(found[:, 1], found[:, 0], by_component.sum(1).cumsum(0).int())
+
+
+def masked_product(
+    x: Inputs,
+    A: Float[Tensor, "C d_in m"],
+    B: Float[Tensor, "C m d_out"],
+    mask: Mask | None = None,
+    active: ActivePairs | None = None,
+) -> Float[Tensor, "examples *pos d_out"]:
+    """Σ_c s_c x A_c B_c, each data point with its own mask.
+
+    A mask `batch C` holds for all positions of an example, `batch pos C` for each position on its own; values between
+    0 and 1 scale a component. The batch axis of x is that of the mask, or 1 where all examples share x.
+
+    Args:
+        active: `active_pairs(mask)`. Where few are active it is cheaper to multiply pair by pair; the result is the
+            same, in another order of summation.
+    """
+    if mask is not None:
+        _check_fits(mask, x.shape[:-1] if x.is_floating_point() else x.shape)
+        if active is not None:
+            way = cheapest_way(x[..., :1].numel() if x.is_floating_point() else x.numel(), A, B, mask, active)
+            if way != "dense":
+                return pairwise_product(x, A, B, mask, active, way)
+    inner = inner_activations(x, A)
+    if mask is not None:
+        inner = inner * _spread(mask, inner)[..., None]
+    return einsum(inner, B, "... C m, C m d_out -> ... d_out")
+
+
+def cheapest_way(
+    n_rows: int, A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"], mask: Mask, active: ActivePairs
+) -> Literal["dense", "grouped", "gathered"]:
+    """How to compute a masked product of `n_rows` rows of x, by what it is estimated to cost.
+
+    dense: all components, then the mask. grouped: the rows of each component's data points together, one product a
+    component. gathered (rank one only): each pair's column of A and row of B are fetched, and there is no product.
+    """
+    n_components, d_in, m = A.shape
+    width = d_in + B.shape[-1]
+    n_pair_rows = len(active.components) * n_rows / mask[..., 0].numel()
+    costs = {
+        "dense": n_rows * n_components * m * width,
+        "grouped": n_components * (m * width * _PER_WEIGHT + _PER_GROUP) + n_pair_rows * width * (_PER_GATHERED + m),
+    }
+    if m == 1:
+        costs["gathered"] = n_pair_rows * width * _PER_GATHERED_ROW
+    return min(costs, key=lambda way: costs[way])  # type: ignore[return-value]
+
+
+def pairwise_product(
+    x: Inputs,
+    A: Float[Tensor, "C d_in m"],
+    B: Float[Tensor, "C m d_out"],
+    mask: Mask,
+    active: ActivePairs,
+    way: Literal["grouped", "gathered"],
+) -> Float[Tensor, "examples *pos d_out"]:
+    """Σ x A_c B_c over the active pairs alone: gather rows of x, multiply, add up what belongs to one data point."""
+    autocast = torch.is_autocast_enabled(A.device.type)
+    dtype = torch.get_autocast_dtype(A.device.type) if autocast else A.dtype
+    A, B = A.to(dtype), B.to(dtype)
+    data_axes = mask.shape[:-1]
+    gathered = x.expand(*data_axes, *x.shape[len(data_axes) :]).flatten(0, len(data_axes) - 1)[active.data_points]
+    component = active.components.reshape(-1, *[1] * (gathered.ndim - 1))  # of `pairs *pos d_in`, or `pairs *pos`
+    if not x.is_floating_point():
+        inner = F.embedding(component * A.shape[1] + gathered, A.flatten(0, 1))
+    elif way == "gathered":
+        inner = (gathered.to(dtype) * F.embedding(component[..., 0], A[..., 0])).sum(-1, keepdim=True)
+    else:
+        inner = _grouped(gathered.to(dtype), A, active)
+    if way == "gathered":
+        y = inner * F.embedding(component[..., 0] if x.is_floating_point() else component, B[:, 0])
+    else:
+        y = _grouped(inner, B, active)
+    total = y.new_zeros(data_axes.numel(), *y.shape[1:], dtype=torch.promote_types(dtype, torch.float32))
+    return total.index_add(0, active.data_points, y.to(total.dtype)).to(dtype).unflatten(0, data_axes)
+
+
+def _grouped(
+    rows: Float[Tensor, "pairs *pos d_in"], factor: Float[Tensor, "C d_in d_out"], active: ActivePairs
+) -> Float[Tensor, "pairs *pos d_out"]:
+    """Each pair's rows times the factor of its component."""
+    flat = rows.flatten(0, -2)
+    rows_per_pair = len(flat) // len(rows) if len(rows) else 1
+    return _GroupedProduct.apply(flat, factor, active.ends * rows_per_pair).unflatten(0, rows.shape[:-1])
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """Rows in groups, one after the other and each ending where `ends` says, times a factor for each group."""
+
+    @staticmethod
+    def forward(
+        rows: Float[Tensor, "rows d_in"], factor: Float[Tensor, "C d_in d_out"], ends: Int[Tensor, " C"]
+    ) -> Float[Tensor, "rows d_out"]:
+        return _rows_by_factors(rows, factor, ends)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, factor, ends = ctx.saved_tensors
+        for_rows, for_factor, _ = ctx.needs_input_grad
+        return (
+            _rows_by_factors(gradient, factor.mT, ends) if for_rows else None,
+            _rows_by_rows(rows, gradient, ends) if for_factor else None,
+            None,
+        )
+
+
+def _rows_by_factors(rows: Tensor, factor: Tensor, ends: Tensor) -> Float[Tensor, "rows d_out"]:
+    if _has_grouped_kernel(rows):
+        return F.grouped_mm(_with_even_strides(rows), _with_even_strides(factor), offs=ends)
+    y = rows.new_empty(len(rows), factor.shape[-1])
+    for group, some in _groups(ends):
+        if some.start < some.stop:
+            torch.mm(rows[some], factor[group], out=y[some])
+    return y
+
+
+def _rows_by_rows(rows: Tensor, others: Tensor, ends: Tensor) -> Float[Tensor, "C d_in d_out"]:
+    """Within each group, rowsᵀ times others."""
+    if _has_grouped_kernel(rows):
+        return F.grouped_mm(_with_even_strides(rows).mT, _with_even_strides(others), offs=ends)
+    products = rows.new_empty(len(ends), rows.shape[1], others.shape[1])
+    for group, some in _groups(ends):
+        torch.mm(rows[some].mT, others[some], out=products[group])  # zero for a group of no rows
+    return products
+
+
+def _has_grouped_kernel(rows: Tensor) -> bool:
+    """On a CPU grouped_mm (torch 2.13) is itself a loop over groups, a slower one than ours, and not for float64."""
+    return rows.is_cuda
+
+
+def _groups(ends: Int[Tensor, " C"]) -> Iterator[tuple[int, slice]]:
+    """Every group, and where its rows are."""
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        yield group, slice(start, end)
+        start = end
+
+
+def _with_even_strides(values: Float[Tensor, "... columns"]) -> Float[Tensor, "... columns"]:
+    """The same values, with rows (or, of a transposed tensor, columns) that start at multiples of 16 bytes in memory:
+    grouped_mm wants that."""
+    if values.stride(-2) == 1 and values.stride(-1) != 1:
+        return _with_even_strides(values.mT).mT
+    columns, multiple = values.shape[-1], 16 // values.element_size()
+    if columns % multiple:
+        return F.pad(values, (0, -columns % multiple))[..., :columns]
+    # The stride of an axis of length 1 can be anything, and grouped_mm looks at it all the same.
+    return values if values.stride()[-2:] == (columns, 1) else values.clone(memory_format=torch.contiguous_format)
+
+
 def _spread(mask: Tensor, inner: Tensor) -> Tensor:
     """The mask with an axis of length 1 for every position axis that it lacks, in the dtype of `inner`."""
     *data_points, n_components = mask.shape
-    *places, _, _ = inner.shape
+    return mask.to(inner.dtype).reshape(*data_points, *[1] * (inner.ndim - 1 - mask.ndim), n_components)
+
+
+def _check_fits(mask: Tensor, places: torch.Size) -> None:
+    *data_points, n_components = mask.shape
     fits = len(data_points) <= len(places) and all(
         have == need or need == 1 for have, need in zip(data_points, places, strict=False)
     )
     if not fits:
         raise ShapeMismatch(
             f"The mask is {_shape(data_points, n_components)}, but a decomposed matrix was used on "
-            f"{_shape(places, inner.shape[-2])} (batch *pos C). Give the mask of the batch that the model is called "
+            f"{_shape(list(places), n_components)} (batch *pos C). Give the mask of the batch that the model is called "
             "with: `batch C` for whole examples, `batch pos C` for each position."
         )
-    return mask.to(inner.dtype).reshape(*data_points, *[1] * (len(places) - len(data_points)), n_components)
 
 
 def _shape(leading: list[int], n_components: int) -> str:
