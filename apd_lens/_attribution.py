@@ -1,11 +1,11 @@
 """Attributions: how much each component is estimated to matter for the output on each data point.
 
-Gradient attributions in four steps: run the target once and keep x and y of every use; pull one-hot vectors back
-through it, many at once, to get ∂f_o/∂y; multiply with what each component writes, x P_c; take the root mean square
-over the outputs o.
+Gradient attributions in four steps: run the target once and keep x and y of every use; pull cotangents v back through
+it, many at once, to get ∂(v · f)/∂y; multiply with what each component writes, x P_c; take the root mean square over
+the cotangents. One-hot cotangents, one an output, make it exact; a few random ones estimate it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,8 +14,10 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from apd_lens._checks import check_fields
 from apd_lens._components import ParameterComponents
-from apd_lens._errors import ShapeMismatch
+from apd_lens._errors import InvalidSetting, ShapeMismatch
+from apd_lens._jacobian import Cotangents, Jacobians, jacobians_in_parts, one_hot_cotangents, random_cotangents
 from apd_lens._padding import zero_at_padding
 from apd_lens._passes import Call, WatchedPass
 from apd_lens._product import Inputs, component_outputs, inner_activations
@@ -23,30 +25,94 @@ from apd_lens._product import Inputs, component_outputs, inner_activations
 # What a data point is: an example, or each position of an example.
 Granularity = Literal["example", "position"]
 
-# Bytes that the temporaries of one backward pass over several outputs may take.
-_CHUNK_BYTES = 2**28
+# "auto": exact up to so many outputs of an example, estimated from so many projections beyond.
+EXACT_UP_TO = 256
+AUTO_PROJECTIONS = 16
 
 
 @dataclass(frozen=True)
 class GradientAttribution:
-    """A_c(x) = sqrt( mean_o ( Σ_l Σ_uses <∂f_o/∂y_l , x_l P_c,l> )² ), exact, one vector-Jacobian product an output.
+    """A_c(x) = sqrt( mean_o ( Σ_l Σ_uses <∂f_o/∂y_l , x_l P_c,l> )² ), exact or estimated.
 
     Gradients and x are those of the target model. For positions as data points the sum over positions is left out.
     The examples of a batch must not influence each other in the model. Outputs at padding (where the batch's
     `attention_mask` is 0) do not count, and padding itself has attribution 0. Source: Braun et al. 2025, arXiv
     2501.14926.
+
+    Exact takes one vector-Jacobian product for each output of an example. The estimate takes K of them whatever the
+    number of outputs: for random v with E v vᵀ = 1, E (vᵀ J P_c)² = Σ_o (J_o P_c)², so the mean over K of them is
+    unbiased (A_c², not its root). `Decomposition.attribution_error` says how far it is off.
+
+    Attributes:
+        projections: "exact"; the number K; or "auto", exact for up to 256 outputs of an example (positions times
+            outputs) and K = 16 beyond.
+        kind: entries of v are ±1 ("rademacher", the smaller variance) or standard "normal".
+        memory: bytes that the temporaries may take; what is larger is computed in chunks.
     """
 
+    projections: int | Literal["auto", "exact"] = "auto"
+    kind: Literal["rademacher", "normal"] = "rademacher"
+    memory: int = 2**29
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if isinstance(self.projections, int) and self.projections < 1:
+            raise InvalidSetting(f"projections must be at least 1, got {self.projections}.")
+
     def __call__(
-        self, watched: WatchedPass, components: ParameterComponents, granularity: Granularity
+        self,
+        watched: WatchedPass,
+        components: ParameterComponents,
+        granularity: Granularity,
+        generator: torch.Generator | None = None,
     ) -> Float[Tensor, "batch *pos C"]:
-        total = None
-        for effects in output_effects(watched, components, granularity):
-            squares = effects.square().sum(0)
-            total = squares if total is None else total + squares
-        assert total is not None
-        n_outputs = watched.n_outputs().to(total.dtype).reshape(-1, *[1] * (total.ndim - 1))
-        return zero_at_padding((total / n_outputs).sqrt(), watched.real)
+        cotangents = self.cotangents(watched.output, generator)
+        attributions = []
+        with torch.no_grad():
+            for part, chunks in jacobians_in_parts(watched, cotangents, self.memory):
+                total = None
+                for jacobians in chunks:
+                    effects = _effects(jacobians, part.calls, components, granularity, self.memory)
+                    squares = torch.cat([some.square_().sum(0) for some in effects])
+                    total = squares if total is None else total.add_(squares)
+                assert total is not None
+                attributions.append(_root_mean(total / cotangents.scale, part))
+        return torch.cat(attributions)
+
+    def samples(
+        self,
+        watched: WatchedPass,
+        components: ParameterComponents,
+        granularity: Granularity,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "K batch *pos C"]:
+        """What each projection alone estimates; the root of the mean of their squares is the estimate."""
+        cotangents = self.cotangents(watched.output, generator)
+        attributions = []
+        with torch.no_grad():
+            for part, chunks in jacobians_in_parts(watched, cotangents, self.memory):
+                effects = [
+                    torch.cat(list(_effects(jacobians, part.calls, components, granularity, self.memory)), 1)
+                    for jacobians in chunks
+                ]
+                squares = torch.cat(effects).square() * (cotangents.count / cotangents.scale)
+                attributions.append(torch.stack([_root_mean(some, part) for some in squares]))
+        return torch.cat(attributions, 1)
+
+    def cotangents(
+        self, output: Float[Tensor, "batch *pos n_outputs"], generator: torch.Generator | None = None
+    ) -> Cotangents:
+        """One-hot ones for exact attributions, or K random ones."""
+        n_outputs, K = output[0].numel(), self.projections
+        if K == "auto":
+            K = "exact" if n_outputs <= EXACT_UP_TO else AUTO_PROJECTIONS
+        return one_hot_cotangents(output) if K == "exact" else random_cotangents(output, K, self.kind, generator)
+
+
+def _root_mean(squares: Float[Tensor, "batch *pos C"], watched: WatchedPass) -> Float[Tensor, "batch *pos C"]:
+    """Root of the mean over outputs of what was summed over them."""
+    n_outputs = watched.n_outputs().to(squares.dtype).reshape(-1, *[1] * (squares.ndim - 1))
+    return zero_at_padding((squares / n_outputs).sqrt(), watched.real)
 
 
 @dataclass(frozen=True)
@@ -57,14 +123,19 @@ class ActivationAttribution:
     """
 
     def __call__(
-        self, watched: WatchedPass, components: ParameterComponents, granularity: Granularity
+        self,
+        watched: WatchedPass,
+        components: ParameterComponents,
+        granularity: Granularity,
+        generator: torch.Generator | None = None,
     ) -> Float[Tensor, "batch *pos C"]:
         total = None
         with torch.no_grad():
-            for call in watched.again(components).calls:
+            for call in watched.again(components, slice(None)).calls:
                 norms = component_outputs(call.x, *components.factors(call.use)).square().sum(-1)
                 norms = zero_at_padding(norms, watched.real)
-                norms = _over_data_points(norms, granularity)
+                if granularity == "example" and norms.ndim > 2:
+                    norms = norms.sum(tuple(range(1, norms.ndim - 1)))
                 total = norms if total is None else total + norms
         assert total is not None
         return total
@@ -78,6 +149,7 @@ def metric_effects(
     components: ParameterComponents,
     granularity: Granularity,
     metric: Callable[[Tensor], Tensor],
+    memory: int = 2**29,
 ) -> Float[Tensor, "batch *pos C"]:
     """Σ_l Σ_uses <∂metric/∂y_l , x_l P_c,l>: signed, positive where a component raises the metric.
 
@@ -95,104 +167,113 @@ def metric_effects(
             f"{tuple(scalars.shape)} from an output of shape {tuple(watched.output.shape)}."
         )
     with torch.no_grad():
-        jacobians = _vector_jacobian_products(scalars, torch.ones_like(scalars)[None], watched.calls, keep=False)
-        return _effects(jacobians, watched.calls, components, granularity)[0]
-
-
-def output_effects(
-    watched: WatchedPass, components: ParameterComponents, granularity: Granularity
-) -> Iterator[Float[Tensor, "out batch *pos C"]]:
-    """Σ_l Σ_uses <∂f_o/∂y_l , x_l P_c,l> for every output o, in chunks of outputs. Uses up the pass's graph."""
-    with torch.no_grad():
-        for jacobians in _jacobian_chunks(watched):
-            yield _effects(jacobians, watched.calls, components, granularity)
-
-
-def _jacobian_chunks(watched: WatchedPass) -> Iterator[list[Float[Tensor, "out batch *pos d_out"] | None]]:
-    """∂f_o/∂y of every call, in chunks of outputs; kept on the pass if one chunk holds them all."""
-    if watched.jacobians:
-        yield watched.jacobians
-        return
-    output = watched.output
-    n_outputs = output[0].numel()
-    bytes_per_output = sum(call.y.numel() for call in watched.calls) * output.element_size() * 4
-    chunk = max(1, min(n_outputs, _CHUNK_BYTES // bytes_per_output))
-    for first in range(0, n_outputs, chunk):
-        chosen = torch.arange(first, min(first + chunk, n_outputs), device=output.device)
-        one_hot = torch.zeros(len(chosen), n_outputs, device=output.device, dtype=output.dtype)
-        one_hot[torch.arange(len(chosen)), chosen] = 1
-        # One cotangent serves all examples at once, since they do not influence each other.
-        cotangents = one_hot.reshape(-1, 1, *output.shape[1:]).expand(-1, len(output), *output.shape[1:])
-        last = first + chunk >= n_outputs
-        jacobians = _vector_jacobian_products(output, cotangents, watched.calls, keep=not last)
-        if chunk == n_outputs:
-            watched.jacobians.extend(jacobians)
-        yield jacobians
-
-
-def _vector_jacobian_products(
-    output: Tensor, cotangents: Tensor, calls: list[Call], keep: bool
-) -> list[Float[Tensor, "out batch *pos d_out"] | None]:
-    """For every call, ∂(cotangent · output)/∂y for each cotangent; None where the output does not depend on y."""
-    return list(
-        torch.autograd.grad(
-            output,
-            [call.y for call in calls],
-            cotangents,
-            is_grads_batched=True,
-            retain_graph=keep,
-            allow_unused=True,
-        )
-    )
+        ys = [call.y for call in watched.calls]
+        gradients = torch.autograd.grad(scalars, ys, torch.ones_like(scalars), allow_unused=True)
+        jacobians = [None if gradient is None else gradient[None] for gradient in gradients]
+        return torch.cat(list(_effects(jacobians, watched.calls, components, granularity, memory)), 1)[0]
 
 
 def _effects(
-    jacobians: list[Tensor | None], calls: list[Call], components: ParameterComponents, granularity: Granularity
-) -> Float[Tensor, "out batch *pos C"]:
-    total = None
-    for jacobian, call in zip(jacobians, calls, strict=True):
-        if jacobian is not None:
-            effect = component_effects(jacobian, call.x, *components.factors(call.use), granularity)
+    jacobians: Jacobians,
+    calls: Sequence[Call],
+    components: ParameterComponents,
+    granularity: Granularity,
+    memory: int,
+) -> Iterator[Float[Tensor, "v data *pos C"]]:
+    """Σ_l Σ_uses <∂(v · f)/∂y_l , x_l P_c,l> for every v, in chunks of examples whose temporaries fit into `memory`."""
+    used = [(jacobian, call) for jacobian, call in zip(jacobians, calls, strict=True) if jacobian is not None]
+    if not used:
+        raise ShapeMismatch(
+            "The output does not depend on any of the decomposed matrices, so there is nothing to attribute. Check "
+            "output= and weights=."
+        )
+    itemsize = torch.finfo(components.factors(used[0][1].use)[0].dtype).bits // 8
+    numbers = max(_numbers_per_example(jacobian, call, components) for jacobian, call in used)
+    chunk = max(1, memory // (numbers * itemsize))
+    effects = [_effects_of_call(jacobian, call, components, granularity) for jacobian, call in used]
+    n_examples = len(used[0][1].x)
+    for first in range(0, n_examples, chunk):
+        examples, total = slice(first, first + chunk), None
+        for effect_of, (_, call) in zip(effects, used, strict=True):
+            effect = effect_of(examples)
             if total is not None and total.shape != effect.shape:
                 raise ShapeMismatch(
                     f"With positions as data points every decomposed matrix must be used on the same positions, but "
                     f"{call.use.matrix} was used on {tuple(effect.shape[1:-1])} (batch *pos) and the ones before it on "
                     f"{tuple(total.shape[1:-1])}. Decompose them separately, or use granularity='example'."
                 )
-            total = effect if total is None else total + effect
-    if total is None:
-        raise ShapeMismatch(
-            "The output does not depend on any of the decomposed matrices, so there is nothing to attribute. Check "
-            "output= and weights=."
-        )
-    return total
+            total = effect if total is None else total.add_(effect)
+        assert total is not None
+        yield total
+
+
+def _effects_of_call(
+    jacobian: Float[Tensor, "v examples *pos d_out"],
+    call: Call,
+    components: ParameterComponents,
+    granularity: Granularity,
+) -> Callable[[slice], Float[Tensor, "v data *data_pos C"]]:
+    """For some examples, <∂(v · f)/∂y , x P_c> of one call."""
+    A, B = components.factors(call.use)
+    jacobian = jacobian.to(A.dtype)
+    if jacobian.shape[1] < len(call.x):
+        pulled = einsum(jacobian[:, 0], B, "v ... d_out, C m d_out -> v ... C m")
+        return lambda examples: shared_effects(pulled, call.x[examples], A, granularity)
+    return lambda examples: component_effects(jacobian[:, examples], call.x[examples], A, B, granularity)
 
 
 def component_effects(
-    jacobian: Float[Tensor, "out batch *pos d_out"],
+    jacobian: Float[Tensor, "v examples *pos d_out"],
     x: Inputs,
     A: Float[Tensor, "C d_in m"],
     B: Float[Tensor, "C m d_out"],
     granularity: Granularity,
-) -> Float[Tensor, "out batch *data_pos C"]:
-    """<∂f_o/∂y , x P_c> of one use, for every output and component; summed over positions for whole examples."""
-    jacobian = jacobian.to(A.dtype)
-    if len(jacobian) == 1 or A.shape[-1] == 1:
+) -> Float[Tensor, "v examples *data_pos C"]:
+    """<∂(v · f)/∂y , x P_c> of one use, for every v and component; summed over positions for whole examples."""
+    if _pulls_back(len(jacobian), A.shape[-1]):
         # (J Bᵀ) · (x A): no tensor of size batch × C × d_out.
-        pulled = einsum(jacobian, B, "out ... d_out, C m d_out -> out ... C m")
-        return _over_data_points((pulled * inner_activations(x, A)).sum(-1), granularity, first=2)
-    # With several outputs and rank > 1 it pays to build x P_c once: m + out instead of m · out multiplications.
+        pulled = einsum(jacobian, B, "v ... d_out, C m d_out -> v ... C m")
+        effects = (pulled * inner_activations(x, A)).sum(-1)
+        positions = tuple(range(2, effects.ndim - 1))
+        return effects.sum(positions) if granularity == "example" and positions else effects
+    # With several v and rank > 1 it pays to build x P_c once: m + v instead of m · v multiplications.
     written = component_outputs(x, A, B)
     if granularity == "example":
         return einsum(
-            rearrange(jacobian, "out batch ... d_out -> batch out (... d_out)"),
-            rearrange(written, "batch ... C d_out -> batch C (... d_out)"),
-            "batch out p, batch C p -> out batch C",
+            rearrange(jacobian, "v examples ... d_out -> examples v (... d_out)"),
+            rearrange(written, "examples ... C d_out -> examples C (... d_out)"),
+            "examples v p, examples C p -> v examples C",
         )
-    return einsum(jacobian, written, "out ... d_out, ... C d_out -> out ... C")
+    return einsum(jacobian, written, "v ... d_out, ... C d_out -> v ... C")
 
 
-def _over_data_points(effects: Tensor, granularity: Granularity, first: int = 1) -> Tensor:
-    """Sums the position axes, those between the `first` axes and the last, away for whole examples."""
-    positions = tuple(range(first, effects.ndim - 1))
-    return effects.sum(positions) if granularity == "example" and positions else effects
+def shared_effects(
+    pulled: Float[Tensor, "v *pos C m"], x: Inputs, A: Float[Tensor, "C d_in m"], granularity: Granularity
+) -> Float[Tensor, "v examples *data_pos C"]:
+    """(J Bᵀ) · (x A) of one use where J, and so `pulled` = J Bᵀ, is the same for all examples."""
+    inner = inner_activations(x, A)
+    if granularity == "example":
+        return einsum(
+            rearrange(inner, "examples ... C m -> C examples (... m)"),
+            rearrange(pulled, "v ... C m -> C (... m) v"),
+            "C examples p, C p v -> v examples C",
+        )
+    return einsum(inner, pulled, "examples ... C m, v ... C m -> v examples ... C")
+
+
+def _pulls_back(n_cotangents: int, rank: int) -> bool:
+    return n_cotangents == 1 or rank == 1
+
+
+def _numbers_per_example(jacobian: Tensor, call: Call, components: ParameterComponents) -> int:
+    """How many numbers the temporaries of one example hold, about."""
+    A, B = components.factors(call.use)
+    (n_components, d_in, m), d_out, n_cotangents = A.shape, B.shape[-1], len(jacobian)
+    positions = call.x[0].numel() // (d_in if call.x.is_floating_point() else 1)
+    per_position = 2 * n_components * m + 2 * n_cotangents * n_components
+    if jacobian.shape[1] == len(call.x):
+        if _pulls_back(n_cotangents, m):
+            per_position += 2 * n_cotangents * n_components * m
+        else:
+            per_position += 2 * n_components * d_out + n_cotangents * d_out
+    return positions * per_position

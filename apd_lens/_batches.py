@@ -42,6 +42,20 @@ def n_examples(batch: Batch) -> int:
     return len(batch) if isinstance(batch, list | tuple) else 1
 
 
+def some_examples(batch: Batch, examples: slice) -> Batch:
+    """The batch of those examples alone: tensors are cut that have an entry for each, all else stays."""
+    n = n_examples(batch)
+
+    def cut(value: Any) -> Any:
+        return value[examples] if isinstance(value, Tensor) and value.ndim > 0 and len(value) == n else value
+
+    if isinstance(batch, Mapping):
+        return {key: cut(value) for key, value in batch.items()}
+    if isinstance(batch, tuple | list) and tensors(batch):
+        return type(batch)(cut(value) for value in batch)
+    return batch[examples] if isinstance(batch, list | tuple) else cut(batch)
+
+
 def same_arguments(batch: Batch, previous: Batch, previous_versions: list[int]) -> bool:
     """Whether a batch is made of the very same objects as another was, with no tensor changed in place since."""
     args, kwargs = arguments(batch)

@@ -28,7 +28,7 @@ from apd_lens._losses import (
     simplicity_loss,
 )
 from apd_lens._moves import SplitMoves, make_splits
-from apd_lens._padding import without_padding
+from apd_lens._padding import padded, without_padding
 from apd_lens._passes import (
     OutputFn,
     WatchedPass,
@@ -111,8 +111,8 @@ class StepInfo:
         step: counted from 0.
         loss: the sum that was minimised, coefficients included.
         terms: name -> value of each loss term that was computed.
-        k: mean number of active components a data point.
-        alive: components that were active in the last 100 steps.
+        mean_active: see `k`.
+        last_active: for every component the step in which it was last active.
         learning_rate: of this step.
         splits: number of split moves made after this step.
     """
@@ -120,10 +120,22 @@ class StepInfo:
     step: int
     loss: Tensor
     terms: dict[str, Tensor]
-    k: float
-    alive: int
+    mean_active: Tensor
+    last_active: Tensor
     learning_rate: float
     splits: int = 0
+
+    # Properties, so that nothing is fetched from the device unless somebody looks.
+
+    @property
+    def k(self) -> float:
+        """Mean number of active components a data point."""
+        return self.mean_active.item()
+
+    @property
+    def alive(self) -> int:
+        """Number of components that were active in the last 100 steps."""
+        return int((self.last_active > self.step - ALIVE_WINDOW).sum())
 
 
 def init(
@@ -198,7 +210,9 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
     with evaluating(state.target.model):
         seen = _watch(state, batch)
         batch, watched = seen.on_device, seen.watched
-        attributions = settings.attribution(watched, state.components, settings.selection.granularity)
+        attributions = settings.attribution(
+            watched, state.components, settings.selection.granularity, state.device_generator
+        )
         mask = settings.selection(attributions, watched.real)
         terms = _loss_terms(state, batch, watched, mask)
         coefficients = {name: coefficient_at(getattr(settings.losses, name), progress) for name in terms}
@@ -225,8 +239,8 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
         step=state.step,
         loss=loss.detach(),
         terms={name: term.detach() for name, term in terms.items()},
-        k=without_padding(mask, watched.real).sum(-1).float().mean().item(),
-        alive=int((last_active > state.step - ALIVE_WINDOW).sum()),
+        mean_active=without_padding(mask, watched.real).sum(-1).float().mean(),
+        last_active=last_active,
         learning_rate=rate,
         splits=n_splits,
     )
@@ -313,7 +327,8 @@ def decompose(
 def _watch(state: State, batch: Batch) -> Seen:
     """The target's pass over the batch: the last one, if this is the same batch again."""
     last = state.seen
-    if last is not None and tensors(batch) and same_arguments(batch, last.batch, last.versions):
+    again = last is not None and tensors(batch) and same_arguments(batch, last.batch, last.versions)
+    if again and (last.watched.jacobians is not None or not last.watched.spent):
         return last
     where = f"step {state.step}"
     prepared = state.target.prepare(batch)
@@ -332,12 +347,16 @@ def _loss_terms(state: State, batch: Batch, watched: WatchedPass, mask: Mask) ->
     relative = losses.normalization == "relative"
     distance_scale = without_padding(target_output, real).var() if relative and losses.distance == "mse" else 1.0
 
-    def distance_under(some_mask: Mask, hidden_at: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
-        output, hidden = sparse_pass(state.target, components, batch, some_mask, state.output, hidden_at)
+    def distance_under(
+        some_mask: Mask, hidden_at: Sequence[str] = (), n_active: int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        output, hidden = sparse_pass(state.target, components, batch, some_mask, state.output, hidden_at, n_active)
         distance = minimality_loss(target_output, _at_least_float32(output), losses.distance, real)
         return distance / distance_scale, hidden
 
-    minimality, hidden = distance_under(mask, losses.hidden_at)
+    # Known without asking the device, but for padding.
+    n_active = state.settings.selection.n_active(mask[..., 0].numel()) if padded(mask, real) is None else None
+    minimality, hidden = distance_under(mask, losses.hidden_at, n_active)
     with torch.autocast(target_output.device.type, enabled=False):  # sums of weights, not a pass of the model
         terms = {
             "faithfulness": sum(

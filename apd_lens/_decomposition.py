@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apd_lens._artifact import decode_settings, encode_settings, library_versions, read_artifact, write_artifact
-from apd_lens._attribution import metric_effects
+from apd_lens._attribution import GradientAttribution, metric_effects
 from apd_lens._batches import Batch, check_finite, on_device
 from apd_lens._components import ParameterComponents, effective_rank, singular_values
 from apd_lens._errors import ArtifactError, InvalidSetting, ShapeMismatch
@@ -29,6 +29,7 @@ from apd_lens._passes import (
     watched_pass,
 )
 from apd_lens._product import Mask
+from apd_lens._selection import AttributionError, attribution_error
 from apd_lens._settings import Settings
 from apd_lens._table import table
 from apd_lens._target import TargetModel, evaluating
@@ -75,6 +76,26 @@ class Decomposition:
         if metric is None:
             return self._attributed(batch)[0]
         return metric_effects(self._watch(batch), self.components, self.settings.selection.granularity, metric)
+
+    def attribution_error(self, batch: Batch) -> AttributionError:
+        """How far estimated attributions are off on a batch; all zero for exact ones.
+
+        Raises:
+            InvalidSetting: no gradient attributions, or a single projection, which has no spread.
+        """
+        attribution, selection = self.settings.attribution, self.settings.selection
+        if not isinstance(attribution, GradientAttribution):
+            raise InvalidSetting(f"Only GradientAttribution is estimated from projections, not {attribution}.")
+        with evaluating(self.target.model):
+            watched = self._watch(batch)
+            cotangents = attribution.cotangents(watched.output)
+            if cotangents.exact:
+                return AttributionError(0.0, 1.0)
+            if cotangents.count == 1:
+                raise InvalidSetting("The spread over projections needs at least 2 of them, got projections=1.")
+            generator = torch.Generator(watched.output.device).manual_seed(0)
+            samples = attribution.samples(watched, self.components, selection.granularity, generator)
+        return attribution_error(samples, selection, watched.real)
 
     def select(self, batch: Batch, k: float | None = None) -> Bool[Tensor, "batch *pos C"]:
         """The mask of active components, by the selection of the training; `k` overrides how many. None is active at
@@ -203,8 +224,11 @@ class Decomposition:
     @torch.inference_mode(False)
     def _attributed(self, batch: Batch) -> tuple[Float[Tensor, "batch *pos C"], Real]:
         """Attributions, and which positions are no padding."""
-        watched = self._watch(batch)
-        return self.settings.attribution(watched, self.components, self.settings.selection.granularity), watched.real
+        with evaluating(self.target.model):  # which an attribution may run again
+            watched = self._watch(batch)
+            generator = torch.Generator(watched.output.device).manual_seed(0)
+            granularity = self.settings.selection.granularity
+            return self.settings.attribution(watched, self.components, granularity, generator), watched.real
 
     def _watch(self, batch: Batch) -> WatchedPass:
         if self.output is None:

@@ -5,7 +5,7 @@ Source of all formulas unless another is named: Braun et al. 2025, arXiv 2501.14
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -175,8 +175,28 @@ def simplicity_loss(
     divides.
     """
     activity = mask.to(A.dtype).flatten(0, -2).mean(0)
-    parts = A.square().sum(1) * B.square().sum(2)
+    parts = _SquaredNorm.apply(A, 1) * _SquaredNorm.apply(B, 2)
     return (activity * (parts + _EPS).pow(p / 2).sum(1)).sum()
+
+
+class _SquaredNorm(torch.autograd.Function):
+    """`x.square().sum(dim)`, with one multiplication in the backward pass, where autograd makes three."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dim: int) -> Tensor:
+        return x.square().sum(dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        x, ctx.dim = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        return (2 * gradient).unsqueeze(ctx.dim) * x, None
 
 
 def lp_sparsity(attributions: Float[Tensor, "batch *pos C"], p: float) -> Float[Tensor, "batch *pos C"]:

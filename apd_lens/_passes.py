@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from apd_lens._batches import Batch, call, n_examples
+from apd_lens._batches import Batch, call, n_examples, some_examples
 from apd_lens._components import ParameterComponents
 from apd_lens._errors import InvalidOutput, InvalidSetting, NonFinite, ShapeMismatch, SiteNotCalled
 from apd_lens._padding import Real, padded, real_positions, zero_at_padding
 from apd_lens._patch import outside_traces
-from apd_lens._product import Mask, masked_product
+from apd_lens._product import Mask, active_pairs, masked_product
 from apd_lens._target import Intercept, TargetModel, Use
 
 # Picks the tensor `batch *pos n_outputs` that is explained from the model's return value.
@@ -62,15 +62,16 @@ def check_finite_output(output: Tensor, where: str) -> None:
 class Call:
     """One call of a use in a watched forward: x `batch *pos d_in` (or rows `batch *pos`), y `batch *pos d_out`.
 
-    x is a copy without a graph; y is in the graph of the output.
+    x is a copy without a graph, x_in_graph the model's own; y is in the graph of the output.
     """
 
     use: Use
     x: Tensor
+    x_in_graph: Tensor
     y: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class WatchedPass:
     """A forward pass in which every use of the chosen matrices was watched.
 
@@ -78,17 +79,21 @@ class WatchedPass:
         output: `batch *pos n_outputs`, with the graph from the calls' y to it; zero at padding.
         real: False at padding.
         calls: in the order of the forward; a module that is used twice has two.
+        before_others: x of the uses of all other matrices, in the graph.
         hidden: activations of the named submodules, without a graph.
-        again: the same pass with another set of components in the place of the weights (None: the target's own).
+        again: the same pass with components in the place of the weights (None: the target's own), on some examples.
         jacobians: ∂output/∂y of every call, once they were computed and if they were few enough to keep.
+        spent: whether the graph was freed.
     """
 
     output: Tensor
     real: Real
     calls: list[Call]
+    before_others: list[Tensor]
     hidden: dict[str, Tensor]
-    again: Callable[[ParameterComponents | None], "WatchedPass"]
-    jacobians: list[Tensor | None] = field(default_factory=list)
+    again: Callable[[ParameterComponents | None, slice], "WatchedPass"]
+    jacobians: list[Tensor | None] | None = None
+    spent: bool = False
 
     def n_outputs(self) -> Float[Tensor, " batch"]:
         """Number of outputs of each example, those at padding not counted."""
@@ -109,9 +114,14 @@ def watched_pass(
     """Runs the target on a batch and keeps x and y of every use; with `components`, on their sum instead."""
     examples = n_examples(batch)
     calls: list[Call] = []
+    before_others: list[Tensor] = []
+    observed = [name for name in target.weights if name not in names]
     replaced = None if components is None else replace_weights(components)
 
     def watch(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+        if use.matrix not in names:
+            before_others.append(x)
+            return original()
         y = original() if replaced is None else replaced(use, x, original, bias)
         if len(y) == 1 and examples > 1:  # shared by all examples, such as position embeddings
             x, y = (tensor.expand(examples, *tensor.shape[1:]) for tensor in (x, y))
@@ -122,13 +132,13 @@ def watched_pass(
             )
         if not y.requires_grad:
             y = y.detach().requires_grad_()
-        calls.append(Call(use, x.detach().clone(), y))
+        calls.append(Call(use, x.detach().clone(), x, y))
         return y.clone()  # the model may change it in place
 
     with (
         torch.enable_grad(),
         outside_traces(target.model),
-        target.intercepted(names, watch),
+        target.intercepted(names, watch, observed),
         _activations(target.model, hidden) as kept,
     ):
         picked = explained_output(output, call(target.model, batch), examples)
@@ -138,8 +148,11 @@ def watched_pass(
         output=picked,
         real=real,
         calls=calls,
+        before_others=before_others,
         hidden={name: activation.detach() for name, activation in kept.items()},
-        again=lambda other: watched_pass(target, names, batch, output, components=other),
+        again=lambda other, examples: watched_pass(
+            target, names, some_examples(batch, examples), output, components=other
+        ),
     )
 
 
@@ -150,9 +163,10 @@ def sparse_pass(
     mask: Mask,
     output: OutputFn,
     hidden: Iterable[str] = (),
+    n_active: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The explained output, and named hidden activations, of the model run on Σ_c mask_c P_c for each data point."""
-    replaced = replace_weights(components, mask)
+    replaced = replace_weights(components, mask, n_active)
     with (
         outside_traces(target.model),
         target.intercepted(components.names, replaced),
@@ -162,11 +176,18 @@ def sparse_pass(
         return zero_at_padding(picked, real_positions(batch)), kept
 
 
-def replace_weights(components: ParameterComponents, mask: Mask | None = None) -> Intercept:
-    """y = x κ + bias with κ = Σ_c mask_c P_c, in the place of x W + bias."""
+def replace_weights(
+    components: ParameterComponents, mask: Mask | None = None, n_active: int | None = None
+) -> Intercept:
+    """y = x κ + bias with κ = Σ_c mask_c P_c, in the place of x W + bias.
+
+    Args:
+        n_active: number of True in the mask, if that is known.
+    """
+    active = active_pairs(mask, n_active) if mask is not None and mask.dtype == torch.bool else None
 
     def replace(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-        y = masked_product(x, *components.factors(use), mask)
+        y = masked_product(x, *components.factors(use), mask, active)
         return _in_host_dtype(y if bias is None else y + bias, x, original)
 
     return replace

@@ -30,6 +30,10 @@ class BatchTopK:
     def __call__(self, attributions: Float[Tensor, "batch *pos C"], real: Real = None) -> Bool[Tensor, "batch *pos C"]:
         return batch_topk_mask(attributions, self.k, real)
 
+    def n_active(self, n_data_points: int) -> int:
+        """How many components are active on so many data points, all together."""
+        return int(self.k * n_data_points)
+
 
 @dataclass(frozen=True)
 class TopK:
@@ -48,6 +52,10 @@ class TopK:
 
     def __call__(self, attributions: Float[Tensor, "batch *pos C"], real: Real = None) -> Bool[Tensor, "batch *pos C"]:
         return topk_mask(attributions, self.k, real)
+
+    def n_active(self, n_data_points: int) -> int:
+        """How many components are active on so many data points, all together."""
+        return self.k * n_data_points
 
 
 Selection = BatchTopK | TopK
@@ -98,3 +106,35 @@ def topk_mask(attributions: Float[Tensor, "batch *pos C"], k: int, real: Real = 
     indices = attributions.topk(k, dim=-1, sorted=False).indices
     mask = torch.zeros_like(attributions, dtype=torch.bool).scatter_(-1, indices, True)
     return zero_at_padding(mask, real)
+
+
+@dataclass(frozen=True)
+class AttributionError:
+    """How far attributions are off that are estimated from K projections.
+
+    Attributes:
+        relative: standard error of an attribution over the attribution, the median over active components.
+        agreement: share of the active (data point, component) pairs that half of the projections select and the other
+            half selects too. Chance is k / C.
+    """
+
+    relative: float
+    agreement: float
+
+
+def attribution_error(
+    samples: Float[Tensor, "K batch *pos C"], selection: Selection, real: Real = None
+) -> AttributionError:
+    """The spread of the estimates that each of K projections gives alone, and whether two halves select the same.
+
+    The standard error of A² is std(samples²) / √K; of A = √(A²) it is that over 2 A.
+    """
+    squares, K = samples.square(), len(samples)
+    mean = squares.mean(0)
+    relative = squares.std(0) / K**0.5 / (2 * mean.clamp_min(torch.finfo(mean.dtype).tiny))
+    active = selection(mean.sqrt(), real)
+    first, second = (selection(half.mean(0).sqrt(), real) for half in (squares[: K // 2], squares[K // 2 :]))
+    return AttributionError(
+        relative=relative[active].median().item(),
+        agreement=((first & second).sum() / first.sum()).item(),
+    )

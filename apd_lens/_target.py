@@ -245,8 +245,11 @@ class TargetModel:
         return TargetModel(self.model, self.adapter, names, self.prepare)
 
     @contextmanager
-    def intercepted(self, names: Iterable[str], intercept: Intercept) -> Iterator[None]:
+    def intercepted(self, names: Iterable[str], intercept: Intercept, observed: Iterable[str] = ()) -> Iterator[None]:
         """Inside, every use of the named matrices in a forward of the user's model goes through `intercept`.
+
+        Args:
+            observed: further matrices whose uses do, but which a forward may go past.
 
         Raises:
             AlreadyActive: the model is intercepted already.
@@ -259,6 +262,7 @@ class TargetModel:
             )
         matrices = [self.weights[name] for name in names]
         expected = {use.site for matrix in matrices for use in matrix.uses}
+        matrices += [self.weights[name] for name in observed]
         called: set[str] = set()
         input_axes = 0
 

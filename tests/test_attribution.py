@@ -1,15 +1,19 @@
 """Attributions on models whose answer is known by hand, or by brute force."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from toy_models import ResidualMLP, decomposition_of, linear_of_known_parts
+from toy_models import TMS, ResidualMLP, TinyGPT, decomposition_of, linear_of_known_parts
 
 import apd_lens as apd
-from apd_lens import _attribution
 from apd_lens._attribution import component_effects
 from apd_lens._decomposition import Decomposition
+from apd_lens._jacobian import Readout, find_readout
+from apd_lens._passes import watched_pass
+from apd_lens._selection import AttributionError
 
 
 def known() -> Decomposition:
@@ -72,11 +76,156 @@ def test_reordering_components_reorders_results(method):
         assert_close(model(x), expected)
 
 
-def test_chunks_of_outputs_change_nothing(monkeypatch):
-    decomposition, x = decomposition_of(ResidualMLP(7, 6, 5, 2)), torch.randn(3, 7)
-    whole = decomposition.attributions(x)
-    monkeypatch.setattr(_attribution, "_CHUNK_BYTES", 1)
-    assert_close(decomposition.attributions(x), whole)
+def by_brute_force(decomposition: Decomposition, x: Tensor) -> Tensor:
+    """One backward pass an output, and x P_c of every component and example."""
+    components, granularity = decomposition.components, decomposition.settings.selection.granularity
+    watched = watched_pass(decomposition.target, components.names, x, decomposition.output)
+    total = 0.0
+    for index in torch.cartesian_prod(*(torch.arange(size) for size in watched.output.shape[1:])).view(
+        -1, watched.output.ndim - 1
+    ):
+        output = watched.output[(slice(None), *index)].sum()
+        effect = 0.0
+        for call in watched.calls:
+            (gradient,) = torch.autograd.grad(output, call.y, retain_graph=True, allow_unused=True)
+            if gradient is not None:
+                here = (gradient[..., None, :] * apd.component_outputs(call.x, *components.factors(call.use))).sum(-1)
+                effect = effect + (
+                    here.reshape(len(x), -1, here.shape[-1]).sum(1) if granularity == "example" else here
+                )
+        total = total + effect.square()
+    return (total / watched.output[0].numel()).sqrt().detach()
+
+
+class Mixing(torch.nn.Module):
+    """Positions mix: each sees the sum of those up to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.write = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.write(torch.tanh(self.read(x)).cumsum(1))
+
+
+class TwoMatrices(torch.nn.Module):
+    """No residual stream, linear at the end: x of `write` is all through which `read` reaches the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.write = torch.nn.Linear(5, 4), torch.nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.write(torch.relu(self.read(x)))
+
+
+def models() -> dict[str, tuple[torch.nn.Module, Tensor, str, Readout]]:
+    """Model, batch, weights, and what its readout is."""
+    tms = TMS(7, 3)
+    torch.nn.init.normal_(tms.linear1.weight)
+    return {
+        "one matrix": (torch.nn.Linear(5, 3), torch.randn(6, 5), "*", Readout((True,), None)),
+        "two matrices": (TwoMatrices(), torch.randn(6, 5), "*", Readout((False, True), 0)),
+        "residual MLP": (ResidualMLP(7, 6, 5, 1), torch.randn(6, 7), "layers.*", Readout((False, True), 1)),
+        "two layers": (
+            ResidualMLP(7, 6, 5, 2),
+            torch.randn(6, 7),
+            "layers.*",
+            Readout((False, False, False, True), 4),  # x of W_U
+        ),
+        "nothing linear": (tms, torch.randn(6, 7), "*", Readout((False, False), None)),
+        "positions": (Mixing(), torch.randn(3, 4, 3), "*", Readout((False, True), 0)),
+        "tokens": (TinyGPT(), torch.randint(11, (3, 4)), "*", Readout((False,) * 3 + (True,) * 2, 2)),
+    }
+
+
+@pytest.mark.parametrize("granularity", ["example", "position"])
+@pytest.mark.parametrize("name", models())
+def test_readouts_are_found_and_change_nothing(name, granularity):
+    model, x, weights, expected = models()[name]
+    decomposition = decomposition_of(model, weights, selection=apd.TopK(1, granularity=granularity))
+    watched = watched_pass(decomposition.target, decomposition.components.names, x, decomposition.output)
+    assert find_readout(watched) == expected
+    assert_close(decomposition.attributions(x), by_brute_force(decomposition, x), rtol=1e-4, atol=1e-6)
+
+
+def attributing(decomposition: Decomposition, **changes) -> Decomposition:
+    """The same, with other gradient attributions."""
+    attribution = replace(decomposition.settings.attribution, **changes)
+    return replace(decomposition, settings=replace(decomposition.settings, attribution=attribution))
+
+
+@pytest.mark.parametrize("granularity", ["example", "position"])
+@pytest.mark.parametrize("memory", [1, 500, 5000])
+@pytest.mark.parametrize("projections", ["exact", 4])
+@pytest.mark.parametrize("name", models())
+def test_chunks_change_nothing(name, projections, memory, granularity):
+    model, x, weights, _ = models()[name]
+    decomposition = attributing(
+        decomposition_of(model, weights, selection=apd.TopK(1, granularity=granularity)), projections=projections
+    )
+    chunked = attributing(decomposition, memory=memory)
+    assert_close(chunked.attributions(x), decomposition.attributions(x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "normal"])
+def test_estimates_are_unbiased_and_better_with_more_projections(kind):
+    """Squares, averaged over 150 independent estimates: within 4 standard errors; the spread falls as 1 / √K."""
+    decomposition, x = decomposition_of(TMS(7, 3)), torch.rand(6, 7)
+    exact = attributing(decomposition, projections="exact").attributions(x)
+    watched = watched_pass(decomposition.target, decomposition.components.names, x, decomposition.output)
+    generator, spread = torch.Generator().manual_seed(0), {}
+    for K in (2, 32):
+        estimate = apd.GradientAttribution(K, kind, memory=2**20)
+        squares = torch.stack(
+            [
+                estimate(watched.again(None, slice(None)), decomposition.components, "example", generator).square()
+                for _ in range(150)
+            ]
+        )
+        standard_error = squares.std(0) / 150**0.5
+        assert ((squares.mean(0) - exact.square()).abs() <= 4 * standard_error + 1e-9).all()
+        spread[K] = squares.std(0).mean()
+    assert_close(spread[2] / spread[32], torch.tensor(4.0), rtol=0.2, atol=0)
+
+
+def test_many_outputs_are_estimated_and_few_are_exact():
+    few, many = (torch.zeros(2, 8, n_outputs) for n_outputs in (32, 33))
+    assert apd.GradientAttribution().cotangents(few).count == 8 * 32
+    assert apd.GradientAttribution().cotangents(many).count == 16
+    assert apd.GradientAttribution("exact").cotangents(many).count == 8 * 33
+    assert apd.GradientAttribution(3).cotangents(few).count == 3
+
+
+def test_the_error_of_estimates_is_reported():
+    decomposition, x = decomposition_of(TMS(40, 10), n_components=20), torch.rand(64, 40)
+    errors = {K: attributing(decomposition, projections=K).attribution_error(x) for K in (4, 64)}
+    exact = attributing(decomposition, projections="exact")
+    true = {}
+    for K in errors:
+        estimate, mask = attributing(decomposition, projections=K).attributions(x), exact.select(x)
+        true[K] = (estimate / exact.attributions(x) - 1).abs()[mask].median().item()
+        assert 0.3 * errors[K].relative < true[K] < 1.5 * errors[K].relative  # the median error is 0.67 standard errors
+    assert errors[64].relative < errors[4].relative / 3
+    assert 2 / 20 < errors[4].agreement < errors[64].agreement < 1
+    assert exact.attribution_error(x) == AttributionError(0.0, 1.0)
+    with pytest.raises(apd.InvalidSetting, match="at least 2"):
+        attributing(decomposition, projections=1).attribution_error(x)
+
+
+@pytest.mark.parametrize("attribution", [apd.GradientAttribution(3), apd.GradientAttribution(memory=1)])
+def test_the_same_batch_again_after_its_graph_was_used_up(attribution):
+    state, x = apd.init(TMS(7, 3), n_components=5, attribution=attribution), torch.rand(6, 7)
+    for _ in range(3):
+        state, info = apd.step(state, x)
+    assert info.loss.isfinite()
+
+
+def test_parts_of_a_batch_are_attributed_in_eval_mode():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 4)).train()
+    decomposition, x = attributing(decomposition_of(model), memory=1), torch.randn(3, 4)
+    assert torch.equal(decomposition.attributions(x), decomposition.attributions(x))
+    assert model.training
 
 
 @pytest.mark.parametrize("granularity", ["example", "position"])
@@ -90,17 +239,6 @@ def test_both_orders_of_multiplication_agree(granularity):
         assert_close(together[out : out + 1], alone, rtol=1e-4, atol=1e-5)
     parts = sum(component_effects(jacobian, x, A[..., m : m + 1], B[:, m : m + 1], granularity) for m in range(2))
     assert_close(together, parts, rtol=1e-4, atol=1e-5)
-
-
-class Mixing(torch.nn.Module):
-    """Positions mix: each sees the sum of those up to it."""
-
-    def __init__(self):
-        super().__init__()
-        self.read, self.write = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.write(torch.tanh(self.read(x)).cumsum(1))
 
 
 @pytest.mark.parametrize("component", [0, 1])

@@ -1,0 +1,192 @@
+"""Gradients of the outputs with respect to y of every use: v · f pulled back for many cotangents v at once.
+
+The cost is that of the backward passes through the target, one for each v and example. What is the same for all
+examples is computed once.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from apd_lens._passes import WatchedPass
+
+# Gradients count as the same for all examples if they differ by no more than so many roundings.
+_ROUNDINGS = 64
+
+# ∂(v · f)/∂y of each call of a watched pass, `v examples *pos d_out`, `examples` being 1 where it is the same for all;
+# None where the output does not depend on y.
+Jacobians = list[Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Cotangents:
+    """Vectors v in the space of one example's outputs, so that Σ_v (v · e)² is Σ_o e_o² times `scale`.
+
+    Attributes:
+        count: how many.
+        rows: the ones from first to last, `v *pos n_outputs`.
+        scale: number of cotangents that bring as much as one output each.
+        exact: not only on average.
+    """
+
+    count: int
+    rows: Callable[[int, int], Tensor]
+    scale: int = 1
+    exact: bool = True
+
+
+def one_hot_cotangents(output: Float[Tensor, "batch *pos n_outputs"]) -> Cotangents:
+    """One for every output of an example."""
+
+    def rows(first: int, last: int) -> Tensor:
+        one_hot = torch.zeros(last - first, output[0].numel(), device=output.device, dtype=output.dtype)
+        return one_hot.fill_diagonal_(1).roll(first, 1).unflatten(1, output.shape[1:])
+
+    return Cotangents(output[0].numel(), rows)
+
+
+def random_cotangents(
+    output: Float[Tensor, "batch *pos n_outputs"],
+    K: int,
+    kind: Literal["rademacher", "normal"],
+    generator: torch.Generator | None,
+) -> Cotangents:
+    """K random ones with E v vᵀ = 1, the same for all examples."""
+    shape = (K, *output.shape[1:])
+    if kind == "normal":
+        drawn = torch.randn(shape, generator=generator, device=output.device, dtype=output.dtype)
+    else:
+        drawn = torch.randint(2, shape, generator=generator, device=output.device, dtype=torch.int8).mul_(2).sub_(1)
+    return Cotangents(K, lambda first, last: drawn[first:last].to(output.dtype), scale=K, exact=False)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How the output depends on the decomposed matrices, as far as it saves backward passes.
+
+    Attributes:
+        shared: for each call, whether ∂f/∂y is the same for all examples.
+        start: index (into `_inputs`) of an x that all gradients which are not shared come through, and from which
+            only linear maps lead to the output; None if there is none.
+    """
+
+    shared: tuple[bool, ...]
+    start: int | None
+
+
+def jacobians_in_parts(
+    watched: WatchedPass, cotangents: Cotangents, memory: int
+) -> Iterator[tuple[WatchedPass, Iterator[Jacobians]]]:
+    """The pass in parts of some examples each, and for each part its Jacobians in chunks of cotangents.
+
+    There is one part and one chunk if the Jacobians and what it takes to compute them fit into `memory` bytes. If not,
+    the target is run again on some examples at a time, so that what is multiplied with the Jacobians later is not
+    computed again for each chunk of cotangents. Uses up the pass's graph.
+    """
+    if watched.jacobians is not None:
+        yield watched, iter([watched.jacobians])
+        return
+    probe = cotangents.count > 2 and len(watched.output) > 1
+    readout = find_readout(watched) if probe else Readout((False,) * len(watched.calls), None)
+    n_examples = len(watched.output)
+    bytes_per_example = cotangents.count * _bytes_per_cotangent(watched, readout) / n_examples
+    examples_at_once = max(1, int(memory / bytes_per_example)) if bytes_per_example else n_examples
+    if examples_at_once >= n_examples:
+        yield watched, _chunks(watched, readout, cotangents, memory)
+        return
+    watched.spent = True  # what is left of its graph is not worth keeping
+    for first in range(0, n_examples, examples_at_once):
+        part = watched.again(None, slice(first, first + examples_at_once))
+        yield part, _chunks(part, readout, cotangents, memory)
+
+
+def _chunks(watched: WatchedPass, readout: Readout, cotangents: Cotangents, memory: int) -> Iterator[Jacobians]:
+    output, ys = watched.output, [call.y for call in watched.calls]
+    shared = [y for y, is_shared in zip(ys, readout.shared, strict=True) if is_shared]
+    own = [y for y, is_shared in zip(ys, readout.shared, strict=True) if not is_shared]
+    start = output if readout.start is None else _inputs(watched)[readout.start]
+    chunk = min(cotangents.count, max(1, int(memory / max(1, _bytes_per_cotangent(watched, readout)))))
+    for first in range(0, cotangents.count, chunk):
+        last = min(first + chunk, cotangents.count)
+        vs = cotangents.rows(first, last)
+        gradients = dict(zip(shared, _spread_over_examples(output, vs, shared), strict=True))
+        if own:
+            # One cotangent serves all examples at once, since they do not influence each other.
+            (at_start,) = [vs[:, None]] if start is output else _spread_over_examples(output, vs, [start])
+            pulled = torch.autograd.grad(
+                start,
+                own,
+                at_start.expand(-1, *start.shape),
+                is_grads_batched=True,
+                retain_graph=last < cotangents.count,
+                allow_unused=True,
+            )
+            gradients |= dict(zip(own, pulled, strict=True))
+        jacobians = [gradients[y] for y in ys]
+        watched.spent = watched.spent or (bool(own) and last == cotangents.count)
+        if chunk == cotangents.count and cotangents.exact:  # good for the same batch the next time too
+            watched.jacobians = jacobians
+        yield jacobians
+
+
+def find_readout(watched: WatchedPass) -> Readout:
+    """Probes the pass with one random v.
+
+    ∂f/∂y is the same for all examples if vᵀ ∂f/∂y is. An x is a start if that holds for it too, and the gradients of
+    all other y are what comes through it.
+    """
+    output, ys, xs = watched.output, [call.y for call in watched.calls], _inputs(watched)
+    v = torch.randn(output.shape[1:], generator=torch.Generator().manual_seed(0)).to(output)
+    # Also for bfloat16, where equal rows come out equal, and 64 roundings would be a half.
+    tolerance = _ROUNDINGS * min(torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps)
+
+    def gradients(root: Tensor, cotangent: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(root, tensors, cotangent, retain_graph=True, allow_unused=True)
+
+    def equal(some: Tensor | None, others: Tensor | None) -> bool:
+        if some is None or others is None:
+            return some is others
+        return bool((some - others).abs().max() <= tolerance * some.abs().max())
+
+    full = gradients(output, v.expand_as(output), [*ys, *xs])
+    same = [gradient is not None and equal(gradient, gradient[:1]) for gradient in full]
+    shared = tuple(same[: len(ys)])
+    own = {y: gradient for y, gradient, is_shared in zip(ys, full, shared, strict=False) if not is_shared}
+    for index, (x, at_x) in enumerate(zip(xs, full[len(ys) :], strict=True)):
+        if own and at_x is not None and same[len(ys) + index]:
+            through_x = gradients(x, at_x, list(own))
+            if all(equal(whole, part) for whole, part in zip(own.values(), through_x, strict=True)):
+                return Readout(shared, index)
+    return Readout(shared, None)
+
+
+def _inputs(watched: WatchedPass) -> list[Tensor]:
+    """Every x that a matrix multiplies and that depends on a decomposed one, in the order of the calls."""
+    xs = [call.x_in_graph for call in watched.calls] + watched.before_others
+    return [x for x in xs if x.requires_grad and len(x) == len(watched.output)]
+
+
+def _spread_over_examples(
+    output: Tensor, vs: Float[Tensor, "v *pos n_outputs"], tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    """Gradients `v 1 *rest` of v · f that are the same for all examples: each example is given another v."""
+    if not tensors:
+        return []
+    parts = []
+    for some in vs.split(len(output)):
+        each = output.new_zeros(output.shape)
+        each[: len(some)] = some
+        gradients = torch.autograd.grad(output, tensors, each, retain_graph=True)
+        parts.append([gradient[: len(some), None] for gradient in gradients])
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+def _bytes_per_cotangent(watched: WatchedPass, readout: Readout) -> int:
+    """What one cotangent takes for all examples: the gradients that are not shared, and as much on the way to them."""
+    own = sum(call.y.numel() for call, is_shared in zip(watched.calls, readout.shared, strict=True) if not is_shared)
+    start = watched.output if readout.start is None else _inputs(watched)[readout.start]
+    return (2 * own + start.numel()) * watched.output.element_size() if own else 0
