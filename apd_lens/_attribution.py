@@ -20,14 +20,14 @@ from apd_lens._errors import InvalidSetting, ShapeMismatch
 from apd_lens._jacobian import Cotangents, Jacobians, jacobians_in_parts, one_hot_cotangents, random_cotangents
 from apd_lens._padding import zero_at_padding
 from apd_lens._passes import Call, WatchedPass
-from apd_lens._product import Inputs, component_outputs, inner_activations
+from apd_lens._product import component_outputs, inner_activations, inner_activations_of_many
 
 # What a data point is: an example, or each position of an example.
 Granularity = Literal["example", "position"]
 
 # "auto": exact up to so many outputs of an example, estimated from so many projections beyond.
-EXACT_UP_TO = 256
-AUTO_PROJECTIONS = 16
+EXACT_UP_TO = 128
+AUTO_PROJECTIONS = 8
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class GradientAttribution:
     unbiased (A_c², not its root). `Decomposition.attribution_error` says how far it is off.
 
     Attributes:
-        projections: "exact"; the number K; or "auto", exact for up to 256 outputs of an example (positions times
-            outputs) and K = 16 beyond.
+        projections: "exact"; the number K; or "auto", exact for up to 128 outputs of an example (positions times
+            outputs) and K = 8 beyond.
         kind: entries of v are ±1 ("rademacher", the smaller variance) or standard "normal".
         memory: bytes that the temporaries may take; what is larger is computed in chunks.
     """
@@ -187,10 +187,10 @@ def _effects(
             "The output does not depend on any of the decomposed matrices, so there is nothing to attribute. Check "
             "output= and weights=."
         )
-    itemsize = torch.finfo(components.factors(used[0][1].use)[0].dtype).bits // 8
     numbers = max(_numbers_per_example(jacobian, call, components) for jacobian, call in used)
+    itemsize = torch.finfo(next(components.parameters()).dtype).bits // 8
     chunk = max(1, memory // (numbers * itemsize))
-    effects = [_effects_of_call(jacobian, call, components, granularity) for jacobian, call in used]
+    effects = [_effects_of_call(jacobian, call, components, granularity, memory) for jacobian, call in used]
     n_examples = len(used[0][1].x)
     for first in range(0, n_examples, chunk):
         examples, total = slice(first, first + chunk), None
@@ -212,32 +212,38 @@ def _effects_of_call(
     call: Call,
     components: ParameterComponents,
     granularity: Granularity,
+    memory: int,
 ) -> Callable[[slice], Float[Tensor, "v data *data_pos C"]]:
     """For some examples, <∂(v · f)/∂y , x P_c> of one call."""
     A, B = components.factors(call.use)
-    jacobian = jacobian.to(A.dtype)
-    if jacobian.shape[1] < len(call.x):
+    x, jacobian = call.x, jacobian.to(A.dtype)
+    positions = x.numel() // (A.shape[1] if x.is_floating_point() else 1)
+    whole = inner_activations_of_many(x, A) if 8 * positions * A.shape[0] * A.shape[2] <= memory else None
+
+    def inner(examples: slice) -> Tensor:
+        return inner_activations(x[examples], A) if whole is None else whole[examples]
+
+    if jacobian.shape[1] < len(x):
         pulled = einsum(jacobian[:, 0], B, "v ... d_out, C m d_out -> v ... C m")
-        return lambda examples: shared_effects(pulled, call.x[examples], A, granularity)
-    return lambda examples: component_effects(jacobian[:, examples], call.x[examples], A, B, granularity)
+        return lambda examples: shared_effects(pulled, inner(examples), granularity)
+    return lambda examples: component_effects(jacobian[:, examples], inner(examples), B, granularity)
 
 
 def component_effects(
     jacobian: Float[Tensor, "v examples *pos d_out"],
-    x: Inputs,
-    A: Float[Tensor, "C d_in m"],
+    inner: Float[Tensor, "examples *pos C m"],
     B: Float[Tensor, "C m d_out"],
     granularity: Granularity,
 ) -> Float[Tensor, "v examples *data_pos C"]:
-    """<∂(v · f)/∂y , x P_c> of one use, for every v and component; summed over positions for whole examples."""
-    if _pulls_back(len(jacobian), A.shape[-1]):
+    """<∂(v · f)/∂y , x P_c> of one use, from x A, for every v and component; summed over positions for examples."""
+    if _pulls_back(len(jacobian), inner.shape[-1]):
         # (J Bᵀ) · (x A): no tensor of size batch × C × d_out.
         pulled = einsum(jacobian, B, "v ... d_out, C m d_out -> v ... C m")
-        effects = (pulled * inner_activations(x, A)).sum(-1)
+        effects = (pulled * inner).sum(-1)
         positions = tuple(range(2, effects.ndim - 1))
         return effects.sum(positions) if granularity == "example" and positions else effects
     # With several v and rank > 1 it pays to build x P_c once: m + v instead of m · v multiplications.
-    written = component_outputs(x, A, B)
+    written = einsum(inner, B, "... C m, C m d_out -> ... C d_out")
     if granularity == "example":
         return einsum(
             rearrange(jacobian, "v examples ... d_out -> examples v (... d_out)"),
@@ -248,10 +254,9 @@ def component_effects(
 
 
 def shared_effects(
-    pulled: Float[Tensor, "v *pos C m"], x: Inputs, A: Float[Tensor, "C d_in m"], granularity: Granularity
+    pulled: Float[Tensor, "v *pos C m"], inner: Float[Tensor, "examples *pos C m"], granularity: Granularity
 ) -> Float[Tensor, "v examples *data_pos C"]:
-    """(J Bᵀ) · (x A) of one use where J, and so `pulled` = J Bᵀ, is the same for all examples."""
-    inner = inner_activations(x, A)
+    """The same where J, and so `pulled` = J Bᵀ, is the same for all examples."""
     if granularity == "example":
         return einsum(
             rearrange(inner, "examples ... C m -> C examples (... m)"),

@@ -327,8 +327,12 @@ def decompose(
 def _watch(state: State, batch: Batch) -> Seen:
     """The target's pass over the batch: the last one, if this is the same batch again."""
     last = state.seen
-    again = last is not None and tensors(batch) and same_arguments(batch, last.batch, last.versions)
-    if again and (last.watched.jacobians is not None or not last.watched.spent):
+    if (
+        last is not None
+        and tensors(batch)
+        and same_arguments(batch, last.batch, last.versions)
+        and not (last.watched.spent and last.watched.jacobians is None)
+    ):
         return last
     where = f"step {state.step}"
     prepared = state.target.prepare(batch)

@@ -126,7 +126,7 @@ def _chunks(watched: WatchedPass, readout: Readout, cotangents: Cotangents, memo
                 allow_unused=True,
             )
             gradients |= dict(zip(own, pulled, strict=True))
-        jacobians = [gradients[y] for y in ys]
+        jacobians: Jacobians = [gradients[y] for y in ys]
         watched.spent = watched.spent or (bool(own) and last == cotangents.count)
         if chunk == cotangents.count and cotangents.exact:  # good for the same batch the next time too
             watched.jacobians = jacobians

@@ -186,7 +186,8 @@ class _SquaredNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, dim: int) -> Tensor:
-        return x.square().sum(dim)
+        blocks = x.split(max(1, 2**21 * len(x) // x.numel()))  # small enough for memory to be used again
+        return torch.cat([block.square().sum(dim) for block in blocks])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:

@@ -25,12 +25,36 @@ _PER_GATHERED = 30  # a number of x and y, for each active pair
 _PER_GROUP = 360_000  # a component
 _PER_GATHERED_ROW = 70  # a number of x, y and the factors, for each active pair, where rank is one
 
+# Inputs that lie in so many dimensions are looked for.
+_SUBSPACE = 128
+
 
 def inner_activations(x: Inputs, A: Float[Tensor, "C d_in m"]) -> Float[Tensor, "batch *pos C m"]:
     """x A_c for every component."""
     side = rearrange(A, "C d_in m -> d_in (C m)")
     flat = x.to(A.dtype) @ side if x.is_floating_point() else F.embedding(x, side)
     return flat.unflatten(-1, (A.shape[0], A.shape[2]))
+
+
+@torch.no_grad()
+def inner_activations_of_many(x: Inputs, A: Float[Tensor, "C d_in m"]) -> Float[Tensor, "batch *pos C m"]:
+    """x A_c for every component, without a graph; cheaper if x lies in few dimensions.
+
+    Where a model's residual stream is wider than what is written into it, as in the paper's residual MLP, x = z Q with
+    fewer columns in z, and z (Q A) is less work. Q is an orthonormal basis of a few random mixtures of the rows of x;
+    whether it spans all of them is checked.
+    """
+    n_components, d_in, m = A.shape
+    n_rows = x.numel() // d_in
+    worth_a_try = n_rows * d_in >= 4 * _SUBSPACE * (n_rows + d_in) and n_components * m >= 16 * _SUBSPACE
+    if x.is_floating_point() and x.dtype == A.dtype and not x.is_cuda and worth_a_try:
+        rows = x.reshape(-1, d_in)
+        mixtures = torch.randn(_SUBSPACE, n_rows, generator=torch.Generator().manual_seed(0)).to(rows) @ rows
+        Q = torch.linalg.qr(mixtures.mT)[0]  # d_in × _SUBSPACE
+        z = rows @ Q
+        if bool((rows - z @ Q.mT).abs().max() <= 16 * torch.finfo(x.dtype).eps * rows.abs().max()):
+            return inner_activations(z.view(*x.shape[:-1], -1), Q.mT @ A)
+    return inner_activations(x, A)
 
 
 def component_outputs(

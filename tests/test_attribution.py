@@ -190,10 +190,10 @@ def test_estimates_are_unbiased_and_better_with_more_projections(kind):
 
 
 def test_many_outputs_are_estimated_and_few_are_exact():
-    few, many = (torch.zeros(2, 8, n_outputs) for n_outputs in (32, 33))
-    assert apd.GradientAttribution().cotangents(few).count == 8 * 32
-    assert apd.GradientAttribution().cotangents(many).count == 16
-    assert apd.GradientAttribution("exact").cotangents(many).count == 8 * 33
+    few, many = (torch.zeros(2, 8, n_outputs) for n_outputs in (16, 17))
+    assert apd.GradientAttribution().cotangents(few).count == 8 * 16
+    assert apd.GradientAttribution().cotangents(many).count == 8
+    assert apd.GradientAttribution("exact").cotangents(many).count == 8 * 17
     assert apd.GradientAttribution(3).cotangents(few).count == 3
 
 
@@ -231,13 +231,12 @@ def test_parts_of_a_batch_are_attributed_in_eval_mode():
 @pytest.mark.parametrize("granularity", ["example", "position"])
 def test_both_orders_of_multiplication_agree(granularity):
     """One output or rank one takes another path than several outputs with a higher rank."""
-    jacobian, x = torch.randn(3, 2, 4, 5), torch.randn(2, 4, 6)
-    A, B = torch.randn(7, 6, 2), torch.randn(7, 2, 5)
-    together = component_effects(jacobian, x, A, B, granularity)
+    jacobian, inner, B = torch.randn(3, 2, 4, 5), torch.randn(2, 4, 7, 2), torch.randn(7, 2, 5)
+    together = component_effects(jacobian, inner, B, granularity)
     for out in range(3):
-        alone = component_effects(jacobian[out : out + 1], x, A, B, granularity)
+        alone = component_effects(jacobian[out : out + 1], inner, B, granularity)
         assert_close(together[out : out + 1], alone, rtol=1e-4, atol=1e-5)
-    parts = sum(component_effects(jacobian, x, A[..., m : m + 1], B[:, m : m + 1], granularity) for m in range(2))
+    parts = sum(component_effects(jacobian, inner[..., [m]], B[:, [m]], granularity) for m in range(2))
     assert_close(together, parts, rtol=1e-4, atol=1e-5)
 
 

@@ -7,7 +7,13 @@ from torch.testing import assert_close
 
 import apd_lens as apd
 from apd_lens import _product
-from apd_lens._product import active_pairs, cheapest_way, pairwise_product
+from apd_lens._product import (
+    active_pairs,
+    cheapest_way,
+    inner_activations,
+    inner_activations_of_many,
+    pairwise_product,
+)
 
 
 @pytest.fixture(params=[False, True], ids=["groups in a loop", "grouped_mm"], autouse=True)
@@ -127,3 +133,15 @@ def test_a_context_takes_the_cheap_way_and_gives_the_same(monkeypatch):
     with decomposition.sparse(mask.float()):
         assert_close(sparse, model(x))
     assert ways == ["grouped"]
+
+
+@pytest.mark.parametrize("dimensions", [100, 200])
+def test_inputs_in_few_dimensions_are_multiplied_as_if_not(dimensions):
+    basis, A = torch.randn(dimensions, 1000), torch.randn(64, 1000, 32)
+    x = (
+        (torch.randn(2, 600, dimensions) @ basis).relu()
+        if dimensions > 128
+        else torch.randn(2, 600, dimensions) @ basis
+    )
+    exact = inner_activations(x.double(), A.double()).float()
+    assert_close(inner_activations_of_many(x, A), exact, rtol=1e-4, atol=1e-3 * exact.std().item())
