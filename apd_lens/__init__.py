@@ -8,9 +8,13 @@ Types and shapes of arguments are checked here, at the edge, and not inside.
 """
 
 from apd_lens import _components, _decompose, _losses, _product, _selection
+from apd_lens import metrics as metrics
+from apd_lens._attribution import AblationAttribution as AblationAttribution
 from apd_lens._attribution import ActivationAttribution as ActivationAttribution
 from apd_lens._attribution import GradientAttribution as GradientAttribution
+from apd_lens._attribution import IntegratedGradients as IntegratedGradients
 from apd_lens._checks import checked as _checked
+from apd_lens._cluster_moves import ClusterMoves as ClusterMoves
 from apd_lens._components import ParameterComponents as ParameterComponents
 from apd_lens._components import random_components as random_components
 from apd_lens._decompose import State as State
@@ -31,9 +35,10 @@ from apd_lens._errors import ShapeMismatch as ShapeMismatch
 from apd_lens._errors import SiteNotCalled as SiteNotCalled
 from apd_lens._errors import UnknownWeight as UnknownWeight
 from apd_lens._errors import UnsupportedModel as UnsupportedModel
-from apd_lens._losses import HoldThenDecay as HoldThenDecay
 from apd_lens._losses import Losses as Losses
 from apd_lens._moves import SplitMoves as SplitMoves
+from apd_lens._schedules import HoldThenDecay as HoldThenDecay
+from apd_lens._schedules import Ramp as Ramp
 from apd_lens._selection import BatchTopK as BatchTopK
 from apd_lens._selection import TopK as TopK
 from apd_lens._settings import Optimization as Optimization

@@ -15,10 +15,12 @@ from typing import Any, NoReturn
 import safetensors.torch
 from torch import Tensor
 
-from apd_lens._attribution import ActivationAttribution, GradientAttribution
+from apd_lens._attribution import AblationAttribution, ActivationAttribution, GradientAttribution, IntegratedGradients
+from apd_lens._cluster_moves import ClusterMoves
 from apd_lens._errors import ArtifactError
-from apd_lens._losses import HoldThenDecay, Losses
+from apd_lens._losses import Losses
 from apd_lens._moves import SplitMoves
+from apd_lens._schedules import HoldThenDecay, Ramp
 from apd_lens._selection import BatchTopK, TopK
 from apd_lens._settings import Optimization, Settings
 
@@ -29,13 +31,17 @@ TENSOR_FILE = "components.safetensors"
 _SETTINGS = {
     cls.__name__: cls
     for cls in (
+        AblationAttribution,
         ActivationAttribution,
         BatchTopK,
         GradientAttribution,
         HoldThenDecay,
+        IntegratedGradients,
         Losses,
         Optimization,
         Settings,
+        ClusterMoves,
+        Ramp,
         SplitMoves,
         TopK,
     )

@@ -3,10 +3,13 @@
 Gradient attributions in four steps: run the target once and keep x and y of every use; pull cotangents v back through
 it, many at once, to get ∂(v · f)/∂y; multiply with what each component writes, x P_c; take the root mean square over
 the cotangents. One-hot cotangents, one an output, make it exact; a few random ones estimate it.
+
+Integrated gradients do that on a path of weights; ablations run the model without each component instead.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import torch
@@ -19,7 +22,7 @@ from apd_lens._components import ParameterComponents
 from apd_lens._errors import InvalidSetting, ShapeMismatch
 from apd_lens._jacobian import Cotangents, Jacobians, jacobians_in_parts, one_hot_cotangents, random_cotangents
 from apd_lens._padding import zero_at_padding
-from apd_lens._passes import Call, WatchedPass
+from apd_lens._passes import Call, WatchedPass, replace_weights, subtract_weights, subtract_weights_of_each
 from apd_lens._product import component_outputs, inner_activations, inner_activations_of_many
 
 # What a data point is: an example, or each position of an example.
@@ -56,8 +59,7 @@ class GradientAttribution:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if isinstance(self.projections, int) and self.projections < 1:
-            raise InvalidSetting(f"projections must be at least 1, got {self.projections}.")
+        _check_projections(self.projections)
 
     def __call__(
         self,
@@ -88,31 +90,41 @@ class GradientAttribution:
     ) -> Float[Tensor, "K batch *pos C"]:
         """What each projection alone estimates; the root of the mean of their squares is the estimate."""
         cotangents = self.cotangents(watched.output, generator)
-        attributions = []
-        with torch.no_grad():
-            for part, chunks in jacobians_in_parts(watched, cotangents, self.memory):
-                effects = [
-                    torch.cat(list(_effects(jacobians, part.calls, components, granularity, self.memory)), 1)
-                    for jacobians in chunks
-                ]
-                squares = torch.cat(effects).square() * (cotangents.count / cotangents.scale)
-                attributions.append(torch.stack([_root_mean(some, part) for some in squares]))
-        return torch.cat(attributions, 1)
+        effects = effects_on_outputs(watched, cotangents, components, granularity, self.memory)
+        squares = effects.square() * (cotangents.count / cotangents.scale)
+        return torch.stack([_root_mean(some, watched) for some in squares])
 
     def cotangents(
         self, output: Float[Tensor, "batch *pos n_outputs"], generator: torch.Generator | None = None
     ) -> Cotangents:
         """One-hot ones for exact attributions, or K random ones."""
-        n_outputs, K = output[0].numel(), self.projections
-        if K == "auto":
-            K = "exact" if n_outputs <= EXACT_UP_TO else AUTO_PROJECTIONS
-        return one_hot_cotangents(output) if K == "exact" else random_cotangents(output, K, self.kind, generator)
+        return _cotangents(output, self.projections, self.kind, generator)
 
 
-def _root_mean(squares: Float[Tensor, "batch *pos C"], watched: WatchedPass) -> Float[Tensor, "batch *pos C"]:
-    """Root of the mean over outputs of what was summed over them."""
-    n_outputs = watched.n_outputs().to(squares.dtype).reshape(-1, *[1] * (squares.ndim - 1))
-    return zero_at_padding((squares / n_outputs).sqrt(), watched.real)
+def _check_projections(projections: int | Literal["auto", "exact"]) -> None:
+    if isinstance(projections, int) and projections < 1:
+        raise InvalidSetting(f"projections must be at least 1, got {projections}.")
+
+
+def _cotangents(
+    output: Float[Tensor, "batch *pos n_outputs"],
+    projections: int | Literal["auto", "exact"],
+    kind: Literal["rademacher", "normal"],
+    generator: torch.Generator | None,
+) -> Cotangents:
+    if projections == "auto":
+        projections = "exact" if output[0].numel() <= EXACT_UP_TO else AUTO_PROJECTIONS
+    if projections == "exact":
+        return one_hot_cotangents(output)
+    return random_cotangents(output, projections, kind, generator)
+
+
+def _root_mean(
+    squares: Float[Tensor, "examples *pos C"], watched: WatchedPass, examples: slice = slice(None)
+) -> Float[Tensor, "examples *pos C"]:
+    """Root of the mean over outputs of what was summed over them, for some examples of the pass."""
+    n_outputs = watched.n_outputs()[examples].to(squares.dtype).reshape(-1, *[1] * (squares.ndim - 1))
+    return zero_at_padding((squares / n_outputs).sqrt(), None if watched.real is None else watched.real[examples])
 
 
 @dataclass(frozen=True)
@@ -141,7 +153,174 @@ class ActivationAttribution:
         return total
 
 
-Attribution = GradientAttribution | ActivationAttribution
+@dataclass(frozen=True)
+class IntegratedGradients:
+    """A_c(x) = sqrt( mean_o ( mean_t Σ_l Σ_uses <∂f_o/∂y_l(t) , x_l(t) P_c,l> )² ), t on a path of weights.
+
+    As `GradientAttribution`, but the effect on an output is averaged over t before it is squared, with gradients and x
+    of the model at each t. The path is a straight line along Σ_c P_c, so the effects of all components on an output
+    (all uses, all positions) sum to the difference that the whole path makes to it, up to the error of the midpoint
+    rule. Costs `steps` forward passes, and as many times the backward passes. The path is Sundararajan et al. 2017,
+    arXiv 1703.01365, over weights in the place of inputs.
+
+    Attributes:
+        steps: number of points t = (i + 1/2) / steps.
+        start: "all" goes from the target, where all components are on, to the target without them: W − t Σ_c P_c, and
+            the effects sum to f(W) − f(W − Σ_c P_c). "zero" goes from no weights to the components alone: t Σ_c P_c,
+            and the effects sum to f(Σ_c P_c) − f(0). Where the components sum to the weights it is the same line.
+        projections: "exact", a number, or "auto"; as in `GradientAttribution`. All t share them.
+        memory: bytes that the temporaries may take; what is larger is computed in chunks.
+    """
+
+    steps: int = 8
+    start: Literal["all", "zero"] = "all"
+    projections: int | Literal["auto", "exact"] = "auto"
+    memory: int = 2**29
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_projections(self.projections)
+        if self.steps < 1:
+            raise InvalidSetting(f"IntegratedGradients needs at least 1 step, got {self.steps}.")
+
+    def __call__(
+        self,
+        watched: WatchedPass,
+        components: ParameterComponents,
+        granularity: Granularity,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "batch *pos C"]:
+        cotangents = _cotangents(watched.output, self.projections, "rademacher", generator)
+        n_places = _positions(watched).numel() if granularity == "position" else 1
+        n_effects = 2 * n_places * components.n_components  # of one v and example, and what is added to them
+        pairs_at_once = max(1, self.memory // (n_effects * watched.output.element_size()))
+        vs_at_once = min(cotangents.count, pairs_at_once)
+        examples_at_once = pairs_at_once // vs_at_once
+        attributions = []
+        for first in range(0, len(watched.output), examples_at_once):
+            examples, squares = slice(first, first + examples_at_once), []
+            for first_v in range(0, cotangents.count, vs_at_once):
+                some = cotangents.some(first_v, min(first_v + vs_at_once, cotangents.count))
+                effects = self.effects(watched, some, components, granularity, examples)
+                squares.append(effects.square_().sum(0))
+            total = torch.stack(squares).sum(0)
+            attributions.append(_root_mean(total / cotangents.scale, watched, examples))
+        return torch.cat(attributions)
+
+    def effects(
+        self,
+        watched: WatchedPass,
+        cotangents: Cotangents,
+        components: ParameterComponents,
+        granularity: Granularity,
+        examples: slice = slice(None),
+    ) -> Float[Tensor, "v examples *data_pos C"]:
+        """mean_t Σ_l Σ_uses <∂(v · f)/∂y_l(t) , x_l(t) P_c,l> of some examples, signed; see `start` for their sum."""
+        total = None
+        for point in range(self.steps):
+            t = (point + 0.5) / self.steps
+            with torch.no_grad():
+                scaled = _sum_as_one_component(components, t)
+            replaced = replace_weights(scaled) if self.start == "zero" else subtract_weights(scaled, [0])
+            passed = watched.replacing(replaced, examples)
+            effects = effects_on_outputs(passed, cotangents, components, granularity, self.memory)
+            total = effects if total is None else total.add_(effects)
+        assert total is not None
+        return total.div_(self.steps)
+
+
+def _sum_as_one_component(components: ParameterComponents, scale: float) -> ParameterComponents:
+    """scale · Σ_c P_c as a single component, the smaller of its two factors the identity."""
+    A, B = {}, {}
+    for name in components.names:
+        summed = scale * components.summed(name)
+        d_in, d_out = summed.shape
+        identity = torch.eye(min(d_in, d_out)).to(summed)
+        A[name], B[name] = (summed[None], identity[None]) if d_out < d_in else (identity[None], summed[None])
+    return ParameterComponents(A, B).requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class AblationAttribution:
+    """A_c(x) = sqrt( mean_o ( f_o(x, W) − f_o(x, W − P_c) )² ): the effect that other attributions estimate.
+
+    For positions as data points the component is taken out at one position only, and the effect is that on the outputs
+    at all positions. The cost is that of C forward passes, or C times the number of positions; they run as few large
+    ones, in which the batch is repeated. The examples of a batch must not influence each other in the model. Outputs
+    at padding do not count, and padding itself has attribution 0.
+
+    Attributes:
+        memory: bytes that a forward pass may take (estimated from the inputs and outputs of the target's matrices);
+            the batch is repeated, or cut, accordingly. A CPU is faster with less, such as 2**26.
+    """
+
+    memory: int = 2**29
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.memory < 1:
+            raise InvalidSetting(f"memory must be at least 1 byte, got {self.memory}.")
+
+    def __call__(
+        self,
+        watched: WatchedPass,
+        components: ParameterComponents,
+        granularity: Granularity,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "batch *pos C"]:
+        n_examples, n_components = len(watched.output), components.n_components
+        positions = _positions(watched) if granularity == "position" else torch.Size()
+        n_at_once = max(1, self.memory // watched.bytes_per_example())
+        examples_at_once = min(n_examples, n_at_once)
+        replicates = n_at_once // examples_at_once
+        places_at_once = min(positions.numel(), replicates)
+        chosen_at_once = replicates // places_at_once
+        full = watched.output.detach().to(next(components.parameters()).dtype).flatten(1)
+        squares = full.new_empty(n_examples, positions.numel(), n_components)
+        with torch.no_grad():
+            for examples, places, chosen in product(
+                _slices(n_examples, examples_at_once),
+                _slices(positions.numel(), places_at_once),
+                _slices(n_components, chosen_at_once),
+            ):
+                here = squares[examples, places, chosen]
+                subtracted = subtract_weights_of_each(
+                    components, chosen, places if granularity == "position" else None, len(here)
+                )
+                ablated = watched.replicates(subtracted, examples, here[0].numel())
+                ablated = rearrange(
+                    ablated, "(C place example) ... o -> example place C (... o)", C=here.shape[2], place=here.shape[1]
+                )
+                here.copy_((full[examples, None, None] - ablated).square_().sum(-1))
+        return _root_mean(squares.view(n_examples, *positions, n_components), watched)
+
+
+def _slices(length: int, at_once: int) -> list[slice]:
+    return [slice(first, min(first + at_once, length)) for first in range(0, length, at_once)]
+
+
+def _positions(watched: WatchedPass) -> torch.Size:
+    """The position axes of all calls.
+
+    Raises:
+        ShapeMismatch: they differ.
+    """
+    first, *others = watched.calls
+    for call in others:
+        _check_same_positions(call, call.y.shape[1:-1], first.y.shape[1:-1])
+    return first.y.shape[1:-1]
+
+
+def _check_same_positions(call: Call, positions: torch.Size, before: torch.Size) -> None:
+    if positions != before:
+        raise ShapeMismatch(
+            f"With positions as data points every decomposed matrix must be used on the same positions, but "
+            f"{call.use.matrix} was used on {tuple(positions)} (batch *pos) and the ones before it on "
+            f"{tuple(before)}. Decompose them separately, or use granularity='example'."
+        )
+
+
+Attribution = GradientAttribution | ActivationAttribution | IntegratedGradients | AblationAttribution
 
 
 def metric_effects(
@@ -173,6 +352,25 @@ def metric_effects(
         return torch.cat(list(_effects(jacobians, watched.calls, components, granularity, memory)), 1)[0]
 
 
+def effects_on_outputs(
+    watched: WatchedPass,
+    cotangents: Cotangents,
+    components: ParameterComponents,
+    granularity: Granularity,
+    memory: int,
+) -> Float[Tensor, "v batch *data_pos C"]:
+    """Σ_l Σ_uses <∂(v · f)/∂y_l , x_l P_c,l> for every v, signed. Uses up the pass's graph."""
+    parts = []
+    with torch.no_grad():
+        for part, chunks in jacobians_in_parts(watched, cotangents, memory):
+            effects = [
+                torch.cat(list(_effects(jacobians, part.calls, components, granularity, memory)), 1)
+                for jacobians in chunks
+            ]
+            parts.append(torch.cat(effects))
+    return torch.cat(parts, 1)
+
+
 def _effects(
     jacobians: Jacobians,
     calls: Sequence[Call],
@@ -196,12 +394,8 @@ def _effects(
         examples, total = slice(first, first + chunk), None
         for effect_of, (_, call) in zip(effects, used, strict=True):
             effect = effect_of(examples)
-            if total is not None and total.shape != effect.shape:
-                raise ShapeMismatch(
-                    f"With positions as data points every decomposed matrix must be used on the same positions, but "
-                    f"{call.use.matrix} was used on {tuple(effect.shape[1:-1])} (batch *pos) and the ones before it on "
-                    f"{tuple(total.shape[1:-1])}. Decompose them separately, or use granularity='example'."
-                )
+            if total is not None:
+                _check_same_positions(call, effect.shape[1:-1], total.shape[1:-1])
             total = effect if total is None else total.add_(effect)
         assert total is not None
         yield total

@@ -44,16 +44,35 @@ def n_examples(batch: Batch) -> int:
 
 def some_examples(batch: Batch, examples: slice) -> Batch:
     """The batch of those examples alone: tensors are cut that have an entry for each, all else stays."""
+    return _with_examples(batch, lambda value: value[examples])
+
+
+def replicated(batch: Batch, n: int) -> Batch:
+    """The whole batch n times over: tensors are repeated that have an entry for each example, all else stays.
+
+    >>> replicated({"x": torch.tensor([[1], [2]]), "scale": 0.5}, 2)
+    {'x': tensor([[1],
+            [2],
+            [1],
+            [2]]), 'scale': 0.5}
+    """
+    return _with_examples(
+        batch, lambda value: value.repeat(n, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value * n
+    )
+
+
+def _with_examples(batch: Batch, change: Callable[[Any], Any]) -> Batch:
+    """The batch with what has an entry for each example changed."""
     n = n_examples(batch)
 
-    def cut(value: Any) -> Any:
-        return value[examples] if isinstance(value, Tensor) and value.ndim > 0 and len(value) == n else value
+    def changed(value: Any) -> Any:
+        return change(value) if isinstance(value, Tensor) and value.ndim > 0 and len(value) == n else value
 
     if isinstance(batch, Mapping):
-        return {key: cut(value) for key, value in batch.items()}
+        return {key: changed(value) for key, value in batch.items()}
     if isinstance(batch, tuple | list) and tensors(batch):
-        return type(batch)(cut(value) for value in batch)
-    return batch[examples] if isinstance(batch, list | tuple) else cut(batch)
+        return type(batch)(changed(value) for value in batch)
+    return change(batch) if isinstance(batch, list | tuple) else changed(batch)
 
 
 def same_arguments(batch: Batch, previous: Batch, previous_versions: list[int]) -> bool:

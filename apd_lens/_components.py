@@ -69,11 +69,16 @@ class ParameterComponents(nn.Module):
 
 
 def initial_components(
-    matrices: Sequence[WeightMatrix], n_components: int, rank: int | None, generator: torch.Generator
+    matrices: Sequence[WeightMatrix],
+    n_components: int,
+    rank: int | None,
+    generator: torch.Generator,
+    scale: float = 1.0,
 ) -> ParameterComponents:
     """Random factors, Xavier-normal each: standard deviation sqrt(2 / (fan_in + fan_out)) of `d_in m` and `m d_out`.
 
     Args:
+        scale: of the factors, over Xavier's.
         rank: m of every matrix; None for min(d_in, d_out) of each.
         generator: on the CPU; factors are drawn there, so that every device gets the same.
 
@@ -97,7 +102,7 @@ def initial_components(
 
         def xavier(fan_in: int, fan_out: int) -> Tensor:
             factor = torch.randn(n_components, fan_in, fan_out, generator=generator, dtype=dtype)  # noqa: B023
-            return (factor * (2 / (fan_in + fan_out)) ** 0.5).to(weight.device)  # noqa: B023
+            return (factor * scale * (2 / (fan_in + fan_out)) ** 0.5).to(weight.device)  # noqa: B023
 
         A[matrix.name], B[matrix.name] = xavier(d_in, m), xavier(m, d_out)
     return ParameterComponents(A, B)

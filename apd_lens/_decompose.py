@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 
 from apd_lens._attribution import Attribution, GradientAttribution
 from apd_lens._batches import Batch, check_finite, on_device, same_arguments, stream, tensors, versions
+from apd_lens._cluster_moves import ClusterMoves, make_cluster_moves
 from apd_lens._components import ParameterComponents, initial_components
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting, NonFinite, UnsupportedModel
 from apd_lens._losses import (
     Losses,
-    coefficient_at,
     faithfulness_loss,
     hidden_activation_loss,
     minimality_loss,
@@ -38,6 +38,7 @@ from apd_lens._passes import (
     watched_pass,
 )
 from apd_lens._product import Mask
+from apd_lens._schedules import Ramp, value_at
 from apd_lens._selection import BatchTopK, Selection
 from apd_lens._settings import Optimization, Settings, learning_rate
 from apd_lens._target import TargetModel, evaluating
@@ -114,7 +115,7 @@ class StepInfo:
         mean_active: see `k`.
         last_active: for every component the step in which it was last active.
         learning_rate: of this step.
-        splits: number of split moves made after this step.
+        moves: number of moves made after this step.
     """
 
     step: int
@@ -123,7 +124,7 @@ class StepInfo:
     mean_active: Tensor
     last_active: Tensor
     learning_rate: float
-    splits: int = 0
+    moves: int = 0
 
     # Properties, so that nothing is fetched from the device unless somebody looks.
 
@@ -148,7 +149,7 @@ def init(
     attribution: Attribution | None = None,
     losses: Losses | None = None,
     optimization: Optimization | None = None,
-    moves: SplitMoves | None = None,
+    moves: SplitMoves | ClusterMoves | None = None,
     output: OutputFn = default_output,
     seed: int = 0,
 ) -> State:
@@ -178,7 +179,9 @@ def init(
                 "cannot be decomposed."
             )
     host_generator = torch.Generator().manual_seed(seed)
-    components = initial_components([target.weights[name] for name in names], n_components, rank, host_generator)
+    components = initial_components(
+        [target.weights[name] for name in names], n_components, rank, host_generator, settings.optimization.init_scale
+    )
     originals = {name: target.weights[name].value().to(components.A[name].dtype).clone() for name in names}
     device = next(iter(originals.values())).device
     return State(
@@ -213,9 +216,12 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
         attributions = settings.attribution(
             watched, state.components, settings.selection.granularity, state.device_generator
         )
-        mask = settings.selection(attributions, watched.real)
-        terms = _loss_terms(state, batch, watched, mask)
-        coefficients = {name: coefficient_at(getattr(settings.losses, name), progress) for name in terms}
+        selection = settings.selection.at(progress)
+        mask = selection(attributions, watched.real)
+        # Known without asking the device, but for padding.
+        n_active = selection.n_active(mask[..., 0].numel()) if padded(mask, watched.real) is None else None
+        terms = _loss_terms(state, batch, watched, mask, n_active)
+        coefficients = {name: value_at(getattr(settings.losses, name), progress) for name in terms}
         loss = torch.stack([coefficients[name] * term for name, term in terms.items()]).sum()
         _check_finite(terms, where)
 
@@ -234,7 +240,7 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
 
     active = mask.flatten(0, -2).any(0)
     last_active = torch.where(active, state.step, state.last_active)
-    n_splits = _maybe_split(state, watched, attributions)
+    n_moves = _maybe_move(state, watched, attributions, mask)
     info = StepInfo(
         step=state.step,
         loss=loss.detach(),
@@ -242,7 +248,7 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
         mean_active=without_padding(mask, watched.real).sum(-1).float().mean(),
         last_active=last_active,
         learning_rate=rate,
-        splits=n_splits,
+        moves=n_moves,
     )
     return replace(state, last_active=last_active, step=state.step + 1, seen=seen), info
 
@@ -258,7 +264,7 @@ def decompose(
     attribution: Attribution | None = None,
     losses: Losses | None = None,
     optimization: Optimization | None = None,
-    moves: SplitMoves | None = None,
+    moves: SplitMoves | ClusterMoves | None = None,
     output: OutputFn = default_output,
     seed: int = 0,
     on_step: Callable[[int, StepInfo], Any] | None = None,
@@ -281,7 +287,7 @@ def decompose(
         attribution: how much a component matters on a data point; default `GradientAttribution()`.
         losses: default `Losses()`.
         optimization: default `Optimization()`.
-        moves: split moves, or None for none.
+        moves: `SplitMoves()`, `ClusterMoves()`, or None for none.
         output: picks the tensor `batch *pos n_outputs` that is explained from what the model returns; the default takes
             a tensor as it is and `.logits` of a Hugging Face output.
         seed: the same seed on the same machine with the same number of threads gives the same factors bit for bit.
@@ -344,7 +350,9 @@ def _watch(state: State, batch: Batch) -> Seen:
     return Seen(batch, versions(batch), moved, watched)
 
 
-def _loss_terms(state: State, batch: Batch, watched: WatchedPass, mask: Mask) -> dict[str, Tensor]:
+def _loss_terms(
+    state: State, batch: Batch, watched: WatchedPass, mask: Mask, n_active: int | None = None
+) -> dict[str, Tensor]:
     """Every loss term whose coefficient can be other than zero, by the name of its coefficient in `Losses`."""
     losses, components = state.settings.losses, state.components
     target_output, real = _at_least_float32(watched.output.detach()), watched.real
@@ -358,8 +366,6 @@ def _loss_terms(state: State, batch: Batch, watched: WatchedPass, mask: Mask) ->
         distance = minimality_loss(target_output, _at_least_float32(output), losses.distance, real)
         return distance / distance_scale, hidden
 
-    # Known without asking the device, but for padding.
-    n_active = state.settings.selection.n_active(mask[..., 0].numel()) if padded(mask, real) is None else None
     minimality, hidden = distance_under(mask, losses.hidden_at, n_active)
     with torch.autocast(target_output.device.type, enabled=False):  # sums of weights, not a pass of the model
         terms = {
@@ -369,7 +375,13 @@ def _loss_terms(state: State, batch: Batch, watched: WatchedPass, mask: Mask) ->
             / state.scales.faithfulness,
             "minimality": minimality,
             "simplicity": sum(
-                simplicity_loss(components.A[name], components.B[name], without_padding(mask, real), losses.schatten_p)
+                simplicity_loss(
+                    components.A[name],
+                    components.B[name],
+                    without_padding(mask, real),
+                    losses.schatten_p,
+                    losses.simplicity_floor,
+                )
                 for name in components.names
             )
             / state.scales.simplicity,
@@ -398,10 +410,14 @@ def _hidden_term(target: dict[str, Tensor], sparse: dict[str, Tensor], relative:
     return errors / torch.stack([activation.var() * activation.shape[-1] for activation in target.values()]).sum()
 
 
-def _maybe_split(state: State, watched: WatchedPass, attributions: Tensor) -> int:
+def _maybe_move(state: State, watched: WatchedPass, attributions: Tensor, mask: Tensor) -> int:
     moves, done = state.settings.moves, state.step + 1
     if moves is None or done % moves.every or done >= moves.until * state.settings.optimization.steps:
         return 0
+    if isinstance(moves, ClusterMoves):
+        return make_cluster_moves(
+            state.components, state.optimizer, state.weights, mask, watched, moves, state.host_generator
+        )
     return make_splits(
         state.components, state.optimizer, attributions, watched.real, watched.calls, moves.noise, state.host_generator
     )
@@ -418,7 +434,8 @@ def _scales(losses: Losses, weights: Sequence[Tensor]) -> Scales:
 
 
 def _check_selection(selection: Selection, n_components: int) -> None:
-    if n_components >= 1 and not 0 < selection.k <= n_components:
+    ks = (selection.k.start, selection.k.end) if isinstance(selection.k, Ramp) else (selection.k,)
+    if n_components >= 1 and not all(0 < k <= n_components for k in ks):
         raise InvalidSetting(
             f"{selection} needs 0 < k <= n_components: at least one and at most all of the {n_components} components "
             "can be active."

@@ -38,6 +38,10 @@ class Cotangents:
     scale: int = 1
     exact: bool = True
 
+    def some(self, first: int, last: int) -> "Cotangents":
+        """The ones from first to last."""
+        return Cotangents(last - first, lambda start, end: self.rows(first + start, first + end), self.scale, False)
+
 
 def one_hot_cotangents(output: Float[Tensor, "batch *pos n_outputs"]) -> Cotangents:
     """One for every output of an example."""

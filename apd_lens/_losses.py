@@ -15,6 +15,7 @@ from torch import Tensor
 from apd_lens._checks import check_fields
 from apd_lens._errors import InvalidSetting, ShapeMismatch
 from apd_lens._padding import Real, without_padding
+from apd_lens._schedules import Schedule
 
 # Added under a root so that its gradient is finite at zero; as in the paper's implementation.
 _EPS = 1e-16
@@ -24,51 +25,16 @@ Distance = Literal["mse", "kl"] | Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class HoldThenDecay:
-    """A coefficient that is held, then goes linearly to zero.
-
-    For the simplicity coefficient: what is pulled together stays together once found, and taking the pull away at the
-    end removes the shrinkage that it causes.
-
-    Attributes:
-        value: the coefficient while it is held.
-        hold: share of the steps up to which it is held.
-        zero: share of the steps from which it is 0.
-    """
-
-    value: float
-    hold: float = 0.6
-    zero: float = 0.8
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if not 0 <= self.hold <= self.zero:
-            raise InvalidSetting(f"HoldThenDecay needs 0 <= hold <= zero, got hold={self.hold}, zero={self.zero}.")
-
-
-Coefficient = float | HoldThenDecay
-
-
-def coefficient_at(coefficient: Coefficient, progress: float) -> float:
-    """The coefficient's value when `progress`, a share of the steps, is done."""
-    if not isinstance(coefficient, HoldThenDecay):
-        return coefficient
-    if progress < coefficient.hold:
-        return coefficient.value
-    if progress >= coefficient.zero:
-        return 0.0
-    return coefficient.value * (coefficient.zero - progress) / (coefficient.zero - coefficient.hold)
-
-
-@dataclass(frozen=True)
 class Losses:
-    """Which losses are added up, and how much each counts. Every coefficient is a number or a `HoldThenDecay`.
+    """Which losses are added up, and how much each counts: numbers, or a `HoldThenDecay` or `Ramp` of them.
 
     Attributes:
         faithfulness: the components sum to the weights.
         minimality: the model gives the same output with the active components only.
         simplicity: the active components have small Schatten norms, so low rank.
         schatten_p: p of that norm, p < 1 presses harder towards low rank.
+        simplicity_floor: every component counts in simplicity as if it were active more often than it is, by this share
+            of the mean over components. So those that are never active shrink too.
         path: like minimality, with every inactive component left on by a random amount between 0 and 1. Inactive
             components may then not matter in any partial combination (the paper's appendix on "inactive").
         hidden: like minimality, on the activations of `hidden_at`.
@@ -81,12 +47,13 @@ class Losses:
             (KL is in nats as it is), so that coefficients mean the same on models of any size and scale.
     """
 
-    faithfulness: Coefficient = 1.0
-    minimality: Coefficient = 1.0
-    simplicity: Coefficient = 0.7
+    faithfulness: Schedule = 1.0
+    minimality: Schedule = 1.0
+    simplicity: Schedule = 0.7
     schatten_p: float = 1.0
-    path: Coefficient = 0.0
-    hidden: Coefficient = 0.0
+    simplicity_floor: float = 0.0
+    path: Schedule = 0.0
+    hidden: Schedule = 0.0
     hidden_at: tuple[str, ...] = ()
     distance: Distance = "mse"
     normalization: Literal["paper", "relative"] = "paper"
@@ -167,14 +134,19 @@ def simplicity_loss(
     B: Float[Tensor, "C m d_out"],
     mask: Float[Tensor, "batch *pos C"] | Bool[Tensor, "batch *pos C"],
     p: float,
+    floor: float = 0.0,
 ) -> Float[Tensor, ""]:
     """mean over data points Σ_c s_c Σ_m (‖A_c[:, m]‖² ‖B_c[m, :]‖²)^(p/2), for one matrix.
 
     An upper bound of the active components' Schatten-p norms to the p, and equal to them where the m parts are
     orthogonal. A mask enters only by how often each component was active. The caller adds the matrices up and
     divides.
+
+    Args:
+        floor: added to how often each component was active, as a share of the mean over components.
     """
     activity = mask.to(A.dtype).flatten(0, -2).mean(0)
+    activity = activity + floor * activity.mean()
     parts = _SquaredNorm.apply(A, 1) * _SquaredNorm.apply(B, 2)
     return (activity * (parts + _EPS).pow(p / 2).sum(1)).sum()
 

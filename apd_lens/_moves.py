@@ -77,26 +77,51 @@ def make_splits(
         real: False at padding, which is no data point.
         calls: x of every use on the batch that was attributed; of several uses of a matrix the first counts.
     """
-    n_data_axes = attributions.ndim - 1
-    inputs: list[tuple[Use, Tensor]] = []
-    for name in components.names:
-        use, x = _inputs_of(name, calls)
-        if (is_data := padded(attributions, real)) is not None:
-            x = x[is_data]
-        else:
-            x = zero_at_padding(x, real).flatten(0, n_data_axes - 1)
-        inputs.append((use, x))
+    inputs = inputs_of_data_points(components, attributions, real, calls)
     alike = sum(_random_projection(x, components.factors(use)[0].shape[1], generator) for use, x in inputs)
     assert isinstance(alike, Tensor)
     plan = plan_splits(without_padding(attributions, real).flatten(0, -2), alike)
     made = [split for split in plan if split_component(components, split, inputs)]
-    touched = sorted({component for split in made for component in (split.old, split.new)})
-    if touched:
-        for factor in components.parameters():
-            _forget_moments(optimizer.state.get(factor, {}), touched)
-            drawn = torch.randn(len(touched), *factor.shape[1:], generator=generator, dtype=factor.dtype)
-            factor[touched] += noise * drawn.to(factor.device)
+    settle(components, optimizer, sorted({c for split in made for c in (split.old, split.new)}), noise, generator)
     return len(made)
+
+
+def settle(
+    components: ParameterComponents,
+    optimizer: torch.optim.Optimizer,
+    touched: list[int],
+    noise: float,
+    generator: torch.Generator,
+) -> None:
+    """After moves: the touched components' moments start from zero, and noise lets their spare rank grow."""
+    if not touched:
+        return
+    for factor in components.parameters():
+        _forget_moments(optimizer.state.get(factor, {}), touched)
+        drawn = torch.randn(len(touched), *factor.shape[1:], generator=generator, dtype=factor.dtype)
+        factor[touched] += noise * drawn.to(factor.device)
+
+
+def inputs_of_data_points(
+    components: ParameterComponents,
+    like: Float[Tensor, "batch *pos C"] | Bool[Tensor, "batch *pos C"],
+    real: Real,
+    calls: Sequence[Call],
+) -> list[tuple[Use, Tensor]]:
+    """Of every matrix its first use, and x there `data *pos d_in` (or rows `data *pos`).
+
+    Args:
+        like: attributions or a mask, which have the data points' axes.
+    """
+    inputs = []
+    for name in components.names:
+        use, x = _inputs_of(name, calls)
+        if (is_data := padded(like, real)) is not None:
+            x = x[is_data]
+        else:
+            x = zero_at_padding(x, real).flatten(0, like.ndim - 2)
+        inputs.append((use, x))
+    return inputs
 
 
 def plan_splits(attributions: Float[Tensor, "data C"], alike: Float[Tensor, " data"]) -> list[Split]:
@@ -147,8 +172,8 @@ def split_component(components: ParameterComponents, split: Split, inputs: Seque
     for part, (use, _) in zip(parts, inputs, strict=True):
         A, B = components.factors(use)
         rest = A[split.old] - part
-        _refactor(A, B, split.new, torch.cat([part, A[split.new]], 1), torch.cat([B[split.old], B[split.new]]))
-        _refactor(A, B, split.old, rest, B[split.old])
+        refactor(A, B, split.new, torch.cat([part, A[split.new]], 1), torch.cat([B[split.old], B[split.new]]))
+        refactor(A, B, split.old, rest, B[split.old])
     return True
 
 
@@ -199,7 +224,7 @@ def _random_projection(x: Inputs, d_in: int, generator: torch.Generator) -> Floa
     return along.reshape(len(x), -1).sum(1).float()
 
 
-def _refactor(
+def refactor(
     A: Tensor, B: Tensor, component: int, left: Float[Tensor, "d_in r"], right: Float[Tensor, "r d_out"]
 ) -> None:
     """Writes the best rank-m approximation of left @ right into the component's factors, evenly balanced.

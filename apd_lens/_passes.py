@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from apd_lens._batches import Batch, call, n_examples, some_examples
+from apd_lens._batches import Batch, call, n_examples, replicated, some_examples
 from apd_lens._components import ParameterComponents
 from apd_lens._errors import InvalidOutput, InvalidSetting, NonFinite, ShapeMismatch, SiteNotCalled
 from apd_lens._padding import Real, padded, real_positions, zero_at_padding
@@ -71,6 +71,17 @@ class Call:
     y: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a pass is a pass of; `replaced` stands in the place of the named matrices, None for their own."""
+
+    target: TargetModel
+    names: Sequence[str]
+    batch: Batch
+    output: OutputFn
+    replaced: Intercept | None
+
+
 @dataclass(eq=False)
 class WatchedPass:
     """A forward pass in which every use of the chosen matrices was watched.
@@ -81,7 +92,7 @@ class WatchedPass:
         calls: in the order of the forward; a module that is used twice has two.
         before_others: x of the uses of all other matrices, in the graph.
         hidden: activations of the named submodules, without a graph.
-        again: the same pass with components in the place of the weights (None: the target's own), on some examples.
+        run: what was run.
         jacobians: ∂output/∂y of every call, once they were computed and if they were few enough to keep.
         spent: whether the graph was freed.
     """
@@ -91,9 +102,32 @@ class WatchedPass:
     calls: list[Call]
     before_others: list[Tensor]
     hidden: dict[str, Tensor]
-    again: Callable[[ParameterComponents | None, slice], "WatchedPass"]
+    run: Run
     jacobians: list[Tensor | None] | None = None
     spent: bool = False
+
+    def bytes_per_example(self) -> int:
+        """About what a forward pass takes, without a graph: x and y of every use, and the output three times."""
+        kept = [tensor for call in self.calls for tensor in (call.x, call.y)] + self.before_others
+        numbers = sum(tensor[0].numel() for tensor in kept) + 3 * self.output[0].numel()
+        return numbers * self.output.element_size()
+
+    def again(self, components: ParameterComponents | None, examples: slice) -> "WatchedPass":
+        """The same pass on some examples, with components in the place of the weights (None: as it was)."""
+        return self.replacing(self.run.replaced if components is None else replace_weights(components), examples)
+
+    def replacing(self, replaced: Intercept | None, examples: slice) -> "WatchedPass":
+        """The same pass on some examples, with this in the place of the weights."""
+        run = self.run
+        return watched_pass(run.target, run.names, some_examples(run.batch, examples), run.output, replaced=replaced)
+
+    def replicates(
+        self, replaced: Intercept, examples: slice, n: int
+    ) -> Float[Tensor, "replicated_examples *pos n_outputs"]:
+        """The explained output on some examples, n times over, with this in the place of the weights. Not watched."""
+        run = self.run
+        batch = replicated(some_examples(run.batch, examples), n)
+        return replaced_pass(run.target, run.names, replaced, batch, run.output)[0]
 
     def n_outputs(self) -> Float[Tensor, " batch"]:
         """Number of outputs of each example, those at padding not counted."""
@@ -109,14 +143,13 @@ def watched_pass(
     batch: Batch,
     output: OutputFn,
     hidden: Iterable[str] = (),
-    components: ParameterComponents | None = None,
+    replaced: Intercept | None = None,
 ) -> WatchedPass:
-    """Runs the target on a batch and keeps x and y of every use; with `components`, on their sum instead."""
+    """Runs the target on a batch, with `replaced` in the place of the named weights, and keeps x and y of every use."""
     examples = n_examples(batch)
     calls: list[Call] = []
     before_others: list[Tensor] = []
     observed = [name for name in target.weights if name not in names]
-    replaced = None if components is None else replace_weights(components)
 
     def watch(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
         if use.matrix not in names:
@@ -150,9 +183,7 @@ def watched_pass(
         calls=calls,
         before_others=before_others,
         hidden={name: activation.detach() for name, activation in kept.items()},
-        again=lambda other, examples: watched_pass(
-            target, names, some_examples(batch, examples), output, components=other
-        ),
+        run=Run(target, names, batch, output, replaced),
     )
 
 
@@ -166,10 +197,21 @@ def sparse_pass(
     n_active: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The explained output, and named hidden activations, of the model run on Σ_c mask_c P_c for each data point."""
-    replaced = replace_weights(components, mask, n_active)
+    return replaced_pass(target, components.names, replace_weights(components, mask, n_active), batch, output, hidden)
+
+
+def replaced_pass(
+    target: TargetModel,
+    names: Sequence[str],
+    replaced: Intercept,
+    batch: Batch,
+    output: OutputFn,
+    hidden: Iterable[str] = (),
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The explained output, and named hidden activations, with `replaced` in the place of the named weights."""
     with (
         outside_traces(target.model),
-        target.intercepted(components.names, replaced),
+        target.intercepted(names, replaced),
         _activations(target.model, hidden) as kept,
     ):
         picked = explained_output(output, call(target.model, batch), n_examples(batch))
@@ -204,6 +246,48 @@ def subtract_weights(components: ParameterComponents, chosen: Sequence[int]) -> 
         return (y - masked_product(x, A[list(chosen)], B[list(chosen)])).to(y.dtype)
 
     return subtract
+
+
+def subtract_weights_of_each(
+    components: ParameterComponents, chosen: slice, places: slice | None, n_examples: int
+) -> Intercept:
+    """For a batch replicated for each of the chosen components: y = x W + bias − x P_c, each replicate its own c.
+
+    Args:
+        places: positions (all position axes in one). Then there is a replicate for each component and each of these,
+            and the component is taken out at that position only; None for everywhere.
+        n_examples: in one replicate.
+    """
+
+    def subtract(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+        A, B = (factor[chosen] for factor in components.factors(use))
+        n_places = 1 if places is None else places.stop - places.start
+        replicates, y = (len(A), n_places, n_examples), original()
+        if len(y) == 1:  # shared by all examples, such as position embeddings
+            x, y = (tensor.expand(len(A) * n_places * n_examples, *tensor.shape[1:]) for tensor in (x, y))
+        last = x.shape[-1:] if x.is_floating_point() else ()
+        if places is None:
+            taken_out = _product_of_each(x.reshape(len(A), -1, *last), A, B).reshape(y.shape)
+            return (y - taken_out).to(y.dtype)
+        at_places = x.reshape(*replicates, -1, *last)[:, :, :, places].diagonal(dim1=1, dim2=3)
+        at_places = at_places.mT if x.is_floating_point() else at_places  # C example place *d_in
+        taken_out = _product_of_each(at_places.flatten(1, 2), A, B).unflatten(1, at_places.shape[1:3])
+        left = y.clone(memory_format=torch.contiguous_format)
+        left.view(*replicates, -1, y.shape[-1])[:, :, :, places].diagonal(dim1=1, dim2=3).sub_(taken_out.mT)
+        return left
+
+    return subtract
+
+
+def _product_of_each(
+    x: Float[Tensor, "C rows d_in"] | Int[Tensor, "C rows"],
+    A: Float[Tensor, "C d_in m"],
+    B: Float[Tensor, "C m d_out"],
+) -> Float[Tensor, "C rows d_out"]:
+    """x_c A_c B_c, each component with rows of its own."""
+    if x.is_floating_point():
+        return x.to(A.dtype) @ A @ B
+    return A[torch.arange(len(A), device=x.device)[:, None], x] @ B
 
 
 def keep_weights(components: ParameterComponents, chosen: Sequence[int]) -> Intercept:

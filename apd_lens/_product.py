@@ -25,8 +25,8 @@ _PER_GATHERED = 30  # a number of x and y, for each active pair
 _PER_GROUP = 360_000  # a component
 _PER_GATHERED_ROW = 70  # a number of x, y and the factors, for each active pair, where rank is one
 
-# Inputs that lie in so many dimensions are looked for.
-_SUBSPACE = 128
+# Vectors that lie in so few dimensions are looked for.
+FEW = 128
 
 
 def inner_activations(x: Inputs, A: Float[Tensor, "C d_in m"]) -> Float[Tensor, "batch *pos C m"]:
@@ -38,23 +38,37 @@ def inner_activations(x: Inputs, A: Float[Tensor, "C d_in m"]) -> Float[Tensor, 
 
 @torch.no_grad()
 def inner_activations_of_many(x: Inputs, A: Float[Tensor, "C d_in m"]) -> Float[Tensor, "batch *pos C m"]:
-    """x A_c for every component, without a graph; cheaper if x lies in few dimensions.
-
-    Where a model's residual stream is wider than what is written into it, as in the paper's residual MLP, x = z Q with
-    fewer columns in z, and z (Q A) is less work. Q is an orthonormal basis of a few random mixtures of the rows of x;
-    whether it spans all of them is checked.
-    """
+    """x A_c for every component, without a graph; cheaper if x lies in few dimensions: x = z Q, and z (Q A)."""
     n_components, d_in, m = A.shape
     n_rows = x.numel() // d_in
-    worth_a_try = n_rows * d_in >= 4 * _SUBSPACE * (n_rows + d_in) and n_components * m >= 16 * _SUBSPACE
-    if x.is_floating_point() and x.dtype == A.dtype and not x.is_cuda and worth_a_try:
-        rows = x.reshape(-1, d_in)
-        mixtures = torch.randn(_SUBSPACE, n_rows, generator=torch.Generator().manual_seed(0)).to(rows) @ rows
-        Q = torch.linalg.qr(mixtures.mT)[0]  # d_in × _SUBSPACE
-        z = rows @ Q
-        if bool((rows - z @ Q.mT).abs().max() <= 16 * torch.finfo(x.dtype).eps * rows.abs().max()):
-            return inner_activations(z.view(*x.shape[:-1], -1), Q.mT @ A)
+    plain, reduced = n_rows * d_in, FEW * (n_rows + d_in)
+    if x.dtype == A.dtype and n_components * m >= 8 * FEW and plain >= 4 * reduced:
+        found = in_few_dimensions(x)
+        if found is not None:
+            z, Q = found
+            return inner_activations(z, Q @ A)
     return inner_activations(x, A)
+
+
+def in_few_dimensions(
+    vectors: Float[Tensor, "*vectors d"],
+) -> tuple[Float[Tensor, "*vectors few"], Float[Tensor, "few d"]] | None:
+    """z and Q with vectors = z Q and Q Qᵀ = 1, if `FEW` dimensions hold them all; else None.
+
+    So it is where a residual stream is wider than all that is written into it and read from it, as in the paper's
+    residual MLP. Q is an orthonormal basis of random mixtures of the vectors; whether it spans all is checked. Not on a
+    GPU, which would have to be waited for.
+    """
+    if vectors.is_cuda:
+        return None
+    flat = vectors.reshape(-1, vectors.shape[-1])
+    mixtures = torch.randn(FEW, len(flat), generator=torch.Generator().manual_seed(0), dtype=flat.dtype) @ flat
+    Q = torch.linalg.qr(mixtures.mT)[0].mT
+    z = flat @ Q.mT
+    rest = (flat - z @ Q).abs().max()
+    if bool(rest > 16 * torch.finfo(flat.dtype).eps * flat.abs().max()):
+        return None
+    return z.unflatten(0, vectors.shape[:-1]), Q
 
 
 def component_outputs(

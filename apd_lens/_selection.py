@@ -1,6 +1,6 @@
 """Selection: from attributions to the mask of active components."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,6 +10,7 @@ from apd_lens._attribution import Granularity
 from apd_lens._checks import check_fields
 from apd_lens._errors import InvalidSetting
 from apd_lens._padding import Real, padded, zero_at_padding
+from apd_lens._schedules import Ramp, value_at
 
 
 @dataclass(frozen=True)
@@ -17,22 +18,27 @@ class BatchTopK:
     """The k·n largest of all n·C attributions of a batch of n data points (padding is none).
 
     Attributes:
-        k: mean number of active components a data point; need not be whole.
+        k: mean number of active components a data point; need not be whole. A `Ramp` changes it during the training;
+            afterwards its end counts.
         granularity: whether a data point is an "example" or a "position".
     """
 
-    k: float
+    k: float | Ramp
     granularity: Granularity = "example"
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def __call__(self, attributions: Float[Tensor, "batch *pos C"], real: Real = None) -> Bool[Tensor, "batch *pos C"]:
-        return batch_topk_mask(attributions, self.k, real)
+        return batch_topk_mask(attributions, value_at(self.k, 1.0), real)
+
+    def at(self, progress: float) -> "BatchTopK":
+        """The selection when `progress`, a share of the steps, is done."""
+        return replace(self, k=value_at(self.k, progress))
 
     def n_active(self, n_data_points: int) -> int:
         """How many components are active on so many data points, all together."""
-        return int(self.k * n_data_points)
+        return int(value_at(self.k, 1.0) * n_data_points)
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,10 @@ class TopK:
 
     def __call__(self, attributions: Float[Tensor, "batch *pos C"], real: Real = None) -> Bool[Tensor, "batch *pos C"]:
         return topk_mask(attributions, self.k, real)
+
+    def at(self, progress: float) -> "TopK":
+        """The selection when `progress`, a share of the steps, is done: this one."""
+        return self
 
     def n_active(self, n_data_points: int) -> int:
         """How many components are active on so many data points, all together."""

@@ -6,6 +6,7 @@ from typing import Literal
 
 from apd_lens._attribution import Attribution, GradientAttribution
 from apd_lens._checks import check_fields
+from apd_lens._cluster_moves import ClusterMoves
 from apd_lens._errors import InvalidSetting
 from apd_lens._losses import Losses
 from apd_lens._moves import SplitMoves
@@ -21,12 +22,15 @@ class Optimization:
         lr: learning rate at the peak.
         schedule: after the warm-up "cosine" is lr·cos(π/2 · progress), "linear" is lr·(1 − progress), "constant" is lr.
         warmup: share of the steps in which the learning rate rises linearly from 0.
+        init_scale: standard deviation of the factors at the start, over Xavier's. With many components their sum is
+            much larger than the weights at 1; at 0.5 every component is a quarter of that.
     """
 
     steps: int = 20_000
     lr: float = 3e-2
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.05
+    init_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -34,6 +38,8 @@ class Optimization:
             raise InvalidSetting(f"Optimization needs at least 1 step, got {self.steps}.")
         if not 0 <= self.warmup < 1:
             raise InvalidSetting(f"warmup is a share of the steps, 0 <= warmup < 1, got {self.warmup}.")
+        if self.init_scale <= 0:
+            raise InvalidSetting(f"init_scale must be positive, got {self.init_scale}.")
 
 
 def learning_rate(optimization: Optimization, step: int) -> float:
@@ -54,7 +60,7 @@ class Settings:
     attribution: Attribution = field(default_factory=GradientAttribution)
     losses: Losses = field(default_factory=Losses)
     optimization: Optimization = field(default_factory=Optimization)
-    moves: SplitMoves | None = None
+    moves: SplitMoves | ClusterMoves | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

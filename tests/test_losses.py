@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import apd_lens as apd
-from apd_lens._losses import coefficient_at
+from apd_lens._schedules import value_at
 
 
 def test_faithfulness_is_the_squared_distance():
@@ -77,10 +77,10 @@ def test_path_masks_keep_the_active_on_and_draw_the_rest():
 
 def test_coefficients_are_held_then_go_to_zero():
     schedule = apd.HoldThenDecay(2.0, hold=0.6, zero=0.8)
-    values = [coefficient_at(schedule, progress) for progress in (0.0, 0.59, 0.7, 0.8, 1.0)]
+    values = [value_at(schedule, progress) for progress in (0.0, 0.59, 0.7, 0.8, 1.0)]
     assert values == pytest.approx([2.0, 2.0, 1.0, 0.0, 0.0])
-    assert coefficient_at(0.3, 0.99) == 0.3
-    assert coefficient_at(apd.HoldThenDecay(2.0, hold=0.5, zero=0.5), 0.49) == 2.0
+    assert value_at(0.3, 0.99) == 0.3
+    assert value_at(apd.HoldThenDecay(2.0, hold=0.5, zero=0.5), 0.49) == 2.0
 
 
 def test_shapes_are_checked_at_the_edge():

@@ -144,5 +144,5 @@ def test_moves_are_made_when_asked_for():
     splits = []
     for _ in range(20):
         state, info = apd.step(state, x)
-        splits.append(info.splits)
+        splits.append(info.moves)
     assert [step for step, n_splits in enumerate(splits) if n_splits] == [4, 9]

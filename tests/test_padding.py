@@ -96,7 +96,7 @@ def test_training_is_that_without_padding(host: str, granularity, distance):
         )
         for _ in range(3):
             state, info = apd.step(state, some_batch)
-            states.append((info.terms, info.k, info.splits))
+            states.append((info.terms, info.k, info.moves))
     for (terms, k, splits), (expected, expected_k, expected_splits) in zip(states[:3], states[3:], strict=True):
         assert (k, splits) == (pytest.approx(expected_k), expected_splits)
         assert terms.keys() == expected.keys()

@@ -8,8 +8,10 @@ from torch.testing import assert_close
 import apd_lens as apd
 from apd_lens import _product
 from apd_lens._product import (
+    FEW,
     active_pairs,
     cheapest_way,
+    in_few_dimensions,
     inner_activations,
     inner_activations_of_many,
     pairwise_product,
@@ -138,10 +140,8 @@ def test_a_context_takes_the_cheap_way_and_gives_the_same(monkeypatch):
 @pytest.mark.parametrize("dimensions", [100, 200])
 def test_inputs_in_few_dimensions_are_multiplied_as_if_not(dimensions):
     basis, A = torch.randn(dimensions, 1000), torch.randn(64, 1000, 32)
-    x = (
-        (torch.randn(2, 600, dimensions) @ basis).relu()
-        if dimensions > 128
-        else torch.randn(2, 600, dimensions) @ basis
-    )
+    x = torch.randn(2, 600, dimensions) @ basis
+    found = in_few_dimensions(x)
+    assert (found is not None) == (dimensions < FEW)
     exact = inner_activations(x.double(), A.double()).float()
     assert_close(inner_activations_of_many(x, A), exact, rtol=1e-4, atol=1e-3 * exact.std().item())

@@ -1,0 +1,68 @@
+"""Numbers that change in the course of a training: coefficients of losses, and how many components are active."""
+
+from dataclasses import dataclass
+
+from apd_lens._checks import check_fields
+from apd_lens._errors import InvalidSetting
+
+
+@dataclass(frozen=True)
+class HoldThenDecay:
+    """A coefficient that is held, then goes linearly to zero.
+
+    For the simplicity coefficient: what is pulled together stays together once found, and taking the pull away at the
+    end removes the shrinkage that it causes.
+
+    Attributes:
+        value: the coefficient while it is held.
+        hold: share of the steps up to which it is held.
+        zero: share of the steps from which it is 0.
+    """
+
+    value: float
+    hold: float = 0.6
+    zero: float = 0.8
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0 <= self.hold <= self.zero:
+            raise InvalidSetting(f"HoldThenDecay needs 0 <= hold <= zero, got hold={self.hold}, zero={self.zero}.")
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A number that is held, then goes linearly to another.
+
+    Attributes:
+        start: the number while it is held.
+        end: what it becomes.
+        hold: share of the steps up to which it is held.
+        reach: share of the steps from which it is `end`.
+    """
+
+    start: float
+    end: float
+    hold: float = 0.6
+    reach: float = 0.8
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0 <= self.hold <= self.reach:
+            raise InvalidSetting(f"Ramp needs 0 <= hold <= reach, got hold={self.hold}, reach={self.reach}.")
+
+
+Schedule = float | HoldThenDecay | Ramp
+
+
+def value_at(schedule: Schedule, progress: float) -> float:
+    """The number when `progress`, a share of the steps, is done."""
+    if isinstance(schedule, HoldThenDecay):
+        schedule = Ramp(schedule.value, 0.0, schedule.hold, schedule.zero)
+    if not isinstance(schedule, Ramp):
+        return schedule
+    if progress < schedule.hold:
+        return schedule.start
+    if progress >= schedule.reach:
+        return schedule.end
+    share = (progress - schedule.hold) / (schedule.reach - schedule.hold)
+    return schedule.start + (schedule.end - schedule.start) * share
