@@ -36,3 +36,10 @@ def test_bigrams_for_several_seeds():
 
 def test_bigrams_for_one_seed():
     assert run("bigrams.py", "--steps", "20").count(" → ") == 40
+
+
+def test_tms():
+    header, row = run("tms.py", "--system", "5-2", "--steps", "20").splitlines()
+    assert "null MMCS" in header
+    assert row.startswith("seed 0")
+    assert " of 5 " in row
