@@ -2,7 +2,7 @@
 # make test    runs all tests
 # make test-tl4        runs the tests of TransformerBridge with transformer-lens 4, in an environment of its own
 # make coverage-table  makes docs/coverage.md anew
-# make bench   prints what interception costs
+# make bench   measures speed: twenty minutes, on a machine that does nothing else
 # make check   ruff and pyright
 # make wheel   installs into a bare environment, without any extra, and tries it there
 # Each sets up what it needs. Arguments: make demo ARGS="--seeds 5", make test ARGS="-k golden"
@@ -38,8 +38,11 @@ coverage-table: .venv/installed
 	$(BIN)/python -m pytest --coverage-table -q tests/test_torch_modules.py tests/test_hooked_transformer.py \
 		tests/test_bridge.py tests/test_nnsight.py
 
+# The overhead of interception, a training step beside the textbook's, its parts beside their floor, growth, ways to
+# compute a sparse product, a language model, and how well training with estimated attributions ends.
+BENCHMARKS := overhead training_step parts growth sparse_product language_model estimated_quality
 bench: .venv/installed
-	$(BIN)/python benchmarks/overhead.py $(ARGS)
+	set -e; for name in $(BENCHMARKS); do echo; echo "== $$name"; $(BIN)/python benchmarks/$$name.py $(ARGS); done
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from timing import save
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -102,12 +103,15 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, batch 4 × 128, every matrix of the blocks; ratios to the bare model")
     columns = ("bare", "idle", "entered", "watched", "sparse")
     print(" " * 36 + "".join(f"{column:>9}" for column in columns))
+    results = {}
     for d_model, n_layers in ((64, 2), (256, 4), (768, 4)):
         for name, make in {"HookedTransformer": hooked_transformer, "Hugging Face GPT-2": hugging_face}.items():
             model = make(d_model, n_layers)
             row = measure(model, WEIGHTS[name], arguments.components, arguments.rounds)
             label = f"{name}, d {d_model}, {n_layers} layers"
+            results[label] = row
             print(f"{label:36}" + "".join(f"{row[column]:9.3f}" for column in columns))
+    save("overhead", results)
 
 
 if __name__ == "__main__":

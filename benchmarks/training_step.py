@@ -5,22 +5,21 @@ medians over rounds. Peak memory is that of a process of its own, above what it 
 """
 
 import argparse
-import json
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import textbook
 import torch
+from timing import save, seconds
 from torch import Tensor, nn
 
 import apd_lens as apd
 from apd_lens import toys
 
-PROJECTIONS = 16
+PROJECTIONS = 8
 
 
 @dataclass(frozen=True)
@@ -112,12 +111,6 @@ def textbook_runner(state: apd.State, batch: Tensor) -> Callable[[], Tensor]:
     return lambda: textbook.step(state.target.model, book, A, B, optimizer, batch)
 
 
-def seconds(run: Callable[[], Tensor]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def peak_bytes(case: Case, way: str) -> int:
     """Of two steps in a fresh process, above what it held before them."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -162,7 +155,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--out", type=Path, default=Path("out/bench/training_step.json"))
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; full training step, medians of "
           f"{arguments.rounds} rounds; estimated from {PROJECTIONS} projections")  # fmt: skip
@@ -178,8 +170,7 @@ def main() -> None:
                 f"{row['estimated ms']:8.0f} ms{row['estimated times faster']:8.1f}{row['losses differ by']:9.0e}",
                 flush=True,
             )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"threads": torch.get_num_threads(), "rows": rows}, indent=1))
+    save("training_step", rows)
 
 
 if __name__ == "__main__":
