@@ -81,11 +81,11 @@ class Decomposition:
         """How far estimated attributions are off on a batch; all zero for exact ones.
 
         Raises:
-            InvalidSetting: no gradient attributions, or a single projection, which has no spread.
+            InvalidSetting: no `GradientAttribution`, or a single projection, which has no spread.
         """
         attribution, selection = self.settings.attribution, self.settings.selection
         if not isinstance(attribution, GradientAttribution):
-            raise InvalidSetting(f"Only GradientAttribution is estimated from projections, not {attribution}.")
+            raise InvalidSetting(f"The error is known of GradientAttribution only, not of {attribution}.")
         with evaluating(self.target.model):
             watched = self._watch(batch)
             cotangents = attribution.cotangents(watched.output)
