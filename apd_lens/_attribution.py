@@ -216,11 +216,10 @@ class IntegratedGradients:
         examples: slice = slice(None),
     ) -> Float[Tensor, "v examples *data_pos C"]:
         """mean_t Σ_l Σ_uses <∂(v · f)/∂y_l(t) , x_l(t) P_c,l> of some examples, signed; see `start` for their sum."""
-        total = None
+        total, whole = None, _sum_as_one_component(components)
         for point in range(self.steps):
             t = (point + 0.5) / self.steps
-            with torch.no_grad():
-                scaled = _sum_as_one_component(components, t)
+            scaled = ParameterComponents({name: t * A for name, A in whole.A.items()}, whole.B).requires_grad_(False)
             replaced = replace_weights(scaled) if self.start == "zero" else subtract_weights(scaled, [0])
             passed = watched.replacing(replaced, examples)
             effects = effects_on_outputs(passed, cotangents, components, granularity, self.memory)
@@ -229,11 +228,12 @@ class IntegratedGradients:
         return total.div_(self.steps)
 
 
-def _sum_as_one_component(components: ParameterComponents, scale: float) -> ParameterComponents:
-    """scale · Σ_c P_c as a single component, the smaller of its two factors the identity."""
+@torch.no_grad()
+def _sum_as_one_component(components: ParameterComponents) -> ParameterComponents:
+    """Σ_c P_c as a single component, the smaller of its two factors the identity."""
     A, B = {}, {}
     for name in components.names:
-        summed = scale * components.summed(name)
+        summed = components.summed(name)
         d_in, d_out = summed.shape
         identity = torch.eye(min(d_in, d_out)).to(summed)
         A[name], B[name] = (summed[None], identity[None]) if d_out < d_in else (identity[None], summed[None])

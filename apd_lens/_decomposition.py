@@ -75,8 +75,11 @@ class Decomposition:
         """
         if metric is None:
             return self._attributed(batch)[0]
-        return metric_effects(self._watch(batch), self.components, self.settings.selection.granularity, metric)
+        with evaluating(self.target.model):
+            watched = self._watch(batch)
+        return metric_effects(watched, self.components, self.settings.selection.granularity, metric)
 
+    @torch.inference_mode(False)
     def attribution_error(self, batch: Batch) -> AttributionError:
         """How far estimated attributions are off on a batch; all zero for exact ones.
 
@@ -231,6 +234,7 @@ class Decomposition:
             return self.settings.attribution(watched, self.components, granularity, generator), watched.real
 
     def _watch(self, batch: Batch) -> WatchedPass:
+        """To be called with the model in eval mode."""
         if self.output is None:
             raise InvalidSetting(
                 "This decomposition was made with an output function of your own, which is not saved. Give it again: "
@@ -239,8 +243,7 @@ class Decomposition:
         batch = self.target.prepare(batch)
         check_finite(batch, "attributions")
         batch = on_device(batch, next(self.components.parameters()).device)
-        with evaluating(self.target.model):
-            watched = watched_pass(self.target, self.components.names, batch, self.output)
+        watched = watched_pass(self.target, self.components.names, batch, self.output)
         check_finite_output(watched.output, "attributions")
         return watched
 

@@ -91,7 +91,7 @@ def jacobians_in_parts(
     the target is run again on some examples at a time, so that what is multiplied with the Jacobians later is not
     computed again for each chunk of cotangents. Uses up the pass's graph.
     """
-    if watched.jacobians is not None:
+    if watched.jacobians is not None and cotangents.exact:
         yield watched, iter([watched.jacobians])
         return
     probe = cotangents.count > 2 and len(watched.output) > 1

@@ -73,6 +73,22 @@ def ml2r(rows: Float[Tensor, "n_features d"], components: Float[Tensor, "C n_fea
 
 
 @checked
+def features_alone(
+    rows: Float[Tensor, "n_features d"], components: Float[Tensor, "C n_features d"], share: float = 0.9
+) -> int:
+    """Number of features whose best component is no other feature's, and has at least `share` of its squared norm in
+    the feature's row. Arguments as of `mmcs`.
+
+    >>> features_alone(torch.eye(2), torch.tensor([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 2.0], [0.0, 4.0]]]))
+    1
+    """
+    best = best_components(rows, components)
+    owned = components[best].square().sum(2)  # feature, row
+    alone = best.bincount(minlength=len(components))[best] == 1
+    return int((alone & (owned.diagonal() >= share * owned.sum(1))).sum())
+
+
+@checked
 def neuron_contributions(
     W_E: Float[Tensor, "n_features d_resid"],
     W_in: Float[Tensor, "*C d_resid neurons"],

@@ -6,14 +6,19 @@ at the truth. The null control trains with the attributions of the wrong example
 
 import argparse
 import statistics
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from timing import save
 from torch import Tensor
 
 import apd_lens as apd
 from apd_lens import metrics, toys
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import tms
 
 
 @dataclass(frozen=True)
@@ -33,24 +38,6 @@ WAYS = {
 }
 
 
-def trained(target: toys.TMSTarget, steps: int, attribution: apd.GradientAttribution) -> apd.Decomposition:
-    return apd.decompose(
-        target.model,
-        target.batches(512, seed=1000),
-        "linear1*",
-        n_components=50,
-        rank=4,
-        selection=apd.BatchTopK(apd.Ramp(2.0, 3.5)),
-        attribution=attribution,
-        losses=apd.Losses(
-            path=1, simplicity=apd.HoldThenDecay(1), schatten_p=0.9, simplicity_floor=0.5, normalization="relative"
-        ),
-        moves=apd.ClusterMoves(),
-        optimization=apd.Optimization(steps=steps, lr=1e-2, init_scale=0.5),
-        progress=False,
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
@@ -62,15 +49,17 @@ def main() -> None:
     rows = []
     for name, attribution in WAYS.items():
         results = []
-        for target in targets:
+        for seed, target in enumerate(targets):
             start = time.perf_counter()
-            decomposition = trained(target, arguments.steps, attribution)
+            decomposition = tms.decompose(
+                tms.SYSTEMS["40-10"], target, arguments.steps, seed, attribution, progress=False
+            )
             seconds = time.perf_counter() - start
             parts = decomposition.components.component_weights("linear1.weight")
             error = decomposition.attribution_error(target.batches(2048, seed=2000)(0))
             results.append(
                 {
-                    "features alone": features_alone(target.rows, parts),
+                    "features alone": metrics.features_alone(target.rows, parts),
                     "MMCS": metrics.mmcs(target.rows, parts).item(),
                     "ML2R": metrics.ml2r(target.rows, parts).item(),
                     "error": error.relative,
@@ -83,14 +72,6 @@ def main() -> None:
         print(f"{name:24}{row['features alone']:16.1f}{row['MMCS']:8.4f}{row['ML2R']:8.3f}{row['error']:8.2f}"
               f"{row['agreement']:11.2f}{row['seconds']:9.0f}", flush=True)  # fmt: skip
     save("estimated_quality", rows)
-
-
-def features_alone(rows: Tensor, parts: Tensor) -> int:
-    """Features whose best component is nobody else's and has 90 % of its squared norm in the feature's row."""
-    best = metrics.best_components(rows, parts)
-    own = parts[best].square().sum(2).diagonal() / parts[best].square().sum((1, 2))
-    counts = best.bincount(minlength=len(parts))
-    return int(((counts[best] == 1) & (own > 0.9)).sum())
 
 
 if __name__ == "__main__":

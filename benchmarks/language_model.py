@@ -10,12 +10,10 @@ from random projections of the 50,257 logits. Medians of rounds in one run:
 
 import argparse
 import statistics
-import time
 import warnings
-from collections.abc import Callable
 
 import torch
-from timing import save
+from timing import save, seconds
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import apd_lens as apd
@@ -28,16 +26,6 @@ def gpt2_small(device: str) -> HookedTransformer:
     )  # fmt: skip
     with warnings.catch_warnings(action="ignore"):  # that it is deprecated
         return HookedTransformer(config).eval()
-
-
-def seconds(run: Callable[[], object], cuda: bool) -> float:
-    if cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -99,7 +87,7 @@ def main() -> None:
         times = {run.__name__: [] for run in (bare_step, step, bare_forward, sparse_forward)}
         for batch in tokens[2:]:
             for run in (bare_step, step, bare_forward, sparse_forward):
-                times[run.__name__].append(seconds(lambda run=run, batch=batch: run(batch), cuda))
+                times[run.__name__].append(seconds(lambda run=run, batch=batch: run(batch)))
     row = {name: statistics.median(values) for name, values in times.items()}
     for name, ours, bare in (("step", "step", "bare_step"), ("sparse", "sparse_forward", "bare_forward")):
         ratio = statistics.median(a / b for a, b in zip(times[ours], times[bare], strict=True))

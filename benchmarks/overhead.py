@@ -10,13 +10,12 @@ The bare forward is timed in every round, before and after; the ratio is the med
 
 import argparse
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from timing import save
+from timing import save, seconds
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -42,12 +41,10 @@ def hugging_face(d_model: int, n_layers: int) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
-def seconds(run: Callable[[], object], inside: Callable[[], AbstractContextManager[None]] = nullcontext) -> float:
+def seconds_inside(run: Callable[[], object], inside: Callable[[], AbstractContextManager[None]]) -> float:
     """Of `run` alone, not of entering the context that it runs in."""
     with inside():
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
+        return seconds(run)
 
 
 def ratio(
@@ -57,10 +54,10 @@ def ratio(
     inside: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> float:
     """Median over rounds of the time of `run` over the mean of the bare times around it."""
-    seconds(run, inside), bare()
+    seconds_inside(run, inside), bare()
     ratios, before = [], seconds(bare)
     for _ in range(rounds):
-        middle, after = seconds(run, inside), seconds(bare)
+        middle, after = seconds_inside(run, inside), seconds(bare)
         ratios.append(2 * middle / (before + after))
         before = after
     return statistics.median(ratios)

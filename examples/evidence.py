@@ -83,7 +83,7 @@ def scrubbed_accuracy(
 ) -> float:
     """The same with a random half of the inactive components taken out and the rest left on, mean over draws."""
     generator = torch.Generator().manual_seed(seed)
-    draws = [mask | (torch.rand(mask.shape, generator=generator) < 0.5) for _ in range(n_draws)]
+    draws = [apd.metrics.scrubbed_mask(mask, generator) for _ in range(n_draws)]
     return statistics.mean(sparse_accuracy(decomposition, draw, target) for draw in draws)
 
 

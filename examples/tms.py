@@ -13,8 +13,6 @@ import argparse
 import time
 from dataclasses import dataclass
 
-from torch import Tensor
-
 import apd_lens as apd
 from apd_lens import metrics, toys
 
@@ -32,7 +30,14 @@ class System:
 SYSTEMS = {"5-2": System(5, 2, 5, 2, 2.0, 3000), "40-10": System(40, 10, 50, 4, 1.0, 2000)}
 
 
-def decompose(system: System, target: toys.TMSTarget, steps: int, seed: int) -> apd.Decomposition:
+def decompose(
+    system: System,
+    target: toys.TMSTarget,
+    steps: int,
+    seed: int,
+    attribution: apd.GradientAttribution | None = None,
+    progress: bool = True,
+) -> apd.Decomposition:
     k = 0.05 * system.n_features  # the mean number of active features
     return apd.decompose(
         target.model,
@@ -42,6 +47,7 @@ def decompose(system: System, target: toys.TMSTarget, steps: int, seed: int) -> 
         rank=system.rank,
         # More at the end: where features interfere, more outputs are on than features.
         selection=apd.BatchTopK(apd.Ramp(k, 1.75 * k)),
+        attribution=attribution,
         losses=apd.Losses(
             path=1,
             simplicity=apd.HoldThenDecay(system.simplicity),
@@ -52,15 +58,8 @@ def decompose(system: System, target: toys.TMSTarget, steps: int, seed: int) -> 
         moves=apd.ClusterMoves(),
         optimization=apd.Optimization(steps=steps, lr=1e-2, init_scale=0.5),
         seed=seed,
+        progress=progress,
     )
-
-
-def features_alone(rows: Tensor, parts: Tensor) -> int:
-    """Features whose best component is nobody else's and has 90 % of its squared norm in the feature's row."""
-    best = metrics.best_components(rows, parts)
-    own = parts[best].square().sum(2).diagonal() / parts[best].square().sum((1, 2))
-    counts = best.bincount(minlength=len(parts))
-    return int(((counts[best] == 1) & (own > 0.9)).sum())
 
 
 def main() -> None:
@@ -78,7 +77,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         parts = decomposition.components.component_weights("linear1.weight")
         null = apd.random_components(decomposition.components).component_weights("linear1.weight")
-        alone = f"{features_alone(target.rows, parts)} of {system.n_features}"
+        alone = f"{metrics.features_alone(target.rows, parts)} of {system.n_features}"
         print(
             f"seed {seed:<4}{alone:>14}{metrics.mmcs(target.rows, parts):10.4f}{metrics.ml2r(target.rows, parts):10.4f}"
             f"{decomposition.residuals()['all']:10.4f}{metrics.mmcs(target.rows, null):11.3f}{seconds:9.0f}",

@@ -262,3 +262,15 @@ def test_an_audit_needs_the_output_function():
     decomposition = replace(linear_decomposition(), output=None)
     with pytest.raises(apd.InvalidSetting, match=r"load\(path, model, output=...\)"):
         metrics.ablation_path_audit(decomposition, torch.ones(1, 4), torch.ones(1, 4).bool())
+
+
+def test_features_alone_share_no_component_and_own_theirs():
+    rows, parts = torch.eye(3), torch.zeros(4, 3, 3)
+    parts[0, 0, 0] = 1.0
+    parts[1, 1, 1], parts[1, 2, 2] = 1.0, 1.0  # one component for two features
+    assert metrics.features_alone(rows, parts) == 1
+    parts[1, 2] = torch.tensor([0.2, 0.0, 0.0])  # 4 % of its squared norm is in the row of the third feature,
+    parts[2, 2, 2] = 1.0  # which has one of its own
+    assert metrics.features_alone(rows, parts) == 3
+    assert metrics.features_alone(rows, parts, share=0.99) == 2
+    assert metrics.features_alone(rows, torch.randn(4, 3, 3)) == 0  # random components
