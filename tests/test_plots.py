@@ -122,7 +122,7 @@ def test_vectors_in_more_dimensions_are_images_beside_those_of_the_best_componen
 
 
 def test_neuron_contributions_show_the_target_above_and_each_features_component_below():
-    target = torch.tensor([[1.0, 0.0, 0.2], [0.0, 0.8, 0.01]])
+    target = torch.tensor([[1.0, 0.0, 0.4], [0.0, 0.8, 0.24]])
     components = torch.zeros(3, 2, 3)
     components[2, 0] = 0.5 * target[0]
     components[1, 1] = 0.6 * target[1]

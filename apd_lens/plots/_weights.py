@@ -152,7 +152,7 @@ def neuron_contributions(
     """How much each neuron does for each feature: in the target above, in the feature's component below.
 
     One dot for each feature and neuron, coloured by neuron. The three largest of each feature carry the neuron's
-    number, unless they are small beside the largest of all.
+    number, unless they are below a quarter of the largest of all.
 
     Args:
         target, components: from `apd_lens.metrics.neuron_contributions`.
@@ -176,7 +176,7 @@ def neuron_contributions(
     )
     features = torch.arange(n_features).repeat_interleave(n_neurons).numpy()
     of_dots = colours(n_neurons) * n_features
-    large = 0.15 * torch.stack([target, own]).abs().max()
+    large = 0.25 * torch.stack([target, own]).abs().max()
     for ax, values, title in zip(both, (target, own), ("target", "component of each feature"), strict=True):
         for end in range(0, n_features, 2):
             ax.axvspan(end - 0.5, end + 0.5, color="0.96", zorder=0)
