@@ -1,0 +1,55 @@
+"""Figures of decompositions. Functions of tensors, on any device and of any dtype, that return a matplotlib figure.
+
+Where a figure is one plot, it is drawn on `ax` if that is given, else on a new figure. Tensors of another shape or type
+raise ShapeMismatch. Colours can be told apart with any form of colour blindness.
+
+Needs matplotlib: pip install 'apd-lens[plots]'.
+"""
+
+from apd_lens._errors import MissingExtra
+
+try:
+    from matplotlib import pyplot as plt
+except ImportError as error:
+    raise MissingExtra("apd_lens.plots needs matplotlib. Install it with pip install 'apd-lens[plots]'") from error
+
+from apd_lens.plots._attributions import attribution_matrix as attribution_matrix
+from apd_lens.plots._attributions import sorted_components as sorted_components
+from apd_lens.plots._outputs import ablation_path as ablation_path
+from apd_lens.plots._outputs import feature_loss as feature_loss
+from apd_lens.plots._outputs import loss_by_active as loss_by_active
+from apd_lens.plots._outputs import scrubbed_losses as scrubbed_losses
+from apd_lens.plots._outputs import scrubbed_outputs as scrubbed_outputs
+from apd_lens.plots._outputs import single_feature_responses as single_feature_responses
+from apd_lens.plots._runs import alive_components as alive_components
+from apd_lens.plots._runs import coefficient_valley as coefficient_valley
+from apd_lens.plots._runs import loss_curves as loss_curves
+from apd_lens.plots._runs import seed_stability as seed_stability
+from apd_lens.plots._weights import component_graph as component_graph
+from apd_lens.plots._weights import components_by_feature as components_by_feature
+from apd_lens.plots._weights import feature_vectors as feature_vectors
+from apd_lens.plots._weights import neuron_contributions as neuron_contributions
+from apd_lens.plots._weights import rank_and_share as rank_and_share
+from apd_lens.plots._weights import unit_share as unit_share
+
+__all__ = [
+    "ablation_path",
+    "alive_components",
+    "attribution_matrix",
+    "coefficient_valley",
+    "component_graph",
+    "components_by_feature",
+    "feature_loss",
+    "feature_vectors",
+    "loss_by_active",
+    "loss_curves",
+    "neuron_contributions",
+    "plt",
+    "rank_and_share",
+    "scrubbed_losses",
+    "scrubbed_outputs",
+    "seed_stability",
+    "single_feature_responses",
+    "sorted_components",
+    "unit_share",
+]
