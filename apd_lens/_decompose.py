@@ -17,7 +17,12 @@ from tqdm.auto import tqdm
 from apd_lens._attribution import Attribution, GradientAttribution
 from apd_lens._batches import Batch, check_finite, on_device, same_arguments, stream, tensors, versions
 from apd_lens._cluster_moves import ClusterMoves, make_cluster_moves
-from apd_lens._components import ParameterComponents, initial_components
+from apd_lens._components import (
+    ParameterComponents,
+    initial_components,
+    normalize_columns,
+    remove_parallel_gradients,
+)
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting, NonFinite, UnsupportedModel
 from apd_lens._losses import (
@@ -185,6 +190,8 @@ def init(
     components = initial_components(
         [target.weights[name] for name in names], n_components, rank, host_generator, settings.optimization.init_scale
     )
+    if settings.optimization.unit_norm:
+        normalize_columns(components)
     originals = {name: target.weights[name].value().to(components.A[name].dtype).clone() for name in names}
     device = next(iter(originals.values())).device
     return State(
@@ -242,13 +249,19 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
                 f"{where}: this {type(state.target.model).__name__} uses torch.utils.checkpoint in eval mode too, and "
                 "parts of it would be run again without the components. Switch it off while decomposing."
             ) from error
+        if settings.optimization.unit_norm:
+            remove_parallel_gradients(state.components)
         state.optimizer.step()
+        if settings.optimization.unit_norm:
+            normalize_columns(state.components, keep_products=False)
 
     last_active, mean_active = state.last_active, None
     if mask is not None:
         last_active = torch.where(mask.flatten(0, -2).any(0), state.step, last_active)
         mean_active = without_padding(mask, watched.real).sum(-1).float().mean()
     n_moves = _maybe_move(state, watched, attributions, mask)
+    if n_moves and settings.optimization.unit_norm:
+        normalize_columns(state.components)
     info = StepInfo(
         step=state.step,
         loss=loss.detach(),
