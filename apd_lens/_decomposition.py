@@ -23,7 +23,7 @@ from apd_lens._artifact import (
 from apd_lens._attribution import GradientAttribution, metric_effects
 from apd_lens._batches import Batch, check_finite, on_device
 from apd_lens._components import ParameterComponents, effective_rank, singular_values
-from apd_lens._errors import ArtifactError, InvalidSetting, ShapeMismatch
+from apd_lens._errors import ArtifactError, InvalidSetting, ShapeMismatch, UnsupportedModel
 from apd_lens._padding import Real, without_padding
 from apd_lens._passes import (
     OutputFn,
@@ -225,6 +225,7 @@ class Decomposition:
                 "d_in": A[name].shape[1],
                 "d_out": B[name].shape[2],
                 "rank": A[name].shape[2],
+                "bias": self.target.weights[name].bias is not None,
                 "fingerprint": self.fingerprints[name],
                 "sites": [use.site for use in self.target.weights[name].uses],
             }
@@ -322,10 +323,17 @@ def load(path: str | os.PathLike[str], model: Any, *, output: OutputFn | None = 
 
 
 def _with_uses(target: TargetModel, matrices: dict[str, Any]) -> TargetModel:
-    """The target with those matrices untied that were untied when the decomposition was made."""
+    """The target with those matrices untied that were untied when the decomposition was made, and with biases if they
+    were decomposed."""
     tied = {alias: matrix for matrix in target.weights.values() for alias in (matrix.name, *matrix.tied_to)}
     untied = [name for name, saved in matrices.items() if name in tied and len(saved["sites"]) < len(tied[name].uses)]
-    return target.untied(*untied) if untied else target
+    if untied:
+        target = target.untied(*untied)
+    with_biases = any(saved.get("bias", False) for saved in matrices.values())
+    try:
+        return target if target.biases == with_biases else target.with_biases(with_biases)
+    except UnsupportedModel:  # it has none: another model, as will be found
+        return target
 
 
 def _difference(target: TargetModel, name: str, saved: dict[str, Any]) -> str | None:
