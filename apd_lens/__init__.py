@@ -40,10 +40,12 @@ from apd_lens._moves import SplitMoves as SplitMoves
 from apd_lens._schedules import HoldThenDecay as HoldThenDecay
 from apd_lens._schedules import Ramp as Ramp
 from apd_lens._selection import BatchTopK as BatchTopK
+from apd_lens._selection import Lp as Lp
 from apd_lens._selection import TopK as TopK
 from apd_lens._settings import Optimization as Optimization
 from apd_lens._settings import Settings as Settings
 from apd_lens._target import Adapter as Adapter
+from apd_lens._target import Bias as Bias
 from apd_lens._target import Intercept as Intercept
 from apd_lens._target import TargetModel as TargetModel
 from apd_lens._target import Use as Use

@@ -21,7 +21,7 @@ from apd_lens._errors import ArtifactError
 from apd_lens._losses import Losses
 from apd_lens._moves import SplitMoves
 from apd_lens._schedules import HoldThenDecay, Ramp
-from apd_lens._selection import BatchTopK, TopK
+from apd_lens._selection import BatchTopK, Lp, TopK
 from apd_lens._settings import Optimization, Settings
 
 FORMAT = "apd_lens decomposition"
@@ -38,6 +38,7 @@ _SETTINGS = {
         HoldThenDecay,
         IntegratedGradients,
         Losses,
+        Lp,
         Optimization,
         Settings,
         ClusterMoves,

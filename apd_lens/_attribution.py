@@ -68,18 +68,29 @@ class GradientAttribution:
         granularity: Granularity,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "batch *pos C"]:
-        cotangents = self.cotangents(watched.output, generator)
-        attributions = []
         with torch.no_grad():
-            for part, chunks in jacobians_in_parts(watched, cotangents, self.memory):
-                total = None
-                for jacobians in chunks:
-                    effects = _effects(jacobians, part.calls, components, granularity, self.memory)
-                    squares = torch.cat([some.square_().sum(0) for some in effects])
-                    total = squares if total is None else total.add_(squares)
-                assert total is not None
-                attributions.append(_root_mean(total / cotangents.scale, part))
-        return torch.cat(attributions)
+            return self.squares(watched, components, granularity, generator).sqrt_()
+
+    def squares(
+        self,
+        watched: WatchedPass,
+        components: ParameterComponents,
+        granularity: Granularity,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "batch *pos C"]:
+        """A_c(x)². Where gradients are enabled, in a graph that leads to the factors and keeps v · batch · C numbers
+        for each use of a matrix; the target's gradients are constants in it."""
+        cotangents = self.cotangents(watched.output, generator)
+        squares = []
+        for part, chunks in jacobians_in_parts(watched, cotangents, self.memory):
+            total = None
+            for jacobians in chunks:
+                effects = _effects(jacobians, part.calls, components, granularity, self.memory)
+                some = torch.cat([_squared(effect).sum(0) for effect in effects])
+                total = some if total is None else total.add_(some)
+            assert total is not None
+            squares.append(_mean(total / cotangents.scale, part))
+        return torch.cat(squares)
 
     def samples(
         self,
@@ -123,8 +134,19 @@ def _root_mean(
     squares: Float[Tensor, "examples *pos C"], watched: WatchedPass, examples: slice = slice(None)
 ) -> Float[Tensor, "examples *pos C"]:
     """Root of the mean over outputs of what was summed over them, for some examples of the pass."""
+    return _mean(squares, watched, examples).sqrt()
+
+
+def _mean(
+    squares: Float[Tensor, "examples *pos C"], watched: WatchedPass, examples: slice = slice(None)
+) -> Float[Tensor, "examples *pos C"]:
     n_outputs = watched.n_outputs()[examples].to(squares.dtype).reshape(-1, *[1] * (squares.ndim - 1))
-    return zero_at_padding((squares / n_outputs).sqrt(), None if watched.real is None else watched.real[examples])
+    return zero_at_padding(squares / n_outputs, None if watched.real is None else watched.real[examples])
+
+
+def _squared(effects: Tensor) -> Tensor:
+    """In place where nothing else needs them."""
+    return effects.square() if effects.requires_grad else effects.square_()
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,30 @@ def initial_components(
 
 
 @torch.no_grad()
+def normalize_columns(components: ParameterComponents, keep_products: bool = True) -> None:
+    """Divides every column A_c[:, i] by its norm, in place; columns of zeros stay.
+
+    Args:
+        keep_products: multiply the row B_c[i, :] by it, so that P_c stays as it was.
+    """
+    for A, B in zip(components.A.values(), components.B.values(), strict=True):
+        norms = A.norm(dim=1, keepdim=True)
+        A.div_(norms.masked_fill(norms == 0, 1))
+        if keep_products:
+            B.mul_(norms.mT)
+
+
+@torch.no_grad()
+def remove_parallel_gradients(components: ParameterComponents) -> None:
+    """Takes out of the gradient of every column a = A_c[:, i] what points along it: g − a <a, g> / ‖a‖²."""
+    for A in components.A.values():
+        assert A.grad is not None
+        along = (A * A.grad).sum(1, keepdim=True)
+        squares = A.square().sum(1, keepdim=True)
+        A.grad.sub_(A * (along / squares.masked_fill(squares == 0, 1)))
+
+
+@torch.no_grad()
 def random_components(components: ParameterComponents, seed: int = 0) -> ParameterComponents:
     """A null control: random components, each with the singular values of its model in every matrix.
 

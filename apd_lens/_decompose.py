@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 from tqdm.auto import tqdm
@@ -16,13 +17,19 @@ from tqdm.auto import tqdm
 from apd_lens._attribution import Attribution, GradientAttribution
 from apd_lens._batches import Batch, check_finite, on_device, same_arguments, stream, tensors, versions
 from apd_lens._cluster_moves import ClusterMoves, make_cluster_moves
-from apd_lens._components import ParameterComponents, initial_components
+from apd_lens._components import (
+    ParameterComponents,
+    initial_components,
+    normalize_columns,
+    remove_parallel_gradients,
+)
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting, NonFinite, UnsupportedModel
 from apd_lens._losses import (
     Losses,
     faithfulness_loss,
     hidden_activation_loss,
+    lp_of_squares,
     minimality_loss,
     path_mask,
     simplicity_loss,
@@ -39,7 +46,7 @@ from apd_lens._passes import (
 )
 from apd_lens._product import Mask
 from apd_lens._schedules import Ramp, value_at
-from apd_lens._selection import BatchTopK, Selection
+from apd_lens._selection import BatchTopK, Lp, Selection
 from apd_lens._settings import Optimization, Settings, learning_rate
 from apd_lens._target import TargetModel, evaluating
 from apd_lens._wrap import wrap
@@ -112,7 +119,7 @@ class StepInfo:
         step: counted from 0.
         loss: the sum that was minimised, coefficients included.
         terms: name -> value of each loss term that was computed.
-        mean_active: see `k`.
+        mean_active: see `k`; None with `Lp` without a threshold, where nothing says what is active.
         last_active: for every component the step in which it was last active.
         learning_rate: of this step.
         moves: number of moves made after this step.
@@ -121,7 +128,7 @@ class StepInfo:
     step: int
     loss: Tensor
     terms: dict[str, Tensor]
-    mean_active: Tensor
+    mean_active: Tensor | None
     last_active: Tensor
     learning_rate: float
     moves: int = 0
@@ -129,14 +136,14 @@ class StepInfo:
     # Properties, so that nothing is fetched from the device unless somebody looks.
 
     @property
-    def k(self) -> float:
+    def k(self) -> float | None:
         """Mean number of active components a data point."""
-        return self.mean_active.item()
+        return None if self.mean_active is None else self.mean_active.item()
 
     @property
-    def alive(self) -> int:
+    def alive(self) -> int | None:
         """Number of components that were active in the last 100 steps."""
-        return int((self.last_active > self.step - ALIVE_WINDOW).sum())
+        return None if self.mean_active is None else int((self.last_active > self.step - ALIVE_WINDOW).sum())
 
 
 def init(
@@ -157,7 +164,8 @@ def init(
 
     Raises:
         UnknownWeight, UnsupportedModel: see `TargetModel.match`.
-        InvalidSetting: n_components, rank, or a selection that asks for more components than there are.
+        InvalidSetting: n_components, rank, or a selection that asks for more components than there are; or `Lp` with
+            what needs gradients or masks that there are not.
         NonFinite: a weight matrix holds NaN or infinity.
     """
     target = wrap(model)
@@ -170,7 +178,7 @@ def init(
         moves=moves,
         seed=seed,
     )
-    _check_selection(settings.selection, n_components)
+    _check_selection(settings, n_components)
     for name in names:
         value = target.weights[name].value()
         if not bool(value.isfinite().all()):
@@ -182,6 +190,8 @@ def init(
     components = initial_components(
         [target.weights[name] for name in names], n_components, rank, host_generator, settings.optimization.init_scale
     )
+    if settings.optimization.unit_norm:
+        normalize_columns(components)
     originals = {name: target.weights[name].value().to(components.A[name].dtype).clone() for name in names}
     device = next(iter(originals.values())).device
     return State(
@@ -212,15 +222,18 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
 
     with evaluating(state.target.model):
         seen = _watch(state, batch)
-        batch, watched = seen.on_device, seen.watched
-        attributions = settings.attribution(
-            watched, state.components, settings.selection.granularity, state.device_generator
-        )
-        selection = settings.selection.at(progress)
-        mask = selection(attributions, watched.real)
-        # Known without asking the device, but for padding.
-        n_active = selection.n_active(mask[..., 0].numel()) if padded(mask, watched.real) is None else None
-        terms = _loss_terms(state, batch, watched, mask, n_active)
+        moved, watched = seen.on_device, seen.watched
+        selection = settings.selection.at(progress, batch)
+        if isinstance(selection, Lp):
+            attributions, mask, terms = _lp_attributed(state, watched, selection)
+        else:
+            attributions = settings.attribution(
+                watched, state.components, selection.granularity, state.device_generator
+            )
+            mask = selection(attributions, watched.real)
+            # Known without asking the device, but for padding.
+            n_active = selection.n_active(mask[..., 0].numel()) if padded(mask, watched.real) is None else None
+            terms = _loss_terms(state, moved, watched, mask, n_active)
         coefficients = {name: value_at(getattr(settings.losses, name), progress) for name in terms}
         loss = torch.stack([coefficients[name] * term for name, term in terms.items()]).sum()
         _check_finite(terms, where)
@@ -236,16 +249,24 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
                 f"{where}: this {type(state.target.model).__name__} uses torch.utils.checkpoint in eval mode too, and "
                 "parts of it would be run again without the components. Switch it off while decomposing."
             ) from error
+        if settings.optimization.unit_norm:
+            remove_parallel_gradients(state.components)
         state.optimizer.step()
+        if settings.optimization.unit_norm:
+            normalize_columns(state.components, keep_products=False)
 
-    active = mask.flatten(0, -2).any(0)
-    last_active = torch.where(active, state.step, state.last_active)
+    last_active, mean_active = state.last_active, None
+    if mask is not None:
+        last_active = torch.where(mask.flatten(0, -2).any(0), state.step, last_active)
+        mean_active = without_padding(mask, watched.real).sum(-1).float().mean()
     n_moves = _maybe_move(state, watched, attributions, mask)
+    if n_moves and settings.optimization.unit_norm:
+        normalize_columns(state.components)
     info = StepInfo(
         step=state.step,
         loss=loss.detach(),
         terms={name: term.detach() for name, term in terms.items()},
-        mean_active=without_padding(mask, watched.real).sum(-1).float().mean(),
+        mean_active=mean_active,
         last_active=last_active,
         learning_rate=rate,
         moves=n_moves,
@@ -283,7 +304,8 @@ def decompose(
         weights: names or shell patterns, see `apd_lens.wrap(model).weights`.
         n_components: number of components C.
         rank: m, the rank that each component may have in each matrix; None for min(d_in, d_out).
-        selection: which components are active on a data point; default `BatchTopK(k=1.0)`.
+        selection: which components are active on a data point, default `BatchTopK(k=1.0)`; or `Lp()`, the form without
+            a selection.
         attribution: how much a component matters on a data point; default `GradientAttribution()`.
         losses: default `Losses()`.
         optimization: default `Optimization()`.
@@ -367,25 +389,7 @@ def _loss_terms(
         return distance / distance_scale, hidden
 
     minimality, hidden = distance_under(mask, losses.hidden_at, n_active)
-    with torch.autocast(target_output.device.type, enabled=False):  # sums of weights, not a pass of the model
-        terms = {
-            "faithfulness": sum(
-                faithfulness_loss(state.weights[name], components.summed(name)) for name in components.names
-            )
-            / state.scales.faithfulness,
-            "minimality": minimality,
-            "simplicity": sum(
-                simplicity_loss(
-                    components.A[name],
-                    components.B[name],
-                    without_padding(mask, real),
-                    losses.schatten_p,
-                    losses.simplicity_floor,
-                )
-                for name in components.names
-            )
-            / state.scales.simplicity,
-        }
+    terms = _terms(state, minimality, without_padding(mask, real))
     if losses.path:
         terms["path"], _ = distance_under(path_mask(mask, state.device_generator))
     if losses.hidden:
@@ -395,6 +399,38 @@ def _loss_terms(
         )
         terms["hidden"] = _hidden_term(kept, kept_sparse, relative)
     return terms
+
+
+def _terms(state: State, minimality: Tensor, activity: Mask) -> dict[str, Tensor]:
+    """The three losses of the method. `activity` is the mask, or what has its place in simplicity, without padding."""
+    losses, components = state.settings.losses, state.components
+    with torch.autocast(minimality.device.type, enabled=False):  # sums of weights, not a pass of the model
+        faithfulness, simplicity = minimality.new_zeros(()), minimality.new_zeros(())
+        for name in components.names:
+            A, B = components.A[name], components.B[name]
+            faithfulness = faithfulness + faithfulness_loss(state.weights[name], components.summed(name))
+            simplicity = simplicity + simplicity_loss(A, B, activity, losses.schatten_p, losses.simplicity_floor)
+    return {
+        "faithfulness": faithfulness / state.scales.faithfulness,
+        "minimality": minimality,
+        "simplicity": simplicity / state.scales.simplicity,
+    }
+
+
+def _lp_attributed(
+    state: State, watched: WatchedPass, selection: Lp
+) -> tuple[Tensor, Bool[Tensor, "batch *pos C"] | None, dict[str, Tensor]]:
+    """Attributions; which are active, if that can be said; and the terms of the Lp form, which need no sparse pass."""
+    attribution, p = state.settings.attribution, value_at(selection.p, 1.0)
+    assert isinstance(attribution, GradientAttribution)
+    squares = attribution.squares(watched, state.components, selection.granularity, state.device_generator)
+    scale = 1.0
+    if state.settings.losses.normalization == "relative":
+        scale = without_padding(_at_least_float32(watched.output.detach()), watched.real).var()
+    sparsity = without_padding(lp_of_squares(squares / scale, p), watched.real)
+    terms = _terms(state, sparsity.sum(-1).mean(), sparsity)
+    attributions = squares.detach().sqrt()
+    return attributions, None if selection.threshold is None else selection(attributions, watched.real), terms
 
 
 def _at_least_float32(output: Tensor) -> Tensor:
@@ -410,11 +446,12 @@ def _hidden_term(target: dict[str, Tensor], sparse: dict[str, Tensor], relative:
     return errors / torch.stack([activation.var() * activation.shape[-1] for activation in target.values()]).sum()
 
 
-def _maybe_move(state: State, watched: WatchedPass, attributions: Tensor, mask: Tensor) -> int:
+def _maybe_move(state: State, watched: WatchedPass, attributions: Tensor, mask: Tensor | None) -> int:
     moves, done = state.settings.moves, state.step + 1
     if moves is None or done % moves.every or done >= moves.until * state.settings.optimization.steps:
         return 0
     if isinstance(moves, ClusterMoves):
+        assert mask is not None
         return make_cluster_moves(
             state.components, state.optimizer, state.weights, mask, watched, moves, state.host_generator
         )
@@ -433,12 +470,37 @@ def _scales(losses: Losses, weights: Sequence[Tensor]) -> Scales:
     )
 
 
-def _check_selection(selection: Selection, n_components: int) -> None:
+def _check_selection(settings: Settings, n_components: int) -> None:
+    selection = settings.selection
+    if isinstance(selection, Lp):
+        _check_lp(settings, selection)
+        return
+    if not isinstance(selection.k, float | int | Ramp):
+        return
     ks = (selection.k.start, selection.k.end) if isinstance(selection.k, Ramp) else (selection.k,)
     if n_components >= 1 and not all(0 < k <= n_components for k in ks):
         raise InvalidSetting(
             f"{selection} needs 0 < k <= n_components: at least one and at most all of the {n_components} components "
             "can be active."
+        )
+
+
+def _check_lp(settings: Settings, selection: Lp) -> None:
+    if not isinstance(settings.attribution, GradientAttribution):
+        raise InvalidSetting(
+            f"Lp needs attributions that it can take gradients of, GradientAttribution; got {settings.attribution}."
+        )
+    losses = settings.losses
+    if losses.path or losses.hidden or losses.distance != "mse":
+        raise InvalidSetting(
+            "Lp has no mask and no sparse pass, so its losses are faithfulness, minimality and simplicity alone; got "
+            f"Losses(path={losses.path}, hidden={losses.hidden}, distance={losses.distance!r}). Leave these out, or "
+            "use BatchTopK or TopK."
+        )
+    if isinstance(settings.moves, ClusterMoves) and selection.threshold is None:
+        raise InvalidSetting(
+            "ClusterMoves look at which components are active, which Lp alone does not say. Give Lp(threshold=...), or "
+            "use SplitMoves."
         )
 
 
@@ -453,4 +515,4 @@ def _check_finite(terms: dict[str, Tensor], where: str) -> None:
 
 def _postfix(info: StepInfo) -> str:
     terms = ", ".join(f"{name} {value.item():.1e}" for name, value in info.terms.items())
-    return f"{info.alive} alive, {terms}"
+    return terms if info.alive is None else f"{info.alive} alive, {terms}"

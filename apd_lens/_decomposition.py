@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from apd_lens._artifact import decode_settings, encode_settings, library_versions, read_artifact, write_artifact
+from apd_lens._artifact import (
+    UserFunction,
+    decode_settings,
+    encode_settings,
+    library_versions,
+    read_artifact,
+    write_artifact,
+)
 from apd_lens._attribution import GradientAttribution, metric_effects
 from apd_lens._batches import Batch, check_finite, on_device
 from apd_lens._components import ParameterComponents, effective_rank, singular_values
-from apd_lens._errors import ArtifactError, InvalidSetting, ShapeMismatch
+from apd_lens._errors import ArtifactError, InvalidSetting, ShapeMismatch, UnsupportedModel
 from apd_lens._padding import Real, without_padding
 from apd_lens._passes import (
     OutputFn,
@@ -29,7 +36,7 @@ from apd_lens._passes import (
     watched_pass,
 )
 from apd_lens._product import Mask
-from apd_lens._selection import AttributionError, attribution_error
+from apd_lens._selection import AttributionError, BatchTopK, K, Selection, attribution_error, with_k
 from apd_lens._settings import Settings
 from apd_lens._table import table
 from apd_lens._target import TargetModel, evaluating
@@ -80,13 +87,13 @@ class Decomposition:
         return metric_effects(watched, self.components, self.settings.selection.granularity, metric)
 
     @torch.inference_mode(False)
-    def attribution_error(self, batch: Batch) -> AttributionError:
-        """How far estimated attributions are off on a batch; all zero for exact ones.
+    def attribution_error(self, batch: Batch, k: K | None = None) -> AttributionError:
+        """How far estimated attributions are off on a batch; all zero for exact ones. `k` as in `select`.
 
         Raises:
             InvalidSetting: no `GradientAttribution`, or a single projection, which has no spread.
         """
-        attribution, selection = self.settings.attribution, self.settings.selection
+        attribution, selection = self.settings.attribution, self._selection(batch, k)
         if not isinstance(attribution, GradientAttribution):
             raise InvalidSetting(f"The error is known of GradientAttribution only, not of {attribution}.")
         with evaluating(self.target.model):
@@ -100,10 +107,16 @@ class Decomposition:
             samples = attribution.samples(watched, self.components, selection.granularity, generator)
         return attribution_error(samples, selection, watched.real)
 
-    def select(self, batch: Batch, k: float | None = None) -> Bool[Tensor, "batch *pos C"]:
-        """The mask of active components, by the selection of the training; `k` overrides how many. None is active at
-        padding."""
-        selection = self.settings.selection if k is None else replace(self.settings.selection, k=k)
+    def select(self, batch: Batch, k: K | None = None) -> Bool[Tensor, "batch *pos C"]:
+        """The mask of active components, by the selection of the training. None is active at padding.
+
+        Args:
+            k: overrides how many: the mean number a data point (`TopK`: the number of each), or a function batch -> k.
+
+        Raises:
+            InvalidSetting: trained with `Lp` without a threshold, and no k.
+        """
+        selection = self._selection(batch, k)
         return selection(*self._attributed(batch))
 
     def sparse(self, mask: Mask) -> AbstractContextManager[None]:
@@ -177,10 +190,14 @@ class Decomposition:
         return {name: errors[name] / norms[name] if norms[name] else math.inf * errors[name] for name in errors}
 
     @torch.no_grad()
-    def summary(self, batch: Batch) -> "Summary":
-        """A printable table of the components: how often active on the batch, attribution, norms, effective ranks."""
+    def summary(self, batch: Batch, k: K | None = None) -> "Summary":
+        """A printable table of the components: how often active on the batch, attribution, norms, effective ranks.
+
+        `k` as in `select`.
+        """
+        selection = self._selection(batch, k)
         attributions, real = self._attributed(batch)
-        mask = without_padding(self.settings.selection(attributions, real), real)
+        mask = without_padding(selection(attributions, real), real)
         spectra = {name: singular_values(self.components, name) for name in self.components.names}
         never_active = ~mask.flatten(0, -2).any(0)
         dead_share = {}
@@ -208,6 +225,7 @@ class Decomposition:
                 "d_in": A[name].shape[1],
                 "d_out": B[name].shape[2],
                 "rank": A[name].shape[2],
+                "bias": self.target.weights[name].bias is not None,
                 "fingerprint": self.fingerprints[name],
                 "sites": [use.site for use in self.target.weights[name].uses],
             }
@@ -223,6 +241,15 @@ class Decomposition:
         }
         factors = {f"A.{name}": factor for name, factor in A.items()} | {f"B.{name}": f for name, f in B.items()}
         write_artifact(Path(path), factors, about)
+
+    def _selection(self, batch: Batch, k: K | None) -> Selection:
+        selection = with_k(self.settings.selection, k)
+        if isinstance(selection, BatchTopK) and isinstance(selection.k, UserFunction):
+            raise ArtifactError(
+                f"k was the function {selection.k.name} of the batch, which was not saved. Give it again, or a number: "
+                "decomposition.select(batch, k=...)."
+            )
+        return selection.at(1.0, batch)
 
     @torch.inference_mode(False)
     def _attributed(self, batch: Batch) -> tuple[Float[Tensor, "batch *pos C"], Real]:
@@ -296,10 +323,17 @@ def load(path: str | os.PathLike[str], model: Any, *, output: OutputFn | None = 
 
 
 def _with_uses(target: TargetModel, matrices: dict[str, Any]) -> TargetModel:
-    """The target with those matrices untied that were untied when the decomposition was made."""
+    """The target with those matrices untied that were untied when the decomposition was made, and with biases if they
+    were decomposed."""
     tied = {alias: matrix for matrix in target.weights.values() for alias in (matrix.name, *matrix.tied_to)}
     untied = [name for name, saved in matrices.items() if name in tied and len(saved["sites"]) < len(tied[name].uses)]
-    return target.untied(*untied) if untied else target
+    if untied:
+        target = target.untied(*untied)
+    with_biases = any(saved.get("bias", False) for saved in matrices.values())
+    try:
+        return target if target.biases == with_biases else target.with_biases(with_biases)
+    except UnsupportedModel:  # it has none: another model, as will be found
+        return target
 
 
 def _difference(target: TargetModel, name: str, saved: dict[str, Any]) -> str | None:

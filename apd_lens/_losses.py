@@ -143,6 +143,7 @@ def simplicity_loss(
     divides.
 
     Args:
+        mask: s_c, or what has its place: A_c^p in the Lp form.
         floor: added to how often each component was active, as a share of the mean over components.
     """
     activity = mask.to(A.dtype).flatten(0, -2).mean(0)
@@ -174,7 +175,12 @@ class _SquaredNorm(torch.autograd.Function):
 
 def lp_sparsity(attributions: Float[Tensor, "batch *pos C"], p: float) -> Float[Tensor, "batch *pos C"]:
     """A_c^p of every component and data point; its sum over components is the Lp form of minimality."""
-    return (attributions.square() + _EPS).pow(p / 2)
+    return lp_of_squares(attributions.square(), p)
+
+
+def lp_of_squares(squares: Float[Tensor, "batch *pos C"], p: float) -> Float[Tensor, "batch *pos C"]:
+    """A_c^p from A_c², whose gradient is finite where A_c is 0."""
+    return (squares + _EPS).pow(p / 2)
 
 
 def path_mask(

@@ -36,9 +36,8 @@ def inner_activations(x: Inputs, A: Float[Tensor, "C d_in m"]) -> Float[Tensor, 
     return flat.unflatten(-1, (A.shape[0], A.shape[2]))
 
 
-@torch.no_grad()
 def inner_activations_of_many(x: Inputs, A: Float[Tensor, "C d_in m"]) -> Float[Tensor, "batch *pos C m"]:
-    """x A_c for every component, without a graph; cheaper if x lies in few dimensions: x = z Q, and z (Q A)."""
+    """x A_c for every component; cheaper if x lies in few dimensions: x = z Q, and z (Q A)."""
     n_components, d_in, m = A.shape
     n_rows = x.numel() // d_in
     plain, reduced = n_rows * d_in, FEW * (n_rows + d_in)

@@ -1,5 +1,7 @@
 """Selection: from attributions to the mask of active components."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,10 +9,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from apd_lens._attribution import Granularity
+from apd_lens._batches import Batch
 from apd_lens._checks import check_fields
 from apd_lens._errors import InvalidSetting
 from apd_lens._padding import Real, padded, zero_at_padding
 from apd_lens._schedules import Ramp, value_at
+
+# A mean number of active components, as it is or as a function of the batch.
+K = float | Callable[[Batch], float]
 
 
 @dataclass(frozen=True)
@@ -19,26 +25,47 @@ class BatchTopK:
 
     Attributes:
         k: mean number of active components a data point; need not be whole. A `Ramp` changes it during the training;
-            afterwards its end counts.
+            afterwards its end counts. A function batch -> k says it for every batch, which it is given as the model is
+            called with it: the true number of active features, in the paper's implementation. It may be 0. Functions
+            are not saved: of a loaded decomposition give it again, `select(batch, k=function)`.
         granularity: whether a data point is an "example" or a "position".
     """
 
-    k: float | Ramp
+    k: float | Ramp | Callable[[Batch], float]
     granularity: Granularity = "example"
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def __call__(self, attributions: Float[Tensor, "batch *pos C"], real: Real = None) -> Bool[Tensor, "batch *pos C"]:
-        return batch_topk_mask(attributions, value_at(self.k, 1.0), real)
+        k = self._number()
+        return torch.zeros_like(attributions, dtype=torch.bool) if k == 0 else batch_topk_mask(attributions, k, real)
 
-    def at(self, progress: float) -> "BatchTopK":
-        """The selection when `progress`, a share of the steps, is done."""
-        return replace(self, k=value_at(self.k, progress))
+    def at(self, progress: float, batch: Batch) -> "BatchTopK":
+        """The selection of a batch when `progress`, a share of the steps, is done: k is a number.
+
+        Raises:
+            InvalidSetting: a function gives something else than a number from 0 on.
+        """
+        if isinstance(self.k, float | int | Ramp):
+            return replace(self, k=value_at(self.k, progress))
+        k = self.k(batch)
+        number = k.item() if isinstance(k, Tensor) and k.numel() == 1 else k
+        if not isinstance(number, float | int) or not 0 <= number < math.inf:
+            raise InvalidSetting(
+                "BatchTopK(k=...) was given a function, which must give the mean number of active components a data "
+                f"point, a number from 0 on; for this batch it gave {k!r}."
+            )
+        return replace(self, k=float(number))
 
     def n_active(self, n_data_points: int) -> int:
         """How many components are active on so many data points, all together."""
-        return int(value_at(self.k, 1.0) * n_data_points)
+        return _whole(self._number(), n_data_points)
+
+    def _number(self) -> float:
+        if not isinstance(self.k, float | int | Ramp):
+            raise InvalidSetting(f"{self} is a function of the batch; .at(1.0, batch) is the selection of one.")
+        return value_at(self.k, 1.0)
 
 
 @dataclass(frozen=True)
@@ -59,8 +86,8 @@ class TopK:
     def __call__(self, attributions: Float[Tensor, "batch *pos C"], real: Real = None) -> Bool[Tensor, "batch *pos C"]:
         return topk_mask(attributions, self.k, real)
 
-    def at(self, progress: float) -> "TopK":
-        """The selection when `progress`, a share of the steps, is done: this one."""
+    def at(self, progress: float, batch: Batch) -> "TopK":
+        """The selection of a batch when `progress`, a share of the steps, is done: this one."""
         return self
 
     def n_active(self, n_data_points: int) -> int:
@@ -68,7 +95,64 @@ class TopK:
         return self.k * n_data_points
 
 
-Selection = BatchTopK | TopK
+@dataclass(frozen=True)
+class Lp:
+    """No selection in the training: minimality is the mean over data points of Σ_c A_c^p, and A_c^p has the place of
+    the mask in simplicity.
+
+    Gradients go through the attributions, there is no sparse pass, and so `Losses` must ask for nothing that needs
+    one: no path, hidden or distance. With `Losses(normalization="relative")` attributions are in units of the target
+    output's standard deviation.
+
+    What is active is up to whoever asks. Either `select(batch, k=...)` takes the batch's largest attributions, as
+    `BatchTopK` does; or `threshold` says it once and for all, for `StepInfo`, `ClusterMoves` and `summary` too.
+    Source: Braun et al. 2025, arXiv 2501.14926, "Lp" form of minimality.
+
+    Attributes:
+        p: the power; below 1 it presses towards few components. A `Ramp` changes it during the training.
+        granularity: whether a data point is an "example" or a "position".
+        threshold: a component is active where its attribution, in units of the outputs, is above this.
+    """
+
+    p: float | Ramp = 0.9
+    granularity: Granularity = "example"
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if min((self.p.start, self.p.end) if isinstance(self.p, Ramp) else (self.p,)) <= 0:
+            raise InvalidSetting(f"Lp needs a positive p, got p={self.p}.")
+        if self.threshold is not None and self.threshold < 0:
+            raise InvalidSetting(
+                f"Attributions are never negative, so threshold={self.threshold} selects all. Raise it."
+            )
+
+    def __call__(self, attributions: Float[Tensor, "batch *pos C"], real: Real = None) -> Bool[Tensor, "batch *pos C"]:
+        if self.threshold is None:
+            raise InvalidSetting(
+                f"{self} was trained without a mask, so which components are active is for you to say: give the mean "
+                "number of them, as in decomposition.select(batch, k=1.5), or train with Lp(threshold=...)."
+            )
+        return zero_at_padding(attributions > self.threshold, real)
+
+    def at(self, progress: float, batch: Batch) -> "Lp":
+        """The selection when `progress`, a share of the steps, is done: p is a number."""
+        return replace(self, p=value_at(self.p, progress))
+
+
+Selection = BatchTopK | TopK | Lp
+
+
+def with_k(selection: Selection, k: K | None) -> Selection:
+    """The selection with another k, if one is given; with a k, `Lp` becomes `BatchTopK`."""
+    if k is None:
+        return selection
+    return BatchTopK(k, selection.granularity) if isinstance(selection, Lp) else replace(selection, k=k)
+
+
+def _whole(k: float, n_data_points: int) -> int:
+    """int(k·n), but the whole number where k is one divided by n."""
+    return math.floor(k * n_data_points + 1e-6)
 
 
 def batch_topk_mask(
@@ -89,7 +173,7 @@ def batch_topk_mask(
         return mask
     n_components = attributions.shape[-1]
     n_data_points = attributions[..., 0].numel()
-    n_active = int(k * n_data_points)
+    n_active = _whole(k, n_data_points)
     if not 1 <= n_active <= attributions.numel():
         raise InvalidSetting(
             f"BatchTopK(k={k}) selects int(k·n) = {n_active} of the n·C = {n_data_points} · {n_components} = "

@@ -39,9 +39,24 @@ class Use:
     scale: float = 1.0
 
 
+@dataclass(frozen=True)
+class Bias:
+    """What a host adds to x @ W. Its numbers, in the order of memory, are those of the matrix's columns.
+
+    Attributes:
+        attribute: of the matrix's module, where the host keeps it.
+        state_keys: its keys in the state dict of the user's model.
+    """
+
+    attribute: str
+    state_keys: tuple[str, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class WeightMatrix:
     """One matrix of the target model, seen as `d_in d_out` (y = x @ W) however the host stores it.
+
+    With a bias it is the matrix [W; b], one row more, that [x, 1] is multiplied by; `d_in` counts that row.
 
     Attributes:
         name: as the user types it.
@@ -53,6 +68,8 @@ class WeightMatrix:
         tied_to: other names of the same numbers in memory.
         tied: the matrices that have those names where they are parameters of their own, and whether each is the
             transpose.
+        bias: the last row, None where the matrix has no such row. An adapter says which bias a matrix has;
+            `TargetModel` keeps it where biases were asked for.
     """
 
     name: str
@@ -64,6 +81,7 @@ class WeightMatrix:
     axes: Mapping[str, int] = field(default_factory=dict)
     tied_to: tuple[str, ...] = ()
     tied: tuple[tuple["WeightMatrix", bool], ...] = ()
+    bias: Bias | None = None
 
     @property
     def parameter(self) -> Tensor:
@@ -72,15 +90,27 @@ class WeightMatrix:
 
     @property
     def d_in(self) -> int:
-        return self.value().shape[0]
+        return self._weight().shape[0] + (self.bias is not None)
 
     @property
     def d_out(self) -> int:
-        return self.value().shape[1]
+        return self._weight().shape[1]
 
     def value(self) -> Float[Tensor, "d_in d_out"]:
         """The matrix as it is now, detached; may share memory with the model, so do not write to it."""
+        weight = self._weight()
+        if self.bias is None:
+            return weight
+        return torch.cat([weight, self.bias_parameter.detach().reshape(1, -1).to(weight.dtype)])
+
+    def _weight(self) -> Float[Tensor, "inputs d_out"]:
         return rearrange(self.parameter.detach(), self.layout, **self.axes)
+
+    @property
+    def bias_parameter(self) -> Tensor:
+        """The host's own bias, in the host's layout; only where there is one."""
+        assert self.bias is not None
+        return getattr(self.module, self.bias.attribute)
 
     def place_in_memory(self) -> tuple[Any, ...] | None:
         """Equal for two matrices exactly if they are the same numbers in memory, the same way round.
@@ -88,7 +118,7 @@ class WeightMatrix:
         Not a parameter's identity: hosts make two parameters that are views of one storage, or one the transpose of
         the other. None where there is no memory to compare (a meta tensor).
         """
-        parameter, value = self.parameter, self.value()
+        parameter, value = self.parameter, self._weight()
         if not (storage := parameter.untyped_storage().data_ptr()):
             return None
         if value.untyped_storage().data_ptr() == storage:
@@ -102,13 +132,16 @@ class WeightMatrix:
         digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def to_host(self, value: Float[Tensor, "d_in d_out"]) -> Tensor:
-        """A matrix in the host's own layout and dtype: the inverse of `value`."""
+    def to_host(self, value: Float[Tensor, "inputs d_out"]) -> Tensor:
+        """A matrix, without a bias, in the host's own layout and dtype."""
         host, ours = self.layout.split("->")
         return rearrange(value, f"{ours} -> {host}", **self.axes).to(self.parameter.dtype)
 
     def state(self, value: Float[Tensor, "d_in d_out"]) -> dict[str, Tensor]:
         """The entries of a state dict that hold this matrix, under all its names; one tensor for one parameter."""
+        if self.bias is not None:
+            stored = value[-1].reshape(self.bias_parameter.shape).to(self.bias_parameter.dtype)
+            return dict.fromkeys(self.bias.state_keys, stored) | replace(self, bias=None).state(value[:-1])
         stored = self.to_host(value).contiguous()
         entries = dict.fromkeys(self.state_keys, stored)
         for other, transposed in self.tied:
@@ -170,6 +203,8 @@ class TargetModel:
         weights: name -> `WeightMatrix`, in the order of the forward pass; a tied matrix stands here once.
         refused: name -> reason, the matrices that cannot be decomposed.
         prepare: makes what `model` is called with of what the user gives for a batch (tokens of text).
+        biases: whether biases are decomposed, each as the last row of its matrix. Always on all the same are those of
+            tied matrices, where each use has a bias of its own, and those that two matrices share.
     """
 
     def __init__(
@@ -178,11 +213,17 @@ class TargetModel:
         adapter: Adapter,
         untied: Iterable[str] = (),
         prepare: Callable[[Any], Any] = lambda batch: batch,
+        biases: bool = False,
     ):
         self.model = model
         self.adapter = adapter
         self.prepare = prepare
-        weights = _tied(adapter.matrices(model), untied=set(untied))
+        self.biases = biases
+        self._untied = tuple(untied)
+        matrices = list(adapter.matrices(model))
+        if not biases:
+            matrices = [replace(matrix, bias=None) for matrix in matrices]
+        weights = _with_decomposable_biases(_tied(matrices, untied=set(untied)))
         self.weights: Mapping[str, WeightMatrix] = MappingProxyType({matrix.name: matrix for matrix in weights})
         self.refused: Mapping[str, str] = MappingProxyType(dict(adapter.refused(model)))
         if not self.weights:
@@ -191,6 +232,13 @@ class TargetModel:
                 f"{type(model).__name__} has no weight matrix that can be decomposed. "
                 f"{reasons or 'It has no matrices.'} Could be decomposed: nn.Linear, transformers' Conv1D, "
                 "nn.Embedding and convolutions in any torch module, and every matrix of a transformer_lens model."
+            )
+        if biases and all(matrix.bias is None for matrix in self.weights.values()):
+            raise UnsupportedModel(
+                f"biases=True, but no matrix of this {type(model).__name__} has a bias that can be decomposed. Could "
+                "be: those of nn.Linear, transformers' Conv1D and convolutions in any torch module, and of attention, "
+                "MLPs and unembedding of a HookedTransformer; not where matrices are tied. Leave out biases=True: "
+                "biases are then always on."
             )
 
     def match(self, patterns: str | Iterable[str]) -> list[str]:
@@ -242,7 +290,15 @@ class TargetModel:
         for name in names:
             if name not in tied:
                 raise UnknownWeight(f"{name!r} is not tied to another matrix. Tied are: {sorted(tied) or 'none'}.")
-        return TargetModel(self.model, self.adapter, names, self.prepare)
+        return TargetModel(self.model, self.adapter, names, self.prepare, self.biases)
+
+    def with_biases(self, biases: bool = True) -> "TargetModel":
+        """The same model with biases decomposed, as `apd_lens.wrap(model, biases=True)` gives it, or without.
+
+        Raises:
+            UnsupportedModel: there are none that can be.
+        """
+        return TargetModel(self.model, self.adapter, self._untied, self.prepare, biases)
 
     @contextmanager
     def intercepted(self, names: Iterable[str], intercept: Intercept, observed: Iterable[str] = ()) -> Iterator[None]:
@@ -254,6 +310,7 @@ class TargetModel:
         Raises:
             AlreadyActive: the model is intercepted already.
             SiteNotCalled: a forward of the whole model ended without reaching one of the uses.
+            UnsupportedModel: in a forward, a decomposed bias is added elsewhere than behind its matrix.
         """
         if is_patched(self.model):
             raise AlreadyActive(
@@ -261,6 +318,7 @@ class TargetModel:
                 "run). Contexts do not nest on one model: leave the first before entering the second."
             )
         matrices = [self.weights[name] for name in names]
+        with_bias = {matrix.name for matrix in matrices if matrix.bias is not None}
         expected = {use.site for matrix in matrices for use in matrix.uses}
         matrices += [self.weights[name] for name in observed]
         called: set[str] = set()
@@ -268,6 +326,14 @@ class TargetModel:
 
         def at_use(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
             called.add(use.site)
+            if use.matrix in with_bias:
+                if bias is None:
+                    raise UnsupportedModel(
+                        f"The bias of {use.matrix} is decomposed, but at {use.site} the host multiplies by a part of "
+                        "the matrix and adds the bias later. Switch off the option that does so (use_attn_result), or "
+                        "leave out biases=True."
+                    )
+                x, bias = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1), None
             if not x.is_floating_point() and x.ndim == 1 and input_axes > 1:
                 # A lookup of positions that all examples share, such as wpe(arange(pos)): it has no batch axis.
                 y = intercept(use, x[None], lambda: original()[None], bias)
@@ -304,7 +370,7 @@ class TargetModel:
 
     def __str__(self) -> str:
         rows = [
-            (name, str(matrix.d_in), str(matrix.d_out), ", ".join(use.site for use in matrix.uses))
+            (name, _d_in(matrix), str(matrix.d_out), ", ".join(use.site for use in matrix.uses))
             for name, matrix in self.weights.items()
         ]
         text = f"{type(self.model).__name__}: {len(rows)} weight matrices that can be decomposed\n"
@@ -340,6 +406,22 @@ def _tied(matrices: Iterable[WeightMatrix], untied: set[str]) -> Iterable[Weight
             tied=(*first.tied, (matrix, transposed)),
         )
     return merged.values()
+
+
+def _with_decomposable_biases(matrices: Iterable[WeightMatrix]) -> list[WeightMatrix]:
+    """The matrices, without the biases of tied ones and those that several share."""
+    matrices = list(matrices)
+    biases = [id(matrix.bias_parameter) for matrix in matrices if matrix.bias is not None]
+    return [
+        replace(matrix, bias=None, tied=tuple((replace(other, bias=None), turned) for other, turned in matrix.tied))
+        if len(matrix.uses) > 1 or (matrix.bias is not None and biases.count(id(matrix.bias_parameter)) > 1)
+        else matrix
+        for matrix in matrices
+    ]
+
+
+def _d_in(matrix: WeightMatrix) -> str:
+    return str(matrix.d_in) if matrix.bias is None else f"{matrix.d_in - 1} + 1"
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apd_lens._patch import PatchedForward
-from apd_lens._target import Intercept, Use, WeightMatrix
+from apd_lens._target import Bias, Intercept, Use, WeightMatrix
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
@@ -42,6 +42,7 @@ class TorchAdapter:
                 uses=(Use(matrix=name, site=paths[0], scale=_scale(module)),),
                 state_keys=(name, *aliases),
                 tied_to=tuple(aliases),
+                bias=_bias(module, paths),
             )
 
     def refused(self, model: nn.Module) -> dict[str, str]:
@@ -115,6 +116,13 @@ def _modules_with_aliases(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 def _key(path: str) -> str:
     return f"{path}.weight" if path else "weight"
+
+
+def _bias(module: nn.Module, paths: Iterable[str]) -> Bias | None:
+    """None where there is none, or none that is a parameter."""
+    if "bias" not in dict(module.named_parameters(recurse=False)):
+        return None
+    return Bias("bias", tuple(f"{path}.bias".lstrip(".") for path in paths))
 
 
 def _inside_attention(model: nn.Module, path: str) -> bool:

@@ -10,15 +10,22 @@ from apd_lens._target import TargetModel
 from apd_lens._torch_modules import TorchAdapter
 
 
-def wrap(model: Any) -> TargetModel:
+def wrap(model: Any, *, biases: bool = False) -> TargetModel:
     """The weight matrices of a model, by name, ready to be decomposed. Changes nothing on the model.
 
     A host's own `wrap` (entry-point group "apd_lens.adapters") is chosen by the packages in which the model's classes
     are defined, so no host is imported that is not in use; any other torch module is taken apart by its leaves.
 
+    Args:
+        biases: decompose biases too, each as one more row of its matrix: x is thought of as [x, 1], P_c is
+            `d_in + 1 d_out`, and the sparse model has Σ_c s_c (x P_c + b_c). Without it biases are always on.
+
     Raises:
-        UnsupportedModel: not a model that any adapter knows, or one without a matrix that can be decomposed.
+        UnsupportedModel: not a model that any adapter knows, or one without a matrix, or a bias, that can be
+            decomposed.
     """
+    if biases:
+        return wrap(model).with_biases()
     if isinstance(model, TargetModel):
         return model
     packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}

@@ -49,3 +49,62 @@ def test_a_k_that_cannot_be_is_refused(select, message: str):
 def test_masks_need_no_gradient():
     attributions: Tensor = torch.rand(2, 3, requires_grad=True)
     assert not apd.TopK(1)(attributions).requires_grad
+
+
+def n_nonzero(batch: Tensor) -> float:
+    return (batch != 0).sum().item() / len(batch)
+
+
+def sparse_inputs(*features: int) -> Tensor:
+    x = torch.zeros(8, 4)
+    x[torch.arange(len(features)), list(features)] = 1.0
+    return x
+
+
+def test_k_as_a_function_of_the_batch():
+    """Identity weights: exactly the active features' components are selected, however many there are."""
+    model = torch.nn.Linear(4, 4, bias=False)
+    torch.nn.init.eye_(model.weight)
+    state = apd.init(model, n_components=4, rank=1, selection=apd.BatchTopK(n_nonzero))
+    with torch.no_grad():
+        state.components.A["weight"].copy_(torch.eye(4)[:, :, None])
+        state.components.B["weight"].copy_(torch.eye(4)[:, None, :])
+    for x in (sparse_inputs(0, 1, 2), sparse_inputs(3, 3, 3, 3, 0), sparse_inputs()):
+        assert torch.equal(state.decomposition().select(x), x.bool())
+        assert torch.equal(state.decomposition().select(x, k=n_nonzero), x.bool())
+        state, info = apd.step(state, x)
+        assert info.k == n_nonzero(x)
+    assert state.decomposition().select(sparse_inputs(0, 1), k=3).sum() == 24
+    assert state.decomposition().summary(sparse_inputs(0, 1)).active.sum() == 0.25
+
+
+def test_k_is_counted_exactly():
+    """k = 1 / 49 on 49 data points is one component, though the product rounds below 1."""
+    assert int(1 / 49 * 49) == 0
+    for n in (49, 100, 2048, 98_304):
+        for count in range(1, 300):
+            assert apd.BatchTopK(count / n).n_active(n) == count
+
+
+@pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf"), "2", None, torch.ones(2)])
+def test_a_function_that_gives_no_number_is_refused(wrong):
+    state = apd.init(torch.nn.Linear(4, 4), n_components=4, selection=apd.BatchTopK(lambda batch: wrong))
+    with pytest.raises(apd.InvalidSetting, match=r"mean number of active components.*for this batch it gave"):
+        apd.step(state, torch.ones(2, 4))
+
+
+def test_a_function_that_asks_for_too_much_is_refused():
+    state = apd.init(torch.nn.Linear(4, 4), n_components=3, selection=apd.BatchTopK(lambda batch: 3.5))
+    with pytest.raises(apd.InvalidSetting, match=r"selects int\(k·n\) = 7 of the n·C = 2 · 3"):
+        apd.step(state, torch.ones(2, 4))
+
+
+def test_a_function_is_not_saved_and_can_be_given_again(tmp_path):
+    model, x = torch.nn.Linear(4, 4), sparse_inputs(0, 1, 2)
+    decomposition = apd.init(model, n_components=4, selection=apd.BatchTopK(n_nonzero)).decomposition()
+    decomposition.save(tmp_path)
+    loaded = apd.load(tmp_path, model)
+    with pytest.raises(apd.ArtifactError, match=r"function n_nonzero of the batch, which was not saved.*\(batch, k="):
+        loaded.select(x)
+    assert torch.equal(loaded.select(x, k=n_nonzero), decomposition.select(x))
+    assert torch.equal(loaded.attributions(x), decomposition.attributions(x))

@@ -115,6 +115,7 @@ class _Place:
                 attribute=attribute,
                 uses=(replace(matrix.uses[0], matrix=self.name, site=self.path),),
                 state_keys=(f"{self.path}.weight",),
+                bias=None,  # a bridge may keep a processed one elsewhere
             )
         return None
 

@@ -40,7 +40,7 @@ from transformer_lens.components.mlps.mlp import MLP
 from transformer_lens.components.mlps.moe import MoE
 from transformer_lens.utilities import get_offset_position_ids
 
-from apd_lens import Intercept, Use, WeightMatrix
+from apd_lens import Bias, Intercept, Use, WeightMatrix
 from apd_lens._patch import patched
 from apd_transformer_lens._shadow import Shadow, shadowed
 
@@ -72,6 +72,7 @@ class HookedTransformerAdapter:
                     axes={"head": len(getattr(module, attribute))} if "head" in stored.layout else {},
                     uses=(Use(f"{component.path}.{name}", site=component.site(stored)),),
                     state_keys=(f"{component.path}.{stored.attribute}",),
+                    bias=None if stored.bias is None else Bias(stored.bias, (f"{component.path}.{stored.bias}",)),
                 )
 
     def refused(self, model: nn.Module) -> dict[str, str]:
@@ -99,11 +100,13 @@ class HookedTransformerAdapter:
 
 @dataclass(frozen=True)
 class _Stored:
-    """How a component stores one matrix, and the submodule (or "" for the component itself) where y is made."""
+    """How a component stores one matrix, the submodule (or "" for the component itself) where y is made, and the bias
+    that is added to that y alone."""
 
     attribute: str
     layout: str
     site: str = ""
+    bias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def _components(model: nn.Module) -> Iterator[_Component]:
         yield _attention_component(f"blocks.{layer}.attn", block.attn)
         if not cfg.attn_only:
             yield _mlp_component(f"blocks.{layer}.mlp", block.mlp)
-    yield _Component("unembed", model.unembed, {"W_U": _Stored("W_U", _PLAIN, "hook_out")}, _unembed)
+    yield _Component("unembed", model.unembed, {"W_U": _Stored("W_U", _PLAIN, "hook_out", "b_U")}, _unembed)
 
 
 def _attention_component(path: str, attn: AbstractAttention) -> _Component:
@@ -144,18 +147,18 @@ def _attention_component(path: str, attn: AbstractAttention) -> _Component:
         return _refused(path, attn, "4-bit weights cannot be decomposed")
     grouped = "_" if isinstance(attn, GroupedQueryAttention) else ""  # W_K is then a repeated view of _W_K
     stored = {
-        "W_Q": _Stored("W_Q", _HEADS_OUT, "hook_q"),
-        "W_K": _Stored(f"{grouped}W_K", _HEADS_OUT, "hook_k"),
-        "W_V": _Stored(f"{grouped}W_V", _HEADS_OUT, "hook_v"),
-        "W_O": _Stored("W_O", _HEADS_IN, "hook_z"),
+        "W_Q": _Stored("W_Q", _HEADS_OUT, "hook_q", "b_Q"),
+        "W_K": _Stored(f"{grouped}W_K", _HEADS_OUT, "hook_k", f"{grouped}b_K"),
+        "W_V": _Stored(f"{grouped}W_V", _HEADS_OUT, "hook_v", f"{grouped}b_V"),
+        "W_O": _Stored("W_O", _HEADS_IN, "hook_z", "b_O"),
     }
     return _Component(path, attn, stored, _attention)
 
 
 def _mlp_component(path: str, mlp: nn.Module) -> _Component:
-    W_out = _Stored("W_out", _PLAIN, "hook_post")
+    W_out = _Stored("W_out", _PLAIN, "hook_post", "b_out")
     if type(mlp) is MLP:
-        return _Component(path, mlp, {"W_in": _Stored("W_in", _PLAIN, "hook_pre"), "W_out": W_out}, _mlp)
+        return _Component(path, mlp, {"W_in": _Stored("W_in", _PLAIN, "hook_pre", "b_in"), "W_out": W_out}, _mlp)
     if type(mlp) is GatedMLP:
         W_gate = _Stored("W_gate", _PLAIN, "hook_pre")
         if mlp.cfg.is_layer_norm_activation():
