@@ -21,14 +21,14 @@ from apd_lens._errors import InvalidSetting
 from apd_lens._moves import Split, inputs_of_data_points, refactor, settle, split_component
 from apd_lens._padding import without_padding
 from apd_lens._passes import WatchedPass
-from apd_lens._product import masked_product
+from apd_lens._product import Inputs, masked_product
 from apd_lens._target import Use
 
 # A component is free if it is active less often than this share of the mean.
 _FREE = 0.1
 # Contributions smaller than this share of a component's largest one have no say in what directions it writes.
 _SMALL = 0.2
-_FEWEST_DATA_POINTS = 8
+_FEWEST_DATA_POINTS = 4
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def plan_cluster_split(
     written = []
     for use, x in inputs:
         A, B = components.factors(use)
-        x = x[where]
+        x = _one_sign(x[where])
         y = masked_product(x, A[[component]], B[[component]]).flatten(1)
         size = x.flatten(1).norm(dim=1).square().mean().sqrt() if x.is_floating_point() else 1.0
         written.append(y / (weights[use.matrix].norm() * size + torch.finfo(y.dtype).tiny))
@@ -176,6 +176,13 @@ def plan_cluster_split(
     given, kept = torch.zeros_like(active), torch.zeros_like(active)
     given[where[large]], kept[where[large]] = in_first, ~in_first
     return Split(old=component, new=component, given=given, kept=kept)
+
+
+def _one_sign(x: Inputs) -> Inputs:
+    """x or −x, whichever has its largest entry positive: for a linear map they are one input."""
+    if not x.is_floating_point():
+        return x
+    return x * x.gather(-1, x.abs().argmax(-1, keepdim=True)).sign()
 
 
 def opposite_clusters(directions: Float[Tensor, "data d"], rounds: int = 10) -> tuple[Bool[Tensor, " data"], float]:

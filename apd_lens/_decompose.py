@@ -389,7 +389,8 @@ def _loss_terms(
         return distance / distance_scale, hidden
 
     minimality, hidden = distance_under(mask, losses.hidden_at, n_active)
-    terms = _terms(state, minimality, without_padding(mask, real))
+    activity = without_padding(mask, real)
+    terms = _terms(state, minimality, activity, activity.float().mean() if relative else 1.0)
     if losses.path:
         terms["path"], _ = distance_under(path_mask(mask, state.device_generator))
     if losses.hidden:
@@ -401,8 +402,15 @@ def _loss_terms(
     return terms
 
 
-def _terms(state: State, minimality: Tensor, activity: Mask) -> dict[str, Tensor]:
-    """The three losses of the method. `activity` is the mask, or what has its place in simplicity, without padding."""
+def _terms(
+    state: State, minimality: Tensor, activity: Mask, mean_activity: Tensor | float = 1.0
+) -> dict[str, Tensor]:
+    """The three losses of the method.
+
+    Args:
+        activity: the mask, or what has its place in simplicity, without padding.
+        mean_activity: what simplicity is divided by besides its scale.
+    """
     losses, components = state.settings.losses, state.components
     with torch.autocast(minimality.device.type, enabled=False):  # sums of weights, not a pass of the model
         faithfulness, simplicity = minimality.new_zeros(()), minimality.new_zeros(())
@@ -413,7 +421,7 @@ def _terms(state: State, minimality: Tensor, activity: Mask) -> dict[str, Tensor
     return {
         "faithfulness": faithfulness / state.scales.faithfulness,
         "minimality": minimality,
-        "simplicity": simplicity / state.scales.simplicity,
+        "simplicity": simplicity / (state.scales.simplicity * mean_activity),
     }
 
 

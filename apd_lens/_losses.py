@@ -44,7 +44,10 @@ class Losses:
         normalization: "paper" divides faithfulness and simplicity by the number of decomposed parameters and leaves
             the distance as it is. "relative" makes every term a share: faithfulness of Σ‖W‖², simplicity of the
             target's own Σ of singular values to the p, mean squared errors of the variance of the target's values
-            (KL is in nats as it is), so that coefficients mean the same on models of any size and scale.
+            (KL is in nats as it is). Simplicity is also divided by the mean over components of how often one is active
+            (not in the Lp form), k / C, so it is about 1 for components that are active equally often and as large
+            together as the target. Coefficients then mean the same on models of any size and scale, and for any C
+            and k.
     """
 
     faithfulness: Schedule = 1.0

@@ -64,7 +64,7 @@ def decompose(model: HookedTransformer, prompts: Tensor, steps: int, seed: int) 
         losses=apd.Losses(
             faithfulness=30,
             minimality=1,
-            simplicity=apd.HoldThenDecay(100, hold=0.6, zero=0.8),
+            simplicity=apd.HoldThenDecay(1.67, hold=0.6, zero=0.8),
             schatten_p=0.9,
             path=2,
             distance="kl",

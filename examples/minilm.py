@@ -113,7 +113,7 @@ def decompose(model: NNsight, batches: list[Batch], steps: int) -> apd.Decomposi
         losses=apd.Losses(
             faithfulness=100,
             minimality=0.1,
-            simplicity=apd.HoldThenDecay(0.1),
+            simplicity=apd.HoldThenDecay(0.00625),
             path=1,
             hidden=30,
             hidden_at=("embedding",),

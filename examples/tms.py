@@ -27,7 +27,7 @@ class System:
     steps: int
 
 
-SYSTEMS = {"5-2": System(5, 2, 5, 2, 2.0, 3000), "40-10": System(40, 10, 50, 4, 1.0, 2000)}
+SYSTEMS = {"5-2": System(5, 2, 5, 2, 0.1, 3000), "40-10": System(40, 10, 50, 4, 0.04, 2000)}
 
 
 def decompose(

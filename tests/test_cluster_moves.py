@@ -147,7 +147,7 @@ target = toys.train_tms(5, 2, steps=1500)
 decomposition = apd.decompose(
     target.model, target.batches(512, seed=1), "linear1*", n_components=5, rank=2,
     selection=apd.BatchTopK(apd.Ramp(0.25, 0.44)),
-    losses=apd.Losses(path=1, simplicity=apd.HoldThenDecay(2), schatten_p=0.9, simplicity_floor=0.5,
+    losses=apd.Losses(path=1, simplicity=apd.HoldThenDecay(0.1), schatten_p=0.9, simplicity_floor=0.5,
                       normalization="relative"),
     moves=apd.ClusterMoves(), optimization=apd.Optimization(steps=1500, lr=1e-2, init_scale=0.5), progress=False,
 )

@@ -169,7 +169,7 @@ def test_known_parts_are_found_again_at_their_size():
                 moves=apd.SplitMoves(every=50), optimization=apd.Optimization(steps, lr=3e-2), progress=False,
             )
 
-        for decomposition in (decompose(apd.HoldThenDecay(0.3), 1500), decompose(0.3, 1500), decompose(0.3, 1)):
+        for decomposition in (decompose(apd.HoldThenDecay(0.05), 1500), decompose(0.05, 1500), decompose(0.05, 1)):
             parts = decomposition.components.component_weights("weight")
             cosine, best = F.cosine_similarity(parts[None].flatten(2), wanted[:, None].flatten(2), dim=2).max(1)
             sizes = parts[best].flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
