@@ -39,11 +39,13 @@ class ClusterMoves:
         every: steps between moves.
         until: share of the steps after which no more are made.
         noise: standard deviation of the noise added to the factors of all that were touched.
-        merge_above: two components are merged if the cosine between them, in parameter space, is above this.
+        merge_above: two components are merged if the cosine between them, in parameter space, is above this; 1 for
+            no merges.
         split_below: a component is split if what it writes falls into two clusters whose mean directions have a cosine
-            below this.
+            below this; -1 for no splits.
         smallest: share of the data points that the smaller cluster must have.
-        residual: whether to add W − Σ_c P_c to a free component, so that it finds work.
+        residual: whether to add W − Σ_c P_c to a free component, so that it finds work. This alone, without splits
+            and merges, revives few: what the others leave undone is little.
     """
 
     every: int = 100
@@ -84,7 +86,8 @@ def make_cluster_moves(
     busy = [c for c in range(len(held)) if c not in free]
     touched: set[int] = set()
 
-    for larger, smaller in twins(components, weights, busy, moves.merge_above):
+    pairs = twins(components, weights, busy, moves.merge_above) if moves.merge_above < 1 else []
+    for larger, smaller in pairs:
         _merge(components, larger, smaller)
         touched |= {larger, smaller}
         free.append(smaller)
@@ -92,7 +95,7 @@ def make_cluster_moves(
 
     free.sort(key=lambda c: held[c])
     for old in sorted(set(busy) - touched, key=lambda c: -held[c]):
-        if not free:
+        if not free or moves.split_below <= -1:
             break
         split = plan_cluster_split(components, weights, old, active[:, old], inputs, moves)
         if split is not None and split_component(components, replace(split, new=free[0]), inputs):

@@ -88,6 +88,22 @@ def test_what_is_missing_is_given_to_a_free_component():
     assert_close(parts[1], diagonal(0, 0, 3.0, 4.0), rtol=0, atol=1e-5)
 
 
+def test_dead_components_are_revived_without_splits_and_merges():
+    """Twins, and a component that writes in two directions, are left; the dead one has what the sum lacks."""
+    state = state_of([diagonal(1, 2, 0, 0), diagonal(0, 0, 1.5, 0), diagonal(0, 0, 1.5, 0), diagonal(0, 0, 0, 0)])
+    x = one_hot_inputs(*[0, 1] * 10, *[2] * 20)
+    mask = torch.zeros(40, 4, dtype=torch.bool)
+    mask[:20, 0], mask[20:30, 1], mask[30:, 2] = True, True, True
+    before = state.components.component_weights("weight").detach()
+    made, parts = moved(state, x, mask, apd.ClusterMoves(noise=0.0, merge_above=1, split_below=-1))
+    assert made == 1
+    assert torch.equal(parts[:3], before[:3])
+    assert_close(parts[3], diagonal(0, 0, 0, 4.0), rtol=0, atol=1e-5)
+    made, parts = moved(state, x, mask, apd.ClusterMoves(noise=0.0))  # the same with them
+    assert made > 1
+    assert not torch.equal(parts[:3], before[:3])
+
+
 def test_moments_of_the_touched_start_from_zero_and_noise_is_added():
     state = state_of([diagonal(1, 2, 0, 0), diagonal(0, 0, 0, 0), diagonal(0, 0, 3, 0)])
     for factor in state.components.parameters():

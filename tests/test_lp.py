@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import outside
 import pytest
 import torch
 from test_padding import gpt2, padded
@@ -189,3 +190,32 @@ def test_moves_save_and_load(tmp_path):
         assert loaded.settings == decomposition.settings
         assert torch.equal(loaded.select(x, k=1), decomposition.select(x, k=1))
     before.assert_unchanged(model)
+
+
+TMS_5_2 = """
+import torch, apd_lens as apd
+from apd_lens import metrics, toys
+torch.set_num_threads(1)
+for seed in (0, 1, 2):
+    target = toys.train_tms(5, 2, steps=1500, seed=seed)
+    decomposition = apd.decompose(
+        target.model, target.batches(512, seed=1000 + seed), "linear1*", n_components=8, rank=2,
+        selection=apd.Lp(p=0.5, threshold=0.02), moves=apd.ClusterMoves(),
+        losses=apd.Losses(10, apd.HoldThenDecay(3), apd.HoldThenDecay(3), schatten_p=0.9, normalization="relative"),
+        optimization=apd.Optimization(steps=1000, lr=1e-2, init_scale=0.5), seed=seed, progress=False,
+    )
+    alone = [
+        metrics.features_alone(target.rows, components.component_weights("linear1.weight"))
+        for components in (decomposition.components, apd.random_components(decomposition.components))
+    ]
+    print(*alone, decomposition.residuals()["all"])
+"""
+
+
+def test_tms_5_2_comes_apart_and_random_components_do_not():
+    """Of the 15 features of three models most have a component of their own, of random twins none."""
+    results = [[float(value) for value in line.split()] for line in outside.run(TMS_5_2).splitlines()]
+    alone, random, residuals = zip(*results, strict=True)
+    assert sum(alone) >= 9
+    assert sum(random) <= 1
+    assert max(residuals) < 0.01
