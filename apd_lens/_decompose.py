@@ -4,19 +4,19 @@ One step: watch the target on the batch; attribute; select the active components
 the losses; take an optimizer step. Now and then, split components that serve too much.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 from tqdm.auto import tqdm
 
 from apd_lens._attribution import Attribution, GradientAttribution
 from apd_lens._batches import Batch, check_finite, on_device, same_arguments, stream, tensors, versions
 from apd_lens._cluster_moves import ClusterMoves, make_cluster_moves
-from apd_lens._components import ParameterComponents, initial_components
+from apd_lens._components import ParameterComponents, initial_components, sum_of_components
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting, NonFinite, UnsupportedModel
 from apd_lens._losses import (
@@ -211,7 +211,7 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
     progress = state.step / settings.optimization.steps
 
     with evaluating(state.target.model):
-        seen = _watch(state, batch)
+        seen = watch(state, batch)
         batch, watched = seen.on_device, seen.watched
         attributions = settings.attribution(
             watched, state.components, settings.selection.granularity, state.device_generator
@@ -223,24 +223,14 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
         terms = _loss_terms(state, batch, watched, mask, n_active)
         coefficients = {name: value_at(getattr(settings.losses, name), progress) for name in terms}
         loss = torch.stack([coefficients[name] * term for name, term in terms.items()]).sum()
-        _check_finite(terms, where)
+        check_finite_terms(terms, where)
 
         rate = learning_rate(settings.optimization, state.step)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
-        state.optimizer.zero_grad()
-        try:
-            loss.backward(inputs=list(state.components.parameters()))
-        except CheckpointError as error:
-            raise UnsupportedModel(
-                f"{where}: this {type(state.target.model).__name__} uses torch.utils.checkpoint in eval mode too, and "
-                "parts of it would be run again without the components. Switch it off while decomposing."
-            ) from error
-        state.optimizer.step()
+        update(state.optimizer, loss, rate, state.target.model, where)
 
     active = mask.flatten(0, -2).any(0)
     last_active = torch.where(active, state.step, state.last_active)
-    n_moves = _maybe_move(state, watched, attributions, mask)
+    n_moves = make_moves(state, watched, attributions, mask) if moves_are_due(settings, state.step) else 0
     info = StepInfo(
         step=state.step,
         loss=loss.detach(),
@@ -251,6 +241,21 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
         moves=n_moves,
     )
     return replace(state, last_active=last_active, step=state.step + 1, seen=seen), info
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, model: nn.Module, where: str) -> None:
+    """One step of the optimizer down the gradient of the loss, which came through passes of the model."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad()
+    try:
+        loss.backward(inputs=[factor for group in optimizer.param_groups for factor in group["params"]])
+    except CheckpointError as error:
+        raise UnsupportedModel(
+            f"{where}: this {type(model).__name__} uses torch.utils.checkpoint in eval mode too, and parts of it would "
+            "be run again without the components. Switch it off while decomposing."
+        ) from error
+    optimizer.step()
 
 
 def decompose(
@@ -330,7 +335,7 @@ def decompose(
     return state.decomposition()
 
 
-def _watch(state: State, batch: Batch) -> Seen:
+def watch(state: State, batch: Batch) -> Seen:
     """The target's pass over the batch: the last one, if this is the same batch again."""
     last = state.seen
     if (
@@ -353,41 +358,55 @@ def _watch(state: State, batch: Batch) -> Seen:
 def _loss_terms(
     state: State, batch: Batch, watched: WatchedPass, mask: Mask, n_active: int | None = None
 ) -> dict[str, Tensor]:
-    """Every loss term whose coefficient can be other than zero, by the name of its coefficient in `Losses`."""
+    """The passes of the model on components that the losses need, and the losses."""
     losses, components = state.settings.losses, state.components
+    outputs = {}
+    outputs["minimality"], hidden = sparse_pass(
+        state.target, components, batch, mask, state.output, losses.hidden_at, n_active
+    )
+    if losses.path:
+        path = path_mask(mask, state.device_generator)
+        outputs["path"], _ = sparse_pass(state.target, components, batch, path, state.output)
+    return loss_terms(losses, state.scales, state.weights, watched, components.A, components.B, mask, outputs, hidden)
+
+
+def loss_terms(
+    losses: Losses,
+    scales: Scales,
+    weights: Mapping[str, Tensor],
+    watched: WatchedPass,
+    A: Mapping[str, Tensor],
+    B: Mapping[str, Tensor],
+    mask: Mask,
+    outputs: Mapping[str, Tensor],
+    hidden: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Every loss term whose coefficient can be other than zero, by the name of its coefficient in `Losses`.
+
+    Args:
+        A, B: name -> the factors of a matrix.
+        outputs: "minimality" and "path" (if it counts) -> the explained output on the components that are compared.
+        hidden: activations of `losses.hidden_at` on the active components.
+    """
     target_output, real = _at_least_float32(watched.output.detach()), watched.real
     relative = losses.normalization == "relative"
     distance_scale = without_padding(target_output, real).var() if relative and losses.distance == "mse" else 1.0
-
-    def distance_under(
-        some_mask: Mask, hidden_at: Sequence[str] = (), n_active: int | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        output, hidden = sparse_pass(state.target, components, batch, some_mask, state.output, hidden_at, n_active)
-        distance = minimality_loss(target_output, _at_least_float32(output), losses.distance, real)
-        return distance / distance_scale, hidden
-
-    minimality, hidden = distance_under(mask, losses.hidden_at, n_active)
+    distances = {
+        name: minimality_loss(target_output, _at_least_float32(output), losses.distance, real) / distance_scale
+        for name, output in outputs.items()
+    }
     with torch.autocast(target_output.device.type, enabled=False):  # sums of weights, not a pass of the model
-        terms = {
-            "faithfulness": sum(
-                faithfulness_loss(state.weights[name], components.summed(name)) for name in components.names
-            )
-            / state.scales.faithfulness,
-            "minimality": minimality,
-            "simplicity": sum(
-                simplicity_loss(
-                    components.A[name],
-                    components.B[name],
-                    without_padding(mask, real),
-                    losses.schatten_p,
-                    losses.simplicity_floor,
-                )
-                for name in components.names
-            )
-            / state.scales.simplicity,
-        }
-    if losses.path:
-        terms["path"], _ = distance_under(path_mask(mask, state.device_generator))
+        faithfulness = sum(faithfulness_loss(weights[name], sum_of_components(A[name], B[name])) for name in A)
+        simplicity = sum(
+            simplicity_loss(A[name], B[name], without_padding(mask, real), losses.schatten_p, losses.simplicity_floor)
+            for name in A
+        )
+    terms = {
+        "faithfulness": faithfulness / scales.faithfulness,
+        "minimality": distances.pop("minimality"),
+        "simplicity": simplicity / scales.simplicity,
+        **distances,
+    }
     if losses.hidden:
         kept, kept_sparse = (
             {name: without_padding(activation, real) for name, activation in activations.items()}
@@ -410,14 +429,20 @@ def _hidden_term(target: dict[str, Tensor], sparse: dict[str, Tensor], relative:
     return errors / torch.stack([activation.var() * activation.shape[-1] for activation in target.values()]).sum()
 
 
-def _maybe_move(state: State, watched: WatchedPass, attributions: Tensor, mask: Tensor) -> int:
-    moves, done = state.settings.moves, state.step + 1
-    if moves is None or done % moves.every or done >= moves.until * state.settings.optimization.steps:
-        return 0
+def moves_are_due(settings: Settings, step: int) -> bool:
+    """Whether moves are made after a step, counted from 0."""
+    moves, done = settings.moves, step + 1
+    return moves is not None and done % moves.every == 0 and done < moves.until * settings.optimization.steps
+
+
+def make_moves(state: State, watched: WatchedPass, attributions: Tensor, mask: Tensor) -> int:
+    """Makes the moves that the settings ask for, in place; returns how many."""
+    moves = state.settings.moves
     if isinstance(moves, ClusterMoves):
         return make_cluster_moves(
             state.components, state.optimizer, state.weights, mask, watched, moves, state.host_generator
         )
+    assert moves is not None
     return make_splits(
         state.components, state.optimizer, attributions, watched.real, watched.calls, moves.noise, state.host_generator
     )
@@ -442,7 +467,7 @@ def _check_selection(selection: Selection, n_components: int) -> None:
         )
 
 
-def _check_finite(terms: dict[str, Tensor], where: str) -> None:
+def check_finite_terms(terms: dict[str, Tensor], where: str) -> None:
     for name, term in terms.items():
         if not bool(term.isfinite()):
             raise NonFinite(
