@@ -7,7 +7,7 @@
 Types and shapes of arguments are checked here, at the edge, and not inside.
 """
 
-from apd_lens import _components, _decompose, _losses, _product, _selection
+from apd_lens import _components, _decompose, _losses, _product, _seeds, _selection
 from apd_lens import metrics as metrics
 from apd_lens._attribution import AblationAttribution as AblationAttribution
 from apd_lens._attribution import ActivationAttribution as ActivationAttribution
@@ -53,6 +53,7 @@ from apd_lens._target import WeightMatrix as WeightMatrix
 from apd_lens._wrap import wrap as wrap
 
 decompose = _checked(_decompose.decompose, InvalidSetting)
+decompose_seeds = _checked(_seeds.decompose_seeds, InvalidSetting)
 init = _checked(_decompose.init, InvalidSetting)
 
 faithfulness_loss = _checked(_losses.faithfulness_loss)

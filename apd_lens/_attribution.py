@@ -123,11 +123,15 @@ def _cotangents(
     kind: Literal["rademacher", "normal"],
     generator: torch.Generator | None,
 ) -> Cotangents:
-    if projections == "auto":
-        projections = "exact" if output[0].numel() <= EXACT_UP_TO else AUTO_PROJECTIONS
-    if projections == "exact":
+    if are_exact(output, projections):
         return one_hot_cotangents(output)
-    return random_cotangents(output, projections, kind, generator)
+    K = AUTO_PROJECTIONS if isinstance(projections, str) else projections
+    return random_cotangents(output, K, kind, generator)
+
+
+def are_exact(output: Float[Tensor, "batch *pos n_outputs"], projections: int | Literal["auto", "exact"]) -> bool:
+    """Whether attributions to this output are exact, and not estimated from random projections of it."""
+    return projections == "exact" or (projections == "auto" and output[0].numel() <= EXACT_UP_TO)
 
 
 def _root_mean(

@@ -51,7 +51,7 @@ class ParameterComponents(nn.Module):
         A, B = self.A[name], self.B[name]
         if mask is not None:
             A = A * mask.to(A)[:, None, None]
-        return einsum(A, B, "C d_in m, C m d_out -> d_in d_out")
+        return sum_of_components(A, B)
 
     def factors(self, use: Use) -> tuple[Float[Tensor, "C d_in m"], Float[Tensor, "C m d_out"]]:
         """A and B the way round, of the part of the matrix, and at the scale that one use multiplies by.
@@ -66,6 +66,11 @@ class ParameterComponents(nn.Module):
 
     def extra_repr(self) -> str:
         return f"n_components={self.n_components}, matrices={self.names}"
+
+
+def sum_of_components(A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"]) -> Float[Tensor, "d_in d_out"]:
+    """Σ_c A_c B_c, without building the components one by one."""
+    return einsum(A, B, "C d_in m, C m d_out -> d_in d_out")
 
 
 def initial_components(

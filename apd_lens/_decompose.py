@@ -4,13 +4,13 @@ One step: watch the target on the batch; attribute; select the active components
 the losses; take an optimizer step. Now and then, split components that serve too much.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 from tqdm.auto import tqdm
 
@@ -22,6 +22,7 @@ from apd_lens._components import (
     initial_components,
     normalize_columns,
     remove_parallel_gradients,
+    sum_of_components,
 )
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting, NonFinite, UnsupportedModel
@@ -221,7 +222,7 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
     progress = state.step / settings.optimization.steps
 
     with evaluating(state.target.model):
-        seen = _watch(state, batch)
+        seen = watch(state, batch)
         moved, watched = seen.on_device, seen.watched
         selection = settings.selection.at(progress, batch)
         if isinstance(selection, Lp):
@@ -236,32 +237,15 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
             terms = _loss_terms(state, moved, watched, mask, n_active)
         coefficients = {name: value_at(getattr(settings.losses, name), progress) for name in terms}
         loss = torch.stack([coefficients[name] * term for name, term in terms.items()]).sum()
-        _check_finite(terms, where)
+        check_finite_terms(terms, where)
 
-        rate = learning_rate(settings.optimization, state.step)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
-        state.optimizer.zero_grad()
-        try:
-            loss.backward(inputs=list(state.components.parameters()))
-        except CheckpointError as error:
-            raise UnsupportedModel(
-                f"{where}: this {type(state.target.model).__name__} uses torch.utils.checkpoint in eval mode too, and "
-                "parts of it would be run again without the components. Switch it off while decomposing."
-            ) from error
-        if settings.optimization.unit_norm:
-            remove_parallel_gradients(state.components)
-        state.optimizer.step()
-        if settings.optimization.unit_norm:
-            normalize_columns(state.components, keep_products=False)
+        rate = update(state.optimizer, state.components, loss, settings.optimization, state.step, state.target.model)
 
     last_active, mean_active = state.last_active, None
     if mask is not None:
         last_active = torch.where(mask.flatten(0, -2).any(0), state.step, last_active)
         mean_active = without_padding(mask, watched.real).sum(-1).float().mean()
-    n_moves = _maybe_move(state, watched, attributions, mask)
-    if n_moves and settings.optimization.unit_norm:
-        normalize_columns(state.components)
+    n_moves = make_moves(state, watched, attributions, mask) if moves_are_due(settings, state.step) else 0
     info = StepInfo(
         step=state.step,
         loss=loss.detach(),
@@ -272,6 +256,35 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
         moves=n_moves,
     )
     return replace(state, last_active=last_active, step=state.step + 1, seen=seen), info
+
+
+def update(
+    optimizer: torch.optim.Optimizer,
+    components: ParameterComponents,
+    loss: Tensor,
+    optimization: Optimization,
+    step: int,
+    model: nn.Module,
+) -> float:
+    """One step of the optimizer down the gradient of the loss, which came through passes of the model; returns its
+    learning rate."""
+    rate = learning_rate(optimization, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad()
+    try:
+        loss.backward(inputs=list(components.parameters()))
+    except CheckpointError as error:
+        raise UnsupportedModel(
+            f"step {step}: this {type(model).__name__} uses torch.utils.checkpoint in eval mode too, and parts of it would "
+            "be run again without the components. Switch it off while decomposing."
+        ) from error
+    if optimization.unit_norm:
+        remove_parallel_gradients(components)
+    optimizer.step()
+    if optimization.unit_norm:
+        normalize_columns(components, keep_products=False)
+    return rate
 
 
 def decompose(
@@ -352,7 +365,7 @@ def decompose(
     return state.decomposition()
 
 
-def _watch(state: State, batch: Batch) -> Seen:
+def watch(state: State, batch: Batch) -> Seen:
     """The target's pass over the batch: the last one, if this is the same batch again."""
     last = state.seen
     if (
@@ -375,24 +388,47 @@ def _watch(state: State, batch: Batch) -> Seen:
 def _loss_terms(
     state: State, batch: Batch, watched: WatchedPass, mask: Mask, n_active: int | None = None
 ) -> dict[str, Tensor]:
-    """Every loss term whose coefficient can be other than zero, by the name of its coefficient in `Losses`."""
+    """The passes of the model on components that the losses need, and the losses."""
     losses, components = state.settings.losses, state.components
+    outputs = {}
+    outputs["minimality"], hidden = sparse_pass(
+        state.target, components, batch, mask, state.output, losses.hidden_at, n_active
+    )
+    if losses.path:
+        path = path_mask(mask, state.device_generator)
+        outputs["path"], _ = sparse_pass(state.target, components, batch, path, state.output)
+    return loss_terms(losses, state.scales, state.weights, watched, components.A, components.B, mask, outputs, hidden)
+
+
+def loss_terms(
+    losses: Losses,
+    scales: Scales,
+    weights: Mapping[str, Tensor],
+    watched: WatchedPass,
+    A: Mapping[str, Tensor],
+    B: Mapping[str, Tensor],
+    mask: Mask,
+    outputs: Mapping[str, Tensor],
+    hidden: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Every loss term whose coefficient can be other than zero, by the name of its coefficient in `Losses`.
+
+    Args:
+        A, B: name -> the factors of a matrix.
+        outputs: "minimality" and "path" (if it counts) -> the explained output on the components that are compared.
+        hidden: activations of `losses.hidden_at` on the active components.
+    """
     target_output, real = _at_least_float32(watched.output.detach()), watched.real
     relative = losses.normalization == "relative"
     distance_scale = without_padding(target_output, real).var() if relative and losses.distance == "mse" else 1.0
-
-    def distance_under(
-        some_mask: Mask, hidden_at: Sequence[str] = (), n_active: int | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        output, hidden = sparse_pass(state.target, components, batch, some_mask, state.output, hidden_at, n_active)
-        distance = minimality_loss(target_output, _at_least_float32(output), losses.distance, real)
-        return distance / distance_scale, hidden
-
-    minimality, hidden = distance_under(mask, losses.hidden_at, n_active)
+    distances = {
+        name: minimality_loss(target_output, _at_least_float32(output), losses.distance, real) / distance_scale
+        for name, output in outputs.items()
+    }
     activity = without_padding(mask, real)
-    terms = _terms(state, minimality, activity, activity.float().mean() if relative else 1.0)
-    if losses.path:
-        terms["path"], _ = distance_under(path_mask(mask, state.device_generator))
+    mean_activity = activity.float().mean() if relative else 1.0
+    minimality = distances.pop("minimality")
+    terms = {**_terms(losses, scales, weights, A, B, minimality, activity, mean_activity), **distances}
     if losses.hidden:
         kept, kept_sparse = (
             {name: without_padding(activation, real) for name, activation in activations.items()}
@@ -403,7 +439,14 @@ def _loss_terms(
 
 
 def _terms(
-    state: State, minimality: Tensor, activity: Mask, mean_activity: Tensor | float = 1.0
+    losses: Losses,
+    scales: Scales,
+    weights: Mapping[str, Tensor],
+    A: Mapping[str, Tensor],
+    B: Mapping[str, Tensor],
+    minimality: Tensor,
+    activity: Mask,
+    mean_activity: Tensor | float = 1.0,
 ) -> dict[str, Tensor]:
     """The three losses of the method.
 
@@ -411,17 +454,18 @@ def _terms(
         activity: the mask, or what has its place in simplicity, without padding.
         mean_activity: what simplicity is divided by besides its scale.
     """
-    losses, components = state.settings.losses, state.components
     with torch.autocast(minimality.device.type, enabled=False):  # sums of weights, not a pass of the model
         faithfulness, simplicity = minimality.new_zeros(()), minimality.new_zeros(())
-        for name in components.names:
-            A, B = components.A[name], components.B[name]
-            faithfulness = faithfulness + faithfulness_loss(state.weights[name], components.summed(name))
-            simplicity = simplicity + simplicity_loss(A, B, activity, losses.schatten_p, losses.simplicity_floor)
+        for name in A:
+            summed = sum_of_components(A[name], B[name])
+            faithfulness = faithfulness + faithfulness_loss(weights[name], summed)
+            simplicity = simplicity + simplicity_loss(
+                A[name], B[name], activity, losses.schatten_p, losses.simplicity_floor
+            )
     return {
-        "faithfulness": faithfulness / state.scales.faithfulness,
+        "faithfulness": faithfulness / scales.faithfulness,
         "minimality": minimality,
-        "simplicity": simplicity / (state.scales.simplicity * mean_activity),
+        "simplicity": simplicity / (scales.simplicity * mean_activity),
     }
 
 
@@ -436,7 +480,16 @@ def _lp_attributed(
     if state.settings.losses.normalization == "relative":
         scale = without_padding(_at_least_float32(watched.output.detach()), watched.real).var()
     sparsity = without_padding(lp_of_squares(squares / scale, p), watched.real)
-    terms = _terms(state, sparsity.sum(-1).mean(), sparsity)
+    components = state.components
+    terms = _terms(
+        state.settings.losses,
+        state.scales,
+        state.weights,
+        components.A,
+        components.B,
+        sparsity.sum(-1).mean(),
+        sparsity,
+    )
     attributions = squares.detach().sqrt()
     return attributions, None if selection.threshold is None else selection(attributions, watched.real), terms
 
@@ -454,18 +507,26 @@ def _hidden_term(target: dict[str, Tensor], sparse: dict[str, Tensor], relative:
     return errors / torch.stack([activation.var() * activation.shape[-1] for activation in target.values()]).sum()
 
 
-def _maybe_move(state: State, watched: WatchedPass, attributions: Tensor, mask: Tensor | None) -> int:
-    moves, done = state.settings.moves, state.step + 1
-    if moves is None or done % moves.every or done >= moves.until * state.settings.optimization.steps:
-        return 0
+def moves_are_due(settings: Settings, step: int) -> bool:
+    """Whether moves are made after a step, counted from 0."""
+    moves, done = settings.moves, step + 1
+    return moves is not None and done % moves.every == 0 and done < moves.until * settings.optimization.steps
+
+
+def make_moves(state: State, watched: WatchedPass, attributions: Tensor, mask: Tensor | None) -> int:
+    """Makes the moves that the settings ask for, in place; returns how many."""
+    moves, components, optimizer = state.settings.moves, state.components, state.optimizer
     if isinstance(moves, ClusterMoves):
         assert mask is not None
-        return make_cluster_moves(
-            state.components, state.optimizer, state.weights, mask, watched, moves, state.host_generator
+        n_moves = make_cluster_moves(components, optimizer, state.weights, mask, watched, moves, state.host_generator)
+    else:
+        assert moves is not None
+        n_moves = make_splits(
+            components, optimizer, attributions, watched.real, watched.calls, moves.noise, state.host_generator
         )
-    return make_splits(
-        state.components, state.optimizer, attributions, watched.real, watched.calls, moves.noise, state.host_generator
-    )
+    if n_moves and state.settings.optimization.unit_norm:
+        normalize_columns(components)
+    return n_moves
 
 
 def _scales(losses: Losses, weights: Sequence[Tensor]) -> Scales:
@@ -512,7 +573,7 @@ def _check_lp(settings: Settings, selection: Lp) -> None:
         )
 
 
-def _check_finite(terms: dict[str, Tensor], where: str) -> None:
+def check_finite_terms(terms: dict[str, Tensor], where: str) -> None:
     for name, term in terms.items():
         if not bool(term.isfinite()):
             raise NonFinite(

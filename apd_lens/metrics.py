@@ -24,9 +24,12 @@ from apd_lens._losses import kl_divergence
 from apd_lens._padding import Real
 from apd_lens._passes import check_finite_output, sparse_pass, watched_pass
 from apd_lens._product import Mask
+from apd_lens._stability import Stability as Stability
+from apd_lens._stability import stability as _stability
 from apd_lens._target import evaluating
 
 effective_rank = checked(_effective_rank)
+stability = checked(_stability)
 
 
 @checked

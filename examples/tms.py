@@ -12,6 +12,7 @@ The null control: random components with the same singular values. The paper rep
 import argparse
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import apd_lens as apd
 from apd_lens import metrics, toys
@@ -38,28 +39,34 @@ def decompose(
     attribution: apd.GradientAttribution | None = None,
     progress: bool = True,
 ) -> apd.Decomposition:
-    k = 0.05 * system.n_features  # the mean number of active features
     return apd.decompose(
         target.model,
         target.batches(512, seed=1000 + seed),
-        "linear1.weight",
-        n_components=system.n_components,
-        rank=system.rank,
-        # More at the end: where features interfere, more outputs are on than features.
-        selection=apd.BatchTopK(apd.Ramp(k, 1.75 * k)),
         attribution=attribution,
-        losses=apd.Losses(
+        seed=seed,
+        progress=progress,
+        **settings(system, steps),
+    )
+
+
+def settings(system: System, steps: int) -> dict[str, Any]:
+    k = 0.05 * system.n_features  # the mean number of active features
+    return {
+        "weights": "linear1.weight",
+        "n_components": system.n_components,
+        "rank": system.rank,
+        # More at the end: where features interfere, more outputs are on than features.
+        "selection": apd.BatchTopK(apd.Ramp(k, 1.75 * k)),
+        "losses": apd.Losses(
             path=1,
             simplicity=apd.HoldThenDecay(system.simplicity),
             schatten_p=0.9,
             simplicity_floor=0.5,
             normalization="relative",
         ),
-        moves=apd.ClusterMoves(),
-        optimization=apd.Optimization(steps=steps, lr=1e-2, init_scale=0.5),
-        seed=seed,
-        progress=progress,
-    )
+        "moves": apd.ClusterMoves(),
+        "optimization": apd.Optimization(steps=steps, lr=1e-2, init_scale=0.5),
+    }
 
 
 def main() -> None:

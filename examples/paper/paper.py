@@ -185,9 +185,7 @@ def tms_succeeded(mmcs: float, ml2r: float) -> Callable[[Numbers], bool]:
 
 def scrubs(found: int) -> Callable[[Numbers], bool]:
     return lambda numbers: (
-        numbers["found"] >= found
-        and numbers["scrubbed / sparse"] <= 1.5
-        and numbers["anti-scrubbed / sparse"] >= 10
+        numbers["found"] >= found and numbers["scrubbed / sparse"] <= 1.5 and numbers["anti-scrubbed / sparse"] >= 10
     )
 
 
