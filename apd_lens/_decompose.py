@@ -276,8 +276,8 @@ def update(
         loss.backward(inputs=list(components.parameters()))
     except CheckpointError as error:
         raise UnsupportedModel(
-            f"step {step}: this {type(model).__name__} uses torch.utils.checkpoint in eval mode too, and parts of it would "
-            "be run again without the components. Switch it off while decomposing."
+            f"step {step}: this {type(model).__name__} uses torch.utils.checkpoint in eval mode too, and parts of "
+            "it would be run again without the components. Switch it off while decomposing."
         ) from error
     if optimization.unit_norm:
         remove_parallel_gradients(components)

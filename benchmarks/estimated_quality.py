@@ -17,8 +17,8 @@ from torch import Tensor
 import apd_lens as apd
 from apd_lens import metrics, toys
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import tms
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "paper"))
+import paper
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ def main() -> None:
         results = []
         for seed, target in enumerate(targets):
             start = time.perf_counter()
-            decomposition = tms.decompose(
-                tms.SYSTEMS["40-10"], target, arguments.steps, seed, attribution, progress=False
+            system = paper.SYSTEMS["tms-40-10"]
+            decomposition = paper.decompose(
+                system, target, seed, steps=arguments.steps, attribution=attribution, progress=False
             )
             seconds = time.perf_counter() - start
             parts = decomposition.components.component_weights("linear1.weight")

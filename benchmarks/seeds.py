@@ -1,6 +1,6 @@
 """Several seeds as one computation beside as many single runs: seconds, and that the results agree.
 
-The toy models of superposition with the settings of examples/tms.py. Both ways take the same steps on the same batches
+The toy models of superposition with the settings of examples/paper. Both ways take the same steps on the same batches
 in turn, round by round; the ratio is the median over rounds. "Differ by" is the largest difference of a component's
 entry after the first round, over the largest entry of the target's matrix.
 """
@@ -19,9 +19,9 @@ import apd_lens as apd
 from apd_lens import toys
 from apd_lens._seeds import SeedsState, init_seeds, step_seeds
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "paper"))
 
-import tms
+import paper
 
 
 @dataclass(eq=False)
@@ -47,21 +47,27 @@ class Runs:
         return (torch.stack(apart).abs().max() / self.alone[0].weights[name].abs().max()).item()
 
 
-def make_runs(system: tms.System, n_seeds: int, batch_size: int) -> tuple[Runs, list[Tensor]]:
+SYSTEMS = {"TMS 5-2": (paper.SYSTEMS["tms-5-2"], 5, 2), "TMS 40-10": (paper.SYSTEMS["tms-40-10"], 40, 10)}
+
+
+def make_runs(name: str, n_seeds: int, batch_size: int) -> tuple[Runs, list[Tensor]]:
     """With a target of random weights, since the time does not depend on them, and ten batches."""
+    system, n_features, d_hidden = SYSTEMS[name]
     torch.manual_seed(0)
-    model = toys.TMS(system.n_features, system.d_hidden).requires_grad_(False)
+    model = toys.TMS(n_features, d_hidden).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
-    batches = [toys.tms_data(batch_size, generator, n_features=system.n_features) for _ in range(10)]
+    batches = [toys.tms_data(batch_size, generator, n_features=n_features) for _ in range(10)]
 
     def states() -> list[apd.State]:
-        return [apd.init(model, **tms.settings(system, system.steps), seed=seed) for seed in range(n_seeds)]
+        return [
+            apd.init(model, weights="linear1.weight", **paper.settings(system), seed=seed) for seed in range(n_seeds)
+        ]
 
     return Runs(states(), init_seeds(states())), batches
 
 
-def measure(system: tms.System, n_seeds: int, batch_size: int, rounds: int, steps: int) -> dict[str, float]:
-    runs, some = make_runs(system, n_seeds, batch_size)
+def measure(name: str, n_seeds: int, batch_size: int, rounds: int, steps: int) -> dict[str, float]:
+    runs, some = make_runs(name, n_seeds, batch_size)
     batches = [some[step % len(some)] for step in range(steps)]
     runs.step_alone(batches[:10]), runs.step_together(batches[:10])
     difference, alone, together = runs.difference(), [], []
@@ -88,11 +94,11 @@ def main() -> None:
           f"{arguments.rounds} rounds of {arguments.steps} steps, batch {arguments.batch}")  # fmt: skip
     print(f"{'':22}{'one by one':>14}{'together':>14}{'faster':>9}{'differ by':>11}")
     results = {}
-    for name, system in tms.SYSTEMS.items():
+    for name in SYSTEMS:
         for n_seeds in arguments.seeds:
             if arguments.only in name:
-                row = measure(system, n_seeds, arguments.batch, arguments.rounds, arguments.steps)
-                label = f"TMS {name}, {n_seeds} seeds"
+                row = measure(name, n_seeds, arguments.batch, arguments.rounds, arguments.steps)
+                label = f"{name}, {n_seeds} seeds"
                 results[label] = row
                 print(f"{label:22}{row['alone ms']:11.1f} ms{row['together ms']:11.1f} ms{row['times faster']:9.2f}"
                       f"{row['differ by']:11.0e}", flush=True)  # fmt: skip

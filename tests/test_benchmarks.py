@@ -52,7 +52,7 @@ def test_what_is_timed_is_the_same_work(case):
         assert_close(ours(), textbook_step(), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("system", seeds.tms.SYSTEMS.values(), ids=seeds.tms.SYSTEMS)
+@pytest.mark.parametrize("system", seeds.SYSTEMS)
 def test_seeds_together_do_what_they_do_alone(system):
     """Two steps; other seeds are not as near."""
     runs, batches = seeds.make_runs(system, n_seeds=2, batch_size=32)

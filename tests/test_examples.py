@@ -1,5 +1,6 @@
 """The examples run, with few steps. Their goals are met with the steps they have by default, which takes minutes."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -38,8 +39,18 @@ def test_bigrams_for_one_seed():
     assert run("bigrams.py", "--steps", "20").count(" → ") == 40
 
 
-def test_tms():
-    header, row = run("tms.py", "--system", "5-2", "--steps", "20").splitlines()
-    assert "null MMCS" in header
-    assert row.startswith("seed 0")
-    assert " of 5 " in row
+def test_the_papers_systems(tmp_path):
+    """A run that is there already is not made again; the table and the figures come from what the runs left."""
+    folders = ["--results", str(tmp_path / "results"), "--out", str(tmp_path / "out")]
+    systems = ["--systems", "tms-5-2", "gated", "residual-mlp-1"]
+    few = ["--seeds", "1", "--steps", "20", "--target-steps", "20"]
+    printed = run("paper/paper.py", *systems, *few, *folders)
+    assert printed.count("does not meet the goal") == 3
+    again = run("paper/paper.py", *systems, *few, *folders).splitlines()
+    assert again == printed.splitlines()[-len(again) :]
+    assert [line.split(" | ")[0] for line in again[2:]] == ["| TMS 5-2", "| residual MLP, 1 layer", "| gated functions"]
+    result = json.loads((tmp_path / "results" / "tms-5-2-0.json").read_text())
+    assert result["settings"]["losses"]["simplicity"]["value"] == 0.04
+    assert result["numbers"]["of"] == 5
+    drawn = run("paper/figures.py", *systems, *folders, "--figures", str(tmp_path / "figures"), "--target-steps", "20")
+    assert len(drawn.splitlines()) == len(list((tmp_path / "figures").glob("*.png"))) > 12

@@ -57,6 +57,17 @@ CASES = {
     "ablations": (residual_mlp, vectors, {"attribution": apd.AblationAttribution()}),
     "activations": (residual_mlp, vectors, {"attribution": apd.ActivationAttribution()}),
     "one batch": (residual_mlp, lambda: vectors(1), {}),
+    "unit-norm columns": (
+        residual_mlp,
+        vectors,
+        {"optimization": apd.Optimization(steps=8, lr=1e-2, unit_norm=True), "moves": apd.ClusterMoves(every=4)},
+    ),
+    "k of a batch": (residual_mlp, vectors, {"selection": apd.BatchTopK(lambda x: 1.0 + (x > 1).double().mean())}),
+    "decomposed biases": (
+        lambda: apd.wrap(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4)).double(), biases=True),
+        vectors,
+        {},
+    ),
     "positions, lookups and KL": (
         lambda: TinyGPT().double(),
         lambda: list(TOKENS),
@@ -202,6 +213,7 @@ class Fixed(nn.Module):
 
 BAD_INPUT = {
     "no seeds": (lambda: {"seeds": []}, apd.InvalidSetting, "needs at least one seed, got none"),
+    "the Lp form": (lambda: {"selection": apd.Lp()}, apd.InvalidSetting, "needs BatchTopK or TopK"),
     "a model for one size of batch": (
         lambda: {"model": Fixed(lambda y: y + torch.ones(8, 1))},
         apd.UnsupportedModel,

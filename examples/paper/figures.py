@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", choices=paper.SYSTEMS, default=list(paper.SYSTEMS))
     parser.add_argument("--results", type=Path, default=paper.HERE / "results")
     parser.add_argument("--out", type=Path, default=paper.OUT, help="where components are kept")
+    parser.add_argument("--target-steps", type=int, help="as it was given to paper.py")
     parser.add_argument("--figures", type=Path, default=paper.HERE / "figures")
     arguments = parser.parse_args()
     arguments.figures.mkdir(parents=True, exist_ok=True)
@@ -135,7 +136,7 @@ def main() -> None:
         if not file.exists() or not folder.exists():
             print(f"{name}: nothing in {folder} to draw")
             continue
-        target = paper.SYSTEMS[name].make(0)
+        target = paper.make_target(name, 0, arguments.target_steps)
         decomposition = apd.load(folder, target.model)
         drawn = [("training", of_history(json.loads(file.read_text())["history"]))]
         drawn += [*OF[name.partition("-")[0]](target, decomposition), *of_any(target, decomposition)]

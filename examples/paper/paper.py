@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class System:
 
     Attributes:
         title: as in the table.
-        make: seed -> the trained or hand-coded target.
+        make: seed=, and steps= of its training -> the trained or hand-coded target.
         measure: target, decomposition -> numbers.
         succeeded: whether numbers meet the goal.
         k: mean number of active mechanisms of a data point.
@@ -55,7 +56,7 @@ class System:
     """
 
     title: str
-    make: Callable[[int], Any]
+    make: Callable[..., Any]
     measure: Callable[[Any, apd.Decomposition], Numbers]
     succeeded: Callable[[Numbers], bool]
     n_components: int
@@ -76,25 +77,34 @@ def decompose(
     *,
     losses: apd.Losses = LOSSES,
     steps: int | None = None,
+    attribution: apd.GradientAttribution | None = None,
     on_step: Callable[[int, apd.StepInfo], Any] | None = None,
     progress: bool = True,
 ) -> apd.Decomposition:
-    """The one set of settings."""
+    batches = target.batches(system.batch_size, seed=1000 + seed)
     return apd.decompose(
         target.model,
-        target.batches(system.batch_size, seed=1000 + seed),
+        batches,
         target.weights,
-        n_components=system.n_components,
-        rank=system.rank,
-        # More at the end: where mechanisms interfere, more outputs are on than inputs.
-        selection=apd.BatchTopK(apd.Ramp(system.k, 1.5 * system.k)),
-        losses=losses,
-        moves=apd.ClusterMoves(),
-        optimization=apd.Optimization(steps=steps or system.steps, lr=system.lr, init_scale=0.5),
+        attribution=attribution,
         seed=seed,
         on_step=on_step,
         progress=progress,
+        **settings(system, losses, steps),
     )
+
+
+def settings(system: System, losses: apd.Losses = LOSSES, steps: int | None = None) -> dict[str, Any]:
+    """The one set of settings."""
+    return {
+        "n_components": system.n_components,
+        "rank": system.rank,
+        # More at the end: where mechanisms interfere, more outputs are on than inputs.
+        "selection": apd.BatchTopK(apd.Ramp(system.k, 1.75 * system.k)),
+        "losses": losses,
+        "moves": apd.ClusterMoves(),
+        "optimization": apd.Optimization(steps=steps or system.steps, lr=system.lr, init_scale=0.5),
+    }
 
 
 def measure_tms(target: toys.TMSTarget, decomposition: apd.Decomposition) -> Numbers:
@@ -192,7 +202,7 @@ def scrubs(found: int) -> Callable[[Numbers], bool]:
 SYSTEMS = {
     "tms-5-2": System(
         "TMS 5-2",
-        lambda seed: toys.train_tms(5, 2, seed=seed),
+        partial(toys.train_tms, 5, 2),
         measure_tms,
         tms_succeeded(0.999, 0.01),
         n_components=5,
@@ -204,7 +214,7 @@ SYSTEMS = {
     ),
     "tms-40-10": System(
         "TMS 40-10",
-        lambda seed: toys.train_tms(40, 10, seed=seed),
+        partial(toys.train_tms, 40, 10),
         measure_tms,
         tms_succeeded(0.998, 0.02),
         n_components=50,
@@ -215,7 +225,7 @@ SYSTEMS = {
     ),
     "tms-40-10-identity": System(
         "TMS 40-10 with an identity layer",
-        lambda seed: toys.train_tms(40, 10, identity_layer=True, seed=seed),
+        partial(toys.train_tms, 40, 10, identity_layer=True),
         measure_tms,
         tms_succeeded(0.99, 1.0),
         n_components=50,
@@ -226,7 +236,7 @@ SYSTEMS = {
     ),
     "tms-pairs": System(
         "TMS 20-5, features in pairs",
-        lambda seed: toys.train_tms(20, 5, co_occurring=True, seed=seed),
+        partial(toys.train_tms, 20, 5, co_occurring=True),
         measure_tms,
         all_found,
         n_components=15,
@@ -237,7 +247,7 @@ SYSTEMS = {
     ),
     "residual-mlp-1": System(
         "residual MLP, 1 layer",
-        lambda seed: toys.train_residual_mlp(1, seed=seed),
+        partial(toys.train_residual_mlp, 1),
         measure_residual_mlp,
         scrubs(98),
         n_components=130,
@@ -249,7 +259,7 @@ SYSTEMS = {
     ),
     "residual-mlp-2": System(
         "residual MLP, 2 layers",
-        lambda seed: toys.train_residual_mlp(2, seed=seed),
+        partial(toys.train_residual_mlp, 2),
         measure_residual_mlp,
         scrubs(95),
         n_components=140,
@@ -262,7 +272,7 @@ SYSTEMS = {
     ),
     "gated": System(
         "gated functions",
-        lambda seed: toys.make_gated_functions(seed=seed),
+        lambda seed, steps=0: toys.make_gated_functions(seed=seed),
         measure_gated,
         lambda numbers: all_found(numbers) and numbers["share of weight"] >= 0.95,
         n_components=4,
@@ -275,10 +285,14 @@ SYSTEMS = {
 }
 
 
-def run(name: str, seed: int, steps: int | None = None, out: Path = OUT) -> dict[str, Any]:
+def make_target(name: str, seed: int, steps: int | None) -> Any:
+    return SYSTEMS[name].make(seed=seed, **({"steps": steps} if steps else {}))
+
+
+def run(name: str, seed: int, steps: int | None, target_steps: int | None, out: Path) -> dict[str, Any]:
     """One target: trained, decomposed, measured, beside random components as large as ours."""
     system, start = SYSTEMS[name], time.perf_counter()
-    target = system.make(seed)
+    target = make_target(name, seed, target_steps)
     target_seconds = time.perf_counter() - start
     history: list[dict[str, float]] = []
     every = max(1, (steps or system.steps) // HISTORY)
@@ -359,6 +373,7 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--seeds", type=int, help="targets of each system; by default 1, 5 or 20")
     parser.add_argument("--steps", type=int, help="training steps, by default 2000")
+    parser.add_argument("--target-steps", type=int, help="training steps of the targets, by default the paper's")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--out", type=Path, default=OUT, help="where components are kept")
     arguments = parser.parse_args()
@@ -368,7 +383,7 @@ def main() -> None:
             file = arguments.results / f"{name}-{seed}.json"
             if file.exists():
                 continue
-            result = run(name, seed, arguments.steps, arguments.out)
+            result = run(name, seed, arguments.steps, arguments.target_steps, arguments.out)
             unfinished = file.with_suffix(".unfinished")
             unfinished.write_text(json.dumps(result, indent=1))
             unfinished.replace(file)
