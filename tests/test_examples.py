@@ -53,4 +53,7 @@ def test_the_papers_systems(tmp_path):
     assert result["settings"]["losses"]["simplicity"]["value"] == 0.04
     assert result["numbers"]["of"] == 5
     drawn = run("paper/figures.py", *systems, *folders, "--figures", str(tmp_path / "figures"), "--target-steps", "20")
+    valley = run("paper/valley.py", "--seeds", "2", "--steps", "5", *folders[:2], "--figures", str(tmp_path / "valley"))
+    assert "best cosine between seeds" in valley
+    assert len(list((tmp_path / "valley").glob("*.png"))) == 2
     assert len(drawn.splitlines()) == len(list((tmp_path / "figures").glob("*.png"))) > 12

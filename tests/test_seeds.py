@@ -40,7 +40,7 @@ CASES = {
     "the paper's losses": (residual_mlp, vectors, {"losses": apd.Losses()}),
     "thirty steps with cluster moves": (
         residual_mlp,
-        vectors,
+        lambda: vectors(3, 64),
         {"moves": apd.ClusterMoves(every=4), "optimization": apd.Optimization(steps=30, lr=1e-2)},
     ),
     # Once and of many examples: in what has lost rank, rounding decides the signs of singular vectors, which the noise
@@ -97,12 +97,12 @@ CASES = {
 def test_every_seed_gets_what_it_gets_alone(model, batches, options):
     """In float64. The seeds differ from each other by a hundred million times as much."""
     model, options = model(), {**FEW, "losses": ALL_LOSSES, "selection": apd.BatchTopK(1.5), **options}
-    before = Snapshot.of(model)
+    before = Snapshot.of(model.model if isinstance(model, apd.TargetModel) else model)
     reported: list[list[apd.StepInfo]] = []
     together = apd.decompose_seeds(
         model, batches(), seeds=SEEDS, on_step=lambda step, infos: reported.append(infos), **options
     )
-    before.assert_unchanged(model)
+    before.assert_unchanged(model.model if isinstance(model, apd.TargetModel) else model)
     for index, seed in enumerate(SEEDS):
         infos: list[apd.StepInfo] = []
 
