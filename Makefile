@@ -3,6 +3,7 @@
 # make test-tl4        runs the tests of TransformerBridge with transformer-lens 4, in an environment of its own
 # make coverage-table  makes docs/coverage.md anew
 # make bench   measures speed: twenty minutes, on a machine that does nothing else
+# make paper   the paper's systems: trains, decomposes, measures and draws (hours; may be stopped and started again)
 # make check   ruff and pyright
 # make wheel   installs into a bare environment, without any extra, and tries it there
 # Each sets up what it needs. Arguments: make demo ARGS="--seeds 5", make test ARGS="-k golden"
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test test-tl4 coverage-table bench check wheel clean
+.PHONY: demo paper test test-tl4 coverage-table bench check wheel clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,6 +23,12 @@ ARGS ?=
 
 demo: .venv/installed
 	$(BIN)/python examples/facts_in_an_mlp.py $(ARGS)
+
+# What is done already is skipped. A log is kept in out/paper/log.
+paper: .venv/installed
+	mkdir -p out/paper
+	{ $(BIN)/python -u examples/paper/paper.py $(ARGS) && $(BIN)/python examples/paper/valley.py && \
+		$(BIN)/python examples/paper/figures.py; } 2>&1 | tee -a out/paper/log
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(ARGS)

@@ -391,6 +391,16 @@ def main() -> None:
             met = "meets the goal" if result["succeeded"] else "does not meet the goal"
             print(f"{name} seed {seed} {met}: {spreads([result['numbers']])}; {result['seconds']} s", flush=True)
     print(table(arguments.results))
+    if arguments.results == HERE / "results":
+        (HERE / "README.md").write_text(f"{README}\n{table(arguments.results)}\n")
+
+
+README = """# The paper's systems
+
+Made by `make paper`. The settings are in `paper.py`: all but C, rank, k, the number of steps and, for one system, the
+learning rate are the same. "found" counts features or functions that have a component of their own; the null control
+is random components with the same singular values. The reference is the paper (Braun et al. 2025) or its implementation.
+"""
 
 
 if __name__ == "__main__":
