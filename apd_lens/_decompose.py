@@ -24,6 +24,7 @@ from apd_lens._components import (
     remove_parallel_gradients,
 )
 from apd_lens._decomposition import Decomposition
+from apd_lens._division_moves import DivisionMoves, make_division_moves, start_as_a_whole
 from apd_lens._errors import InvalidSetting, NonFinite, UnsupportedModel
 from apd_lens._losses import (
     Losses,
@@ -156,7 +157,7 @@ def init(
     attribution: Attribution | None = None,
     losses: Losses | None = None,
     optimization: Optimization | None = None,
-    moves: SplitMoves | ClusterMoves | None = None,
+    moves: SplitMoves | ClusterMoves | DivisionMoves | None = None,
     output: OutputFn = default_output,
     seed: int = 0,
 ) -> State:
@@ -190,9 +191,11 @@ def init(
     components = initial_components(
         [target.weights[name] for name in names], n_components, rank, host_generator, settings.optimization.init_scale
     )
+    originals = {name: target.weights[name].value().to(components.A[name].dtype).clone() for name in names}
+    if isinstance(moves, DivisionMoves):
+        start_as_a_whole(components, originals)
     if settings.optimization.unit_norm:
         normalize_columns(components)
-    originals = {name: target.weights[name].value().to(components.A[name].dtype).clone() for name in names}
     device = next(iter(originals.values())).device
     return State(
         target=target,
@@ -285,7 +288,7 @@ def decompose(
     attribution: Attribution | None = None,
     losses: Losses | None = None,
     optimization: Optimization | None = None,
-    moves: SplitMoves | ClusterMoves | None = None,
+    moves: SplitMoves | ClusterMoves | DivisionMoves | None = None,
     output: OutputFn = default_output,
     seed: int = 0,
     on_step: Callable[[int, StepInfo], Any] | None = None,
@@ -309,7 +312,7 @@ def decompose(
         attribution: how much a component matters on a data point; default `GradientAttribution()`.
         losses: default `Losses()`.
         optimization: default `Optimization()`.
-        moves: `SplitMoves()`, `ClusterMoves()`, or None for none.
+        moves: `SplitMoves()`, `ClusterMoves()`, `DivisionMoves()`, or None for none.
         output: picks the tensor `batch *pos n_outputs` that is explained from what the model returns; the default takes
             a tensor as it is and `.logits` of a Hugging Face output.
         seed: the same seed on the same machine with the same number of threads gives the same factors bit for bit.
@@ -450,6 +453,11 @@ def _maybe_move(state: State, watched: WatchedPass, attributions: Tensor, mask: 
     moves, done = state.settings.moves, state.step + 1
     if moves is None or done % moves.every or done >= moves.until * state.settings.optimization.steps:
         return 0
+    if isinstance(moves, DivisionMoves):
+        assert mask is not None
+        return make_division_moves(
+            state.components, state.optimizer, attributions, mask, watched, moves, state.host_generator
+        )
     if isinstance(moves, ClusterMoves):
         assert mask is not None
         return make_cluster_moves(
@@ -497,10 +505,10 @@ def _check_lp(settings: Settings, selection: Lp) -> None:
             f"Losses(path={losses.path}, hidden={losses.hidden}, distance={losses.distance!r}). Leave these out, or "
             "use BatchTopK or TopK."
         )
-    if isinstance(settings.moves, ClusterMoves) and selection.threshold is None:
+    if isinstance(settings.moves, ClusterMoves | DivisionMoves) and selection.threshold is None:
         raise InvalidSetting(
-            "ClusterMoves look at which components are active, which Lp alone does not say. Give Lp(threshold=...), or "
-            "use SplitMoves."
+            f"{type(settings.moves).__name__} look at which components are active, which Lp alone does not say. Give "
+            "Lp(threshold=...), or use SplitMoves."
         )
 
 
