@@ -17,6 +17,7 @@ from torch import Tensor
 
 from apd_lens._attribution import AblationAttribution, ActivationAttribution, GradientAttribution, IntegratedGradients
 from apd_lens._cluster_moves import ClusterMoves
+from apd_lens._division_moves import DivisionMoves
 from apd_lens._errors import ArtifactError
 from apd_lens._losses import Losses
 from apd_lens._moves import SplitMoves
@@ -42,6 +43,7 @@ _SETTINGS = {
         Optimization,
         Settings,
         ClusterMoves,
+        DivisionMoves,
         Ramp,
         SplitMoves,
         TopK,

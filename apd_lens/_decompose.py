@@ -25,6 +25,7 @@ from apd_lens._components import (
     sum_of_components,
 )
 from apd_lens._decomposition import Decomposition
+from apd_lens._division_moves import DivisionMoves, make_division_moves, start_as_a_whole
 from apd_lens._errors import InvalidSetting, NonFinite, UnsupportedModel
 from apd_lens._losses import (
     Losses,
@@ -157,7 +158,7 @@ def init(
     attribution: Attribution | None = None,
     losses: Losses | None = None,
     optimization: Optimization | None = None,
-    moves: SplitMoves | ClusterMoves | None = None,
+    moves: SplitMoves | ClusterMoves | DivisionMoves | None = None,
     output: OutputFn = default_output,
     seed: int = 0,
 ) -> State:
@@ -191,9 +192,11 @@ def init(
     components = initial_components(
         [target.weights[name] for name in names], n_components, rank, host_generator, settings.optimization.init_scale
     )
+    originals = {name: target.weights[name].value().to(components.A[name].dtype).clone() for name in names}
+    if isinstance(moves, DivisionMoves):
+        start_as_a_whole(components, originals)
     if settings.optimization.unit_norm:
         normalize_columns(components)
-    originals = {name: target.weights[name].value().to(components.A[name].dtype).clone() for name in names}
     device = next(iter(originals.values())).device
     return State(
         target=target,
@@ -298,7 +301,7 @@ def decompose(
     attribution: Attribution | None = None,
     losses: Losses | None = None,
     optimization: Optimization | None = None,
-    moves: SplitMoves | ClusterMoves | None = None,
+    moves: SplitMoves | ClusterMoves | DivisionMoves | None = None,
     output: OutputFn = default_output,
     seed: int = 0,
     on_step: Callable[[int, StepInfo], Any] | None = None,
@@ -322,7 +325,7 @@ def decompose(
         attribution: how much a component matters on a data point; default `GradientAttribution()`.
         losses: default `Losses()`.
         optimization: default `Optimization()`.
-        moves: `SplitMoves()`, `ClusterMoves()`, or None for none.
+        moves: `SplitMoves()`, `ClusterMoves()`, `DivisionMoves()`, or None for none.
         output: picks the tensor `batch *pos n_outputs` that is explained from what the model returns; the default takes
             a tensor as it is and `.logits` of a Hugging Face output.
         seed: the same seed on the same machine with the same number of threads gives the same factors bit for bit.
@@ -516,7 +519,10 @@ def moves_are_due(settings: Settings, step: int) -> bool:
 def make_moves(state: State, watched: WatchedPass, attributions: Tensor, mask: Tensor | None) -> int:
     """Makes the moves that the settings ask for, in place; returns how many."""
     moves, components, optimizer = state.settings.moves, state.components, state.optimizer
-    if isinstance(moves, ClusterMoves):
+    if isinstance(moves, DivisionMoves):
+        assert mask is not None
+        n_moves = make_division_moves(components, optimizer, attributions, mask, watched, moves, state.host_generator)
+    elif isinstance(moves, ClusterMoves):
         assert mask is not None
         n_moves = make_cluster_moves(components, optimizer, state.weights, mask, watched, moves, state.host_generator)
     else:
@@ -566,10 +572,10 @@ def _check_lp(settings: Settings, selection: Lp) -> None:
             f"Losses(path={losses.path}, hidden={losses.hidden}, distance={losses.distance!r}). Leave these out, or "
             "use BatchTopK or TopK."
         )
-    if isinstance(settings.moves, ClusterMoves) and selection.threshold is None:
+    if isinstance(settings.moves, ClusterMoves | DivisionMoves) and selection.threshold is None:
         raise InvalidSetting(
-            "ClusterMoves look at which components are active, which Lp alone does not say. Give Lp(threshold=...), or "
-            "use SplitMoves."
+            f"{type(settings.moves).__name__} look at which components are active, which Lp alone does not say. Give "
+            "Lp(threshold=...), or use SplitMoves."
         )
 
 

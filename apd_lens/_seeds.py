@@ -33,6 +33,7 @@ from apd_lens._decompose import (
     watch,
 )
 from apd_lens._decomposition import Decomposition
+from apd_lens._division_moves import DivisionMoves
 from apd_lens._errors import InvalidSetting, UnsupportedModel
 from apd_lens._losses import Losses, path_mask
 from apd_lens._moves import SplitMoves
@@ -161,7 +162,7 @@ def decompose_seeds(
     attribution: Attribution | None = None,
     losses: Losses | None = None,
     optimization: Optimization | None = None,
-    moves: SplitMoves | ClusterMoves | None = None,
+    moves: SplitMoves | ClusterMoves | DivisionMoves | None = None,
     output: OutputFn = default_output,
     on_step: Callable[[int, list[StepInfo]], Any] | None = None,
     progress: bool = True,

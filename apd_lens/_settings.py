@@ -7,6 +7,7 @@ from typing import Literal
 from apd_lens._attribution import Attribution, GradientAttribution
 from apd_lens._checks import check_fields
 from apd_lens._cluster_moves import ClusterMoves
+from apd_lens._division_moves import DivisionMoves
 from apd_lens._errors import InvalidSetting
 from apd_lens._losses import Losses
 from apd_lens._moves import SplitMoves
@@ -65,7 +66,7 @@ class Settings:
     attribution: Attribution = field(default_factory=GradientAttribution)
     losses: Losses = field(default_factory=Losses)
     optimization: Optimization = field(default_factory=Optimization)
-    moves: SplitMoves | ClusterMoves | None = None
+    moves: SplitMoves | ClusterMoves | DivisionMoves | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

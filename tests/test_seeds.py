@@ -62,6 +62,11 @@ CASES = {
         vectors,
         {"optimization": apd.Optimization(steps=8, lr=1e-2, unit_norm=True), "moves": apd.ClusterMoves(every=4)},
     ),
+    "division moves": (
+        residual_mlp,
+        lambda: vectors(3, 64),
+        {"moves": apd.DivisionMoves(every=4), "optimization": apd.Optimization(steps=8, lr=1e-3)},
+    ),
     "k of a batch": (residual_mlp, vectors, {"selection": apd.BatchTopK(lambda x: 1.0 + (x > 1).double().mean())}),
     "decomposed biases": (
         lambda: apd.wrap(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4)).double(), biases=True),
