@@ -28,7 +28,7 @@ from apd_lens._target import Use
 _FREE = 0.1
 # Contributions smaller than this share of a component's largest one have no say in what directions it writes.
 _SMALL = 0.2
-_FEWEST_DATA_POINTS = 4
+_FEWEST_DATA_POINTS = 8
 
 
 @dataclass(frozen=True)

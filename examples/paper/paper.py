@@ -37,6 +37,7 @@ LOSSES = apd.Losses(
     simplicity_floor=0.5,
     normalization="relative",
 )
+MOVES = apd.ClusterMoves()
 
 Target = toys.TMSTarget | toys.ResidualMLPTarget | toys.GatedTarget
 Numbers = dict[str, float]
@@ -68,7 +69,7 @@ class System:
     steps: int = 2000
     batch_size: int = 512
     lr: float = 5e-3
-    moves: apd.ClusterMoves | apd.DivisionMoves = apd.ClusterMoves()
+    moves: apd.ClusterMoves | apd.DivisionMoves = MOVES
 
 
 def decompose(
@@ -267,7 +268,6 @@ SYSTEMS = {
         rank=3,
         k=1.0,
         seeds=1,
-        steps=3000,
         lr=2e-3,  # of 3e-3 it diverges
         reference="more mixing than with 1 layer",
         goal="≥ 95 of 100; the same ratios",
