@@ -14,7 +14,20 @@ from torch import Tensor
 from apd_lens import metrics
 from apd_lens._checks import checked
 from apd_lens._errors import InvalidSetting, ShapeMismatch
-from apd_lens.plots._draw import NULL, TARGET, axes, check_names, colours, grid, image, legend, panels, plain, plt
+from apd_lens.plots._draw import (
+    NULL,
+    TARGET,
+    axes,
+    check_names,
+    colours,
+    grid,
+    image,
+    legend,
+    panels,
+    plain,
+    plt,
+    whole_numbers,
+)
 
 # A component whose rows are all shorter than this share of the target's longest is as good as empty.
 _EMPTY = 0.02
@@ -379,7 +392,8 @@ def rank_and_share(
         above.scatter(x[here], rank_shown[here, matrix], s=sizes, color=colour, label=names[matrix])
         below.bar(x, share_shown[:, matrix], bottom=bottom, width=0.9, color=colour)
         bottom = bottom + share_shown[:, matrix]
-    above.set(ylabel="effective rank", ylim=(0, None), title="Rank and place of each component")
+    above.set(ylabel="effective rank", title="Rank and place of each component")
+    above.set_ylim(0, 1.05 * above.get_ylim()[1])
     below.set(
         ylabel="share of squared norm",
         ylim=(0, 1),
@@ -388,5 +402,6 @@ def rank_and_share(
     for ax in (above, below):
         grid(ax)
         ax.margins(x=0.01)
+    whole_numbers(below.xaxis)
     legend(above)
     return figure
