@@ -18,11 +18,11 @@ torch.set_num_threads(1)
 import apd_lens as apd
 from toy_models import ResidualMLP
 
-BASE = apd.Losses(faithfulness=3.0, minimality=1.0, simplicity=0.3, schatten_p=0.9, normalization="relative")
+BASE = apd.Losses(faithfulness=3.0, minimality=1.0, simplicity=0.0375, schatten_p=0.9, normalization="relative")
 CASES = {
     "faithfulness": ((0.1, 10.0), {}),
     "minimality": ((0.1, 10.0), {}),
-    "simplicity": ((0.0, 20.0), {}),
+    "simplicity": ((0.0, 2.5), {}),
     "path": ((0.0, 3.0), {"faithfulness": 0.0}),  # nothing else holds what is inactive
     "hidden after": ((0.1, 3.0), {"hidden_at": ("layers.0.act",)}),
     "hidden before": ((0.1, 3.0), {"hidden_at": ("layers.0.mlp_in",)}),

@@ -65,7 +65,7 @@ CASES = {
     "division moves": (
         residual_mlp,
         lambda: vectors(3, 64),
-        {"moves": apd.DivisionMoves(every=4), "optimization": apd.Optimization(steps=8, lr=1e-3)},
+        {"moves": apd.DivisionMoves(every=4, noise=0.3), "optimization": apd.Optimization(steps=8, lr=1e-3)},
     ),
     "k of a batch": (residual_mlp, vectors, {"selection": apd.BatchTopK(lambda x: 1.0 + (x > 1).double().mean())}),
     "decomposed biases": (

@@ -42,6 +42,7 @@ def of_residual_mlp(target: toys.ResidualMLPTarget, decomposition: apd.Decomposi
     )
 
     x = target.batches(2**14, seed=10**6)(0)
+    x = x[(x != 0).any(1)]  # where nothing is on, there is nothing to do
     full, labels = model(x), toys.residual_mlp_labels(x)
     attributions = decomposition.attributions(x)
     masks = {"top-1": apd.topk_mask(attributions, 1), "batch top-k": decomposition.select(x)}
