@@ -50,7 +50,7 @@ def test_the_papers_systems(tmp_path):
     assert again == printed.splitlines()[-len(again) :]
     assert [line.split(" | ")[0] for line in again[2:]] == ["| TMS 5-2", "| residual MLP, 1 layer", "| gated functions"]
     result = json.loads((tmp_path / "results" / "tms-5-2-0.json").read_text())
-    assert result["settings"]["losses"]["simplicity"]["value"] == 0.04
+    assert result["settings"]["losses"]["simplicity"]["value"] == 0.1
     assert result["numbers"]["of"] == 5
     drawn = run("paper/figures.py", *systems, *folders, "--figures", str(tmp_path / "figures"), "--target-steps", "20")
     valley = run("paper/valley.py", "--seeds", "2", "--steps", "5", *folders[:2], "--figures", str(tmp_path / "valley"))

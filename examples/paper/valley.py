@@ -38,7 +38,7 @@ def run(name: str, coefficient: str, factor: float, n_seeds: int, steps: int | N
         target.weights,
         seeds=range(n_seeds),
         progress=False,
-        **paper.settings(system, with_factor(paper.LOSSES, coefficient, factor), steps),
+        **paper.settings(system, with_factor(system.losses, coefficient, factor), steps),
     )
     numbers = [system.measure(target, decomposition) for decomposition in decompositions]
     cell = {
