@@ -405,8 +405,9 @@ def main() -> None:
 
 README = """# The paper's systems
 
-Made by `make paper`. The settings are in `paper.py`: all but C, rank, k, the number of steps and, for one system, the
-learning rate are the same. "found" counts features or functions that have a component of their own; the null control
+Made by `make paper`. The settings are in `paper.py`: all but C, rank, k and the number of steps are the same, except
+where that fails: TMS 5-2 has more simplicity, the gated functions other moves, and three systems another learning rate.
+"found" counts features or functions that have a component of their own; the null control
 is random components with the same singular values. The reference is the paper (Braun et al. 2025) or its
 implementation.
 """
