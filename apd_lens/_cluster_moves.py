@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from apd_lens._checks import check_fields
-from apd_lens._components import ParameterComponents
+from apd_lens._components import ParameterComponents, inner_products
 from apd_lens._errors import InvalidSetting
 from apd_lens._moves import Split, inputs_of_data_points, refactor, settle, split_component
 from apd_lens._padding import without_padding
@@ -138,10 +137,7 @@ def similarities(
     total = torch.zeros(len(among), len(among), device=components.A[components.names[0]].device)
     for name, weight in weights.items():
         A, B = components.A[name][list(among)], components.B[name][list(among)]
-        for row, (a, b) in enumerate(zip(A, B, strict=True)):
-            left = einsum(A, a, "C d_in m, d_in n -> C m n")
-            right = einsum(B, b, "C m d_out, n d_out -> C m n")
-            total[row] += (left * right).sum((1, 2)) / weight.square().sum()
+        total += inner_products(A, B, A, B) / weight.square().sum()
     return total
 
 

@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
-from einops import einsum
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from apd_lens._errors import InvalidSetting
 from apd_lens._target import Use, WeightMatrix
+
+# Numbers in a temporary of `inner_products`.
+_AT_ONCE = 2**24
 
 
 class ParameterComponents(nn.Module):
@@ -71,6 +74,22 @@ class ParameterComponents(nn.Module):
 def sum_of_components(A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"]) -> Float[Tensor, "d_in d_out"]:
     """Σ_c A_c B_c, without building the components one by one."""
     return einsum(A, B, "C d_in m, C m d_out -> d_in d_out")
+
+
+def inner_products(
+    A: Float[Tensor, "C d_in m"],
+    B: Float[Tensor, "C m d_out"],
+    other_A: Float[Tensor, "D d_in n"],
+    other_B: Float[Tensor, "D n d_out"],
+) -> Float[Tensor, "C D"]:
+    """<A_c B_c , A'_e B'_e> = Σ (A_cᵀ A'_e) ∘ (B_c B'_eᵀ), without building a component."""
+    left, right = rearrange(other_A, "D d_in n -> d_in (D n)"), rearrange(other_B, "D n d_out -> d_out (D n)")
+    at_once = max(1, _AT_ONCE // max(1, A.shape[2] * left.shape[1]))
+    parts = [
+        ((a.mT @ left) * (b @ right)).sum(1).unflatten(1, (len(other_A), -1)).sum(2)
+        for a, b in zip(A.split(at_once), B.split(at_once), strict=True)
+    ]
+    return torch.cat(parts)
 
 
 def initial_components(

@@ -36,7 +36,7 @@ from apd_lens._losses import (
     path_mask,
     simplicity_loss,
 )
-from apd_lens._moves import SplitMoves, make_splits
+from apd_lens._moves import make_splits
 from apd_lens._padding import padded, without_padding
 from apd_lens._passes import (
     OutputFn,
@@ -49,7 +49,7 @@ from apd_lens._passes import (
 from apd_lens._product import Mask
 from apd_lens._schedules import Ramp, value_at
 from apd_lens._selection import BatchTopK, Lp, Selection
-from apd_lens._settings import Optimization, Settings, learning_rate
+from apd_lens._settings import Moves, Optimization, Settings, learning_rate
 from apd_lens._target import TargetModel, evaluating
 from apd_lens._wrap import wrap
 
@@ -158,7 +158,7 @@ def init(
     attribution: Attribution | None = None,
     losses: Losses | None = None,
     optimization: Optimization | None = None,
-    moves: SplitMoves | ClusterMoves | DivisionMoves | None = None,
+    moves: Moves | None = None,
     output: OutputFn = default_output,
     seed: int = 0,
 ) -> State:
@@ -238,8 +238,7 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
             # Known without asking the device, but for padding.
             n_active = selection.n_active(mask[..., 0].numel()) if padded(mask, watched.real) is None else None
             terms = _loss_terms(state, moved, watched, mask, n_active)
-        coefficients = {name: value_at(getattr(settings.losses, name), progress) for name in terms}
-        loss = torch.stack([coefficients[name] * term for name, term in terms.items()]).sum()
+        loss = weighted_sum(settings.losses, terms, progress)
         check_finite_terms(terms, where)
 
         rate = update(state.optimizer, state.components, loss, settings.optimization, state.step, state.target.model)
@@ -259,6 +258,11 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
         moves=n_moves,
     )
     return replace(state, last_active=last_active, step=state.step + 1, seen=seen), info
+
+
+def weighted_sum(losses: Losses, terms: Mapping[str, Tensor], progress: float) -> Tensor:
+    """Loss terms times their coefficients, when `progress`, a share of the steps, is done."""
+    return torch.stack([value_at(getattr(losses, name), progress) * term for name, term in terms.items()]).sum(0)
 
 
 def update(
@@ -301,7 +305,7 @@ def decompose(
     attribution: Attribution | None = None,
     losses: Losses | None = None,
     optimization: Optimization | None = None,
-    moves: SplitMoves | ClusterMoves | DivisionMoves | None = None,
+    moves: Moves | None = None,
     output: OutputFn = default_output,
     seed: int = 0,
     on_step: Callable[[int, StepInfo], Any] | None = None,

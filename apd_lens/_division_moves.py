@@ -20,10 +20,10 @@ from apd_lens._checks import check_fields
 from apd_lens._components import ParameterComponents
 from apd_lens._errors import InvalidSetting
 from apd_lens._jacobian import random_cotangents
-from apd_lens._moves import inputs_of_data_points, part_for, refactor, settle
-from apd_lens._padding import padded, without_padding, zero_at_padding
+from apd_lens._moves import inputs_of_data_points, of_data_points, part_for, refactor, settle
+from apd_lens._padding import without_padding
 from apd_lens._passes import WatchedPass
-from apd_lens._product import Inputs
+from apd_lens._product import inner_activations
 from apd_lens._target import Use
 
 # A component is free if its attributions sum to less than this share of the mean.
@@ -140,13 +140,12 @@ def flows_of_data_points(
         )
         for some in v
     ]  # fmt: skip
-    is_data = padded(mask, fresh.real)
     flows = []
     for use, x in inputs_of_data_points(components, mask, fresh.real, fresh.calls):
         of_use = [i for i, call in enumerate(fresh.calls) if (call.use.matrix, call.use.site) == (use.matrix, use.site)]
         heads = of_use if fresh.calls[of_use[0]].use.columns != slice(None) else of_use[:1]
         g = torch.cat([torch.stack([some[i] for some in gradients], -2) for i in heads], -1)
-        g = g[is_data] if is_data is not None else zero_at_padding(g, fresh.real).flatten(0, mask.ndim - 2)
+        g = of_data_points(g, mask, fresh.real)
         flows.append(Flow(use, x, g.to(components.A[use.matrix].dtype)))
     return flows
 
@@ -194,7 +193,7 @@ def how_it_acts(flow: Flow, A: Float[Tensor, "d_in m"], B: Float[Tensor, "m d_ou
     the same of it is read.
     """
     coordinates = torch.linalg.qr(B.mT)[1]  # B = Rᵀ Qᵀ
-    written = _times(flow.x, A @ coordinates.mT).reshape(len(flow.x), _positions([flow]), -1)
+    written = inner_activations(flow.x, (A @ coordinates.mT)[None]).reshape(len(flow.x), _positions([flow]), -1)
     g = flow.g.reshape(len(flow.g), _positions([flow]), *flow.g.shape[-2:])
     return einsum(written, g, "data pos m, data pos v d_out -> data v m d_out").flatten(1)
 
@@ -271,11 +270,7 @@ def _share(given: Float[Tensor, " d"], kept: Float[Tensor, " d"]) -> Float[Tenso
 
 def _effects(flow: Flow, P: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "data *pos v d_out"]:
     """x P ⊙ g: what each coordinate that is written does to each projection of the outputs."""
-    return _times(flow.x, P)[..., None, :] * flow.g
-
-
-def _times(x: Inputs, matrix: Float[Tensor, "d_in d"]) -> Float[Tensor, "data *pos d"]:
-    return x.to(matrix.dtype) @ matrix if x.is_floating_point() else F.embedding(x, matrix)
+    return inner_activations(flow.x, P[None]) * flow.g
 
 
 def _factors(components: ParameterComponents, use: Use, component: int) -> tuple[Tensor, Tensor]:

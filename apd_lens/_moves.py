@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from apd_lens._checks import check_fields
@@ -116,12 +116,16 @@ def inputs_of_data_points(
     inputs = []
     for name in components.names:
         use, x = _inputs_of(name, calls)
-        if (is_data := padded(like, real)) is not None:
-            x = x[is_data]
-        else:
-            x = zero_at_padding(x, real).flatten(0, like.ndim - 2)
-        inputs.append((use, x))
+        inputs.append((use, of_data_points(x, like, real)))
     return inputs
+
+
+def of_data_points(values: Shaped[Tensor, "batch ..."], like: Tensor, real: Real) -> Shaped[Tensor, "data ..."]:
+    """The values of each data point, padding left out: where data points are positions, of that position; where they
+    are examples, with zeros at padding. `like` as in `inputs_of_data_points`."""
+    if (is_data := padded(like, real)) is not None:
+        return values[is_data]
+    return zero_at_padding(values, real).flatten(0, like.ndim - 2)
 
 
 def plan_splits(attributions: Float[Tensor, "data C"], alike: Float[Tensor, " data"]) -> list[Split]:

@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 
 from apd_lens._attribution import AblationAttribution, Attribution, GradientAttribution, are_exact
 from apd_lens._batches import Batch, replicated, stream
-from apd_lens._cluster_moves import ClusterMoves
 from apd_lens._components import ParameterComponents
 from apd_lens._decompose import (
     Seen,
@@ -31,17 +30,15 @@ from apd_lens._decompose import (
     moves_are_due,
     update,
     watch,
+    weighted_sum,
 )
 from apd_lens._decomposition import Decomposition
-from apd_lens._division_moves import DivisionMoves
 from apd_lens._errors import InvalidSetting, UnsupportedModel
 from apd_lens._losses import Losses, path_mask
-from apd_lens._moves import SplitMoves
 from apd_lens._padding import without_padding
 from apd_lens._passes import OutputFn, WatchedPass, default_output, replace_weights_of_each, replaced_pass
-from apd_lens._schedules import value_at
 from apd_lens._selection import Lp, Selection
-from apd_lens._settings import Optimization
+from apd_lens._settings import Moves, Optimization
 from apd_lens._target import evaluating
 from apd_lens._wrap import wrap
 
@@ -120,8 +117,7 @@ def step_seeds(state: SeedsState, batch: Batch) -> tuple[SeedsState, list[StepIn
         selection = settings.selection.at(progress, batch)
         mask = torch.stack([selection(of_seed, watched.real) for of_seed in attributions])
         terms = _loss_terms(state, seen.on_device, watched, mask)
-        coefficients = {name: value_at(getattr(settings.losses, name), progress) for name in terms}
-        loss = torch.stack([coefficients[name] * term for name, term in terms.items()]).sum(0)
+        loss = weighted_sum(settings.losses, terms, progress)
         _check_finite(state, terms)
         rate = update(
             state.optimizer, state.components, loss.sum(), settings.optimization, state.step, first.target.model
@@ -162,7 +158,7 @@ def decompose_seeds(
     attribution: Attribution | None = None,
     losses: Losses | None = None,
     optimization: Optimization | None = None,
-    moves: SplitMoves | ClusterMoves | DivisionMoves | None = None,
+    moves: Moves | None = None,
     output: OutputFn = default_output,
     on_step: Callable[[int, list[StepInfo]], Any] | None = None,
     progress: bool = True,

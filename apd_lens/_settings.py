@@ -13,6 +13,8 @@ from apd_lens._losses import Losses
 from apd_lens._moves import SplitMoves
 from apd_lens._selection import BatchTopK, Selection
 
+Moves = SplitMoves | ClusterMoves | DivisionMoves
+
 
 @dataclass(frozen=True)
 class Optimization:
@@ -66,7 +68,7 @@ class Settings:
     attribution: Attribution = field(default_factory=GradientAttribution)
     losses: Losses = field(default_factory=Losses)
     optimization: Optimization = field(default_factory=Optimization)
-    moves: SplitMoves | ClusterMoves | DivisionMoves | None = None
+    moves: Moves | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -4,17 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from apd_lens._components import ParameterComponents, random_components, sum_of_components
+from apd_lens._components import ParameterComponents, inner_products, random_components, sum_of_components
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting, MissingExtra, ShapeMismatch
 from apd_lens._table import table
-
-# Numbers in a temporary.
-_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,22 +127,6 @@ def cosines(
     lengths, others = norms(first), norms(second)
     tiny = torch.finfo(lengths.dtype).tiny
     return inner(first, second) / lengths.clamp_min(tiny)[:, None] / others.clamp_min(tiny), lengths
-
-
-def inner_products(
-    A: Float[Tensor, "C d_in m"],
-    B: Float[Tensor, "C m d_out"],
-    other_A: Float[Tensor, "D d_in n"],
-    other_B: Float[Tensor, "D n d_out"],
-) -> Float[Tensor, "C D"]:
-    """<A_c B_c , A'_e B'_e> = Σ (A_cᵀ A'_e) ∘ (B_c B'_eᵀ), without building a component."""
-    left, right = rearrange(other_A, "D d_in n -> d_in (D n)"), rearrange(other_B, "D n d_out -> d_out (D n)")
-    at_once = max(1, _AT_ONCE // (A.shape[2] * left.shape[1]))
-    parts = [
-        ((a.mT @ left) * (b @ right)).sum(1).unflatten(1, (len(other_A), -1)).sum(2)
-        for a, b in zip(A.split(at_once), B.split(at_once), strict=True)
-    ]
-    return torch.cat(parts)
 
 
 def _own_squares(A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"]) -> Float[Tensor, " C"]:

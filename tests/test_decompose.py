@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from toy_models import ResidualMLP, Snapshot, TinyGPT
+from toy_models import ResidualMLP, Snapshot, TinyGPT, interrupted_in_forward
 
 import apd_lens as apd
 
@@ -264,20 +264,12 @@ def test_an_interrupt_leaves_the_model_alone_and_gives_what_there_is():
 @pytest.mark.parametrize("forward", range(1, 5))
 def test_an_interrupt_in_the_middle_of_a_forward(forward: int):
     """The target's, the sparse and the path pass of the first step, and the first of the second step."""
-    model, n_calls = residual_mlp(), 0
-
-    def stop(module, args):
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls == forward:
-            raise KeyboardInterrupt
-
-    handle = model.layers[0]["act"].register_forward_pre_hook(stop)
-    before = Snapshot.of(model)
-    with pytest.raises(KeyboardInterrupt):
-        apd.decompose(model, batches(), **FEW, losses=apd.Losses(path=1.0))
-    before.assert_unchanged(model)
-    handle.remove()
+    model = residual_mlp()
+    with interrupted_in_forward(model.layers[0]["act"], forward):
+        before = Snapshot.of(model)
+        with pytest.raises(KeyboardInterrupt):
+            apd.decompose(model, batches(), **FEW, losses=apd.Losses(path=1.0))
+        before.assert_unchanged(model)
 
 
 def test_training_does_not_touch_the_users_gradients():

@@ -7,7 +7,7 @@ import torch
 from test_decompose import nan_from
 from torch import Tensor, nn
 from torch.testing import assert_close
-from toy_models import TMS, ResidualMLP, Snapshot, TinyGPT, tiny_gpt2
+from toy_models import TMS, ResidualMLP, Snapshot, TinyGPT, interrupted_in_forward, tiny_gpt2
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import apd_lens as apd
@@ -189,20 +189,12 @@ def test_an_interrupt_gives_what_there_is():
 @pytest.mark.parametrize("forward", range(1, 6))
 def test_an_interrupt_in_the_middle_of_a_forward(forward: int):
     """The target's, the check's and the sparse pass of the first step, and both of the second."""
-    model, n_calls = residual_mlp(), 0
-
-    def stop(module, args):
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls == forward:
-            raise KeyboardInterrupt
-
-    handle = model.layers[0]["act"].register_forward_pre_hook(stop)
-    before = Snapshot.of(model)
-    with pytest.raises(KeyboardInterrupt):
-        apd.decompose_seeds(model, vectors(), seeds=SEEDS, **FEW)
-    before.assert_unchanged(model)
-    handle.remove()
+    model = residual_mlp()
+    with interrupted_in_forward(model.layers[0]["act"], forward):
+        before = Snapshot.of(model)
+        with pytest.raises(KeyboardInterrupt):
+            apd.decompose_seeds(model, vectors(), seeds=SEEDS, **FEW)
+        before.assert_unchanged(model)
 
 
 class Fixed(nn.Module):

@@ -8,7 +8,7 @@ from toy_models import decomposition_of, linear_of_known_parts
 
 import apd_lens as apd
 from apd_lens import metrics
-from apd_lens._stability import inner_products
+from apd_lens._components import inner_products
 
 
 def rows(*parts: Tensor) -> apd.ParameterComponents:
@@ -33,7 +33,7 @@ def test_inner_products_are_those_of_the_full_matrices(monkeypatch: pytest.Monke
     A, B = torch.randn(6, 4, 3), torch.randn(6, 3, 3)
     expected = (one @ other).flatten(1) @ (A @ B).flatten(1).mT
     assert_close(inner_products(one, other, A, B), expected, rtol=0, atol=1e-4)
-    monkeypatch.setattr("apd_lens._stability._AT_ONCE", 80)  # two components at a time
+    monkeypatch.setattr("apd_lens._components._AT_ONCE", 80)  # two components at a time
     assert_close(inner_products(one, other, A, B), expected, rtol=0, atol=1e-4)
 
 

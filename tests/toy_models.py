@@ -185,6 +185,22 @@ class Snapshot:
         assert now.attributes == self.attributes
 
 
+@contextmanager
+def interrupted_in_forward(module: nn.Module, forward: int) -> Iterator[None]:
+    """Inside, the module's forward of that number, counted from 1, raises KeyboardInterrupt."""
+    n_calls = 0
+
+    def stop(module: nn.Module, args: Any) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == forward:
+            raise KeyboardInterrupt
+
+    handle = module.register_forward_pre_hook(stop)
+    yield
+    handle.remove()
+
+
 def _shallow(value: Any) -> Any:
     """A copy of a module's dict (parameters, hooks, submodules) with its entries by identity; others as they are."""
     if isinstance(value, dict):

@@ -195,8 +195,8 @@ def scrubbed_losses(
 ) -> Figure | SubFigure:
     """Histograms of the loss of each data point on a log axis: of the target, and scrubbed and anti-scrubbed.
 
-    Dashed lines are medians, which stand in the legend. Losses below
-    the 0.5 % quantile of those above zero are counted in the first bin.
+    Dashed lines are medians, which stand in the legend. Losses below the 0.5 % quantile of those above zero are counted
+    in the first bin.
 
     Args:
         target, scrubbed, anti_scrubbed: losses in any shape, such as of several random scrubbings; see

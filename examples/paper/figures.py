@@ -42,8 +42,8 @@ def of_residual_mlp(target: toys.ResidualMLPTarget, decomposition: apd.Decomposi
     )
 
     x = target.batches(2**14, seed=10**6)(0)
-    x = x[(x != 0).any(1)]  # where nothing is on, there is nothing to do
-    full, labels = model(x), toys.residual_mlp_labels(x)
+    labels = toys.residual_mlp_labels(x)
+    full = errors(model(x), labels)
     attributions = decomposition.attributions(x)
     masks = {"top-1": apd.topk_mask(attributions, 1), "batch top-k": decomposition.select(x)}
     losses = {name: errors(sparse(x, mask), labels) for name, mask in masks.items()}
@@ -51,11 +51,11 @@ def of_residual_mlp(target: toys.ResidualMLPTarget, decomposition: apd.Decomposi
     yield (
         "feature_loss",
         plots.feature_loss(
-            *(mean_where(on, loss) for loss in [errors(full, labels)]),
+            mean_where(on, full),
             {name: mean_where(on, loss) for name, loss in losses.items()},
         ),
     )
-    yield "loss_by_active", plots.loss_by_active(on.sum(1).long(), errors(full, labels), losses)
+    yield "loss_by_active", plots.loss_by_active(on.sum(1).long(), full, losses)
 
     generator = torch.Generator().manual_seed(0)
     active = masks["batch top-k"]
@@ -63,22 +63,17 @@ def of_residual_mlp(target: toys.ResidualMLPTarget, decomposition: apd.Decomposi
         errors(sparse(x, draw(active, generator)), labels)
         for draw in (metrics.scrubbed_mask, metrics.anti_scrubbed_mask)
     )
-    yield "scrubbed_losses", plots.scrubbed_losses(errors(full, labels), scrubbed, anti)
+    some = on.any(1)  # where nothing is on, there is nothing to do
+    yield "scrubbed_losses", plots.scrubbed_losses(full[some], scrubbed[some], anti[some])
 
     values = torch.linspace(-1, 1, 81)
     x = torch.zeros(len(values), n_features)
     x[:, 0] = values
-    responsible = alone[:1].expand(len(values), -1)
-    outputs = {
-        draw: torch.stack(
-            [sparse(x, draw(responsible[:1], generator).expand(len(values), -1))[:, 0] for _ in range(20)]
-        )
+    scrubbed, anti = (
+        torch.stack([sparse(x, draw(alone[:1], generator).expand(len(x), -1))[:, 0] for _ in range(20)])
         for draw in (metrics.scrubbed_mask, metrics.anti_scrubbed_mask)
-    }
-    yield (
-        "scrubbed_outputs",
-        plots.scrubbed_outputs(values, model(x)[:, 0], *outputs.values(), input_name="input 0"),
     )
+    yield "scrubbed_outputs", plots.scrubbed_outputs(values, model(x)[:, 0], scrubbed, anti, input_name="input 0")
 
 
 def of_gated(target: toys.GatedTarget, decomposition: apd.Decomposition) -> Drawn:

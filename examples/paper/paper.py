@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,15 @@ from apd_lens import metrics, toys
 HERE = Path(__file__).parent
 OUT = HERE.parent.parent / "out" / "paper"
 HISTORY = 100  # entries of the loss curves that a JSON keeps
+README = """# The paper's systems
+
+Made by `make paper`. The settings are in `paper.py`: all but C, rank, k and the number of steps are the same, except
+where that fails: TMS 5-2 has more simplicity, the gated functions other moves, and three systems another learning rate.
+"found" counts features or functions that have a component of their own; the null control is random components with the
+same singular values. The reference is the paper (Braun et al. 2025) or its implementation. Seconds are those of the
+decomposition, on one thread, whatever else the machine did.
+"""
+
 
 LOSSES = apd.Losses(
     faithfulness=1,
@@ -83,10 +92,9 @@ def decompose(
     on_step: Callable[[int, apd.StepInfo], Any] | None = None,
     progress: bool = True,
 ) -> apd.Decomposition:
-    batches = target.batches(system.batch_size, seed=1000 + seed)
     return apd.decompose(
         target.model,
-        batches,
+        target.batches(system.batch_size, seed=1000 + seed),
         target.weights,
         attribution=attribution,
         seed=seed,
@@ -97,7 +105,7 @@ def decompose(
 
 
 def settings(system: System, losses: apd.Losses | None = None, steps: int | None = None) -> dict[str, Any]:
-    """The one set of settings."""
+    """What `apd.decompose` is given; the same for all systems but for what `System` holds."""
     return {
         "n_components": system.n_components,
         "rank": system.rank,
@@ -342,12 +350,10 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def results(folder: Path) -> Iterator[dict[str, Any]]:
-    for name in SYSTEMS:
-        for file in sorted(folder.glob(f"{name}-[0-9]*.json"), key=lambda file: int(file.stem.rpartition("-")[2])):
-            result = json.loads(file.read_text())
-            if result["system"] == name:
-                yield result
+def results(folder: Path, name: str) -> list[dict[str, Any]]:
+    """What the runs of one system left, by seed."""
+    files = folder.glob(f"{name}-[0-9]*.json")
+    return [json.loads(file.read_text()) for file in sorted(files, key=lambda file: int(file.stem.rpartition("-")[2]))]
 
 
 def table(folder: Path) -> str:
@@ -356,15 +362,12 @@ def table(folder: Path) -> str:
         "| system | targets that meet the goal | numbers | random components | seconds a target | reference | goal |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    by_system: dict[str, list[dict[str, Any]]] = {}
-    for result in results(folder):
-        by_system.setdefault(result["system"], []).append(result)
-    for name, runs in by_system.items():
-        system = SYSTEMS[name]
-        met = f"{sum(run['succeeded'] for run in runs)} of {len(runs)}"
-        columns = [system.title, met, *(spreads([run[kind] for run in runs]) for kind in ("numbers", "null"))]
-        columns += [spread([run["seconds"] for run in runs]), system.reference, system.goal]
-        lines.append("| " + " | ".join(columns) + " |")
+    for name, system in SYSTEMS.items():
+        if runs := results(folder, name):
+            met = f"{sum(run['succeeded'] for run in runs)} of {len(runs)}"
+            columns = [system.title, met, *(spreads([run[kind] for run in runs]) for kind in ("numbers", "null"))]
+            columns += [spread([run["seconds"] for run in runs]), system.reference, system.goal]
+            lines.append("| " + " | ".join(columns) + " |")
     return "\n".join(lines)
 
 
@@ -398,19 +401,10 @@ def main() -> None:
             unfinished.replace(file)
             met = "meets the goal" if result["succeeded"] else "does not meet the goal"
             print(f"{name} seed {seed} {met}: {spreads([result['numbers']])}; {result['seconds']} s", flush=True)
-    print(table(arguments.results))
+    summary = table(arguments.results)
+    print(summary)
     if arguments.results == HERE / "results":
-        (HERE / "README.md").write_text(f"{README}\n{table(arguments.results)}\n")
-
-
-README = """# The paper's systems
-
-Made by `make paper`. The settings are in `paper.py`: all but C, rank, k and the number of steps are the same, except
-where that fails: TMS 5-2 has more simplicity, the gated functions other moves, and three systems another learning rate.
-"found" counts features or functions that have a component of their own; the null control
-is random components with the same singular values. The reference is the paper (Braun et al. 2025) or its
-implementation.
-"""
+        (HERE / "README.md").write_text(f"{README}\n{summary}\n")
 
 
 if __name__ == "__main__":
