@@ -1,4 +1,7 @@
-"""The paper's figures and ours, drawn from the components that paper.py left in out/paper/."""
+"""The paper's figures and ours, drawn from the components that paper.py left in out/paper/.
+
+Targets are trained again, on the same number of threads, since with another number they come out with other roundings.
+"""
 
 import argparse
 import json
