@@ -83,6 +83,11 @@ def image(ax: Axes, values: Float[Tensor, "down across"], label: str, *, signed:
     return shown
 
 
+def from_zero(ax: Axes) -> None:
+    """The y axis from 0, with room above what is highest."""
+    ax.set_ylim(0, 1.05 * ax.dataLim.ymax)
+
+
 def whole_numbers(*lines: Axis) -> None:
     """Ticks of an x or y axis at whole numbers only."""
     for line in lines:

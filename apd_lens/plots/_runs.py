@@ -19,6 +19,7 @@ from apd_lens.plots._draw import (
     axes,
     check_names,
     colours,
+    from_zero,
     grid,
     legend,
     plain,
@@ -90,7 +91,8 @@ def alive_components(history: History, *, ax: Axes | None = None) -> Figure | Su
         n_components = len(first.last_active)
         ax.axhline(n_components, color=NULL, linestyle=":", label=f"all {n_components}")
     ax.plot(steps, [entry["alive"] for entry in entries], color=TARGET, drawstyle="steps-post", label="alive")
-    ax.set(ylim=(0, None), xlabel="step", ylabel="components", title="Components active in the last 100 steps")
+    ax.set(xlabel="step", ylabel="components", title="Components active in the last 100 steps")
+    from_zero(ax)
     whole_numbers(ax.yaxis)
     ax.spines[["top", "right"]].set_visible(False)
     legend(ax)

@@ -20,6 +20,7 @@ from apd_lens.plots._draw import (
     axes,
     check_names,
     colours,
+    from_zero,
     grid,
     image,
     legend,
@@ -393,7 +394,7 @@ def rank_and_share(
         below.bar(x, share_shown[:, matrix], bottom=bottom, width=0.9, color=colour)
         bottom = bottom + share_shown[:, matrix]
     above.set(ylabel="effective rank", title="Rank and place of each component")
-    above.set_ylim(0, 1.05 * above.get_ylim()[1])
+    from_zero(above)
     below.set(
         ylabel="share of squared norm",
         ylim=(0, 1),
