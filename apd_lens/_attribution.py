@@ -372,15 +372,23 @@ def metric_effects(
 def metric_gradients(watched: WatchedPass, metric: Callable[[Tensor], Tensor]) -> Jacobians:
     """∂metric/∂y of every call, `1 batch *pos d_out`. Uses up the pass's graph. Raises as `metric_effects` does."""
     with torch.enable_grad():
-        scalars = metric(watched.output)
-    if scalars.shape != watched.output.shape[:1]:
-        raise ShapeMismatch(
-            f"Expected the metric to give one scalar an example, shape ({len(watched.output)},), got "
-            f"{tuple(scalars.shape)} from an output of shape {tuple(watched.output.shape)}."
-        )
+        scalars = metric_scalars(metric, watched.output)
     ys = [call.y for call in watched.calls]
     gradients = torch.autograd.grad(scalars, ys, torch.ones_like(scalars), allow_unused=True)
     return [None if gradient is None else gradient[None] for gradient in gradients]
+
+
+def metric_scalars(
+    metric: Callable[[Tensor], Tensor], output: Float[Tensor, "batch *pos n_outputs"]
+) -> Float[Tensor, " batch"]:
+    """The metric of each example, checked. Raises as `metric_effects` does."""
+    scalars = metric(output)
+    if scalars.shape != output.shape[:1]:
+        raise ShapeMismatch(
+            f"Expected the metric to give one scalar an example, shape ({len(output)},), got "
+            f"{tuple(scalars.shape)} from an output of shape {tuple(output.shape)}."
+        )
+    return scalars
 
 
 def effects_on_outputs(

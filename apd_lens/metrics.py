@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apd_lens._ascent import ascend, harder
 from apd_lens._batches import Batch, check_finite, on_device
 from apd_lens._checks import checked
 from apd_lens._components import ParameterComponents, singular_values
@@ -318,14 +319,8 @@ def ablation_path_audit(
         with torch.no_grad():
             errors = [errors_under(gamma) for gamma in gammas]
         for gamma, error in zip(gammas, errors, strict=True):
-            hardest, largest = _harder(hardest, largest, gamma, error)
-        gamma = hardest
-        for _ in range(ascent_steps):
-            error, gradient = _with_gradient(errors_under, gamma)
-            hardest, largest = _harder(hardest, largest, gamma, error)
-            gamma = torch.maximum(gamma + 2.5 * t / ascent_steps * gradient.sign(), 1 - t * off).clamp_max(1)
-        with torch.no_grad():
-            hardest, largest = _harder(hardest, largest, gamma, errors_under(gamma))
+            hardest, largest = harder(hardest, largest, gamma, error)
+        hardest, largest = ascend(errors_under, hardest, largest, 1 - t * off, 2.5 * t / ascent_steps, ascent_steps)
         together.append(errors[0].mean())
         random.append(torch.stack(errors[1:]).mean())
         worst.append(largest.mean())
@@ -376,29 +371,6 @@ def _errors_under(
     if real is not None and errors.shape == real.shape:
         return (errors * real).sum(1) / real.sum(1).clamp_min(1)
     return errors.reshape(len(errors), -1).mean(1)
-
-
-def _with_gradient(
-    errors_under: Callable[[Tensor], Tensor], gamma: Float[Tensor, "batch *pos C"]
-) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch *pos C"]]:
-    """The error of each example, and the gradient of their sum."""
-    with torch.enable_grad():
-        gamma = gamma.detach().requires_grad_()
-        errors = errors_under(gamma)
-        (gradient,) = torch.autograd.grad(errors.sum(), gamma)
-    return errors.detach(), gradient
-
-
-def _harder(
-    hardest: Float[Tensor, "batch *pos C"],
-    largest: Float[Tensor, " batch"],
-    gamma: Float[Tensor, "batch *pos C"],
-    error: Float[Tensor, " batch"],
-) -> tuple[Float[Tensor, "batch *pos C"], Float[Tensor, " batch"]]:
-    """Of two γ the one with the larger error, for each example, and that error."""
-    harder = error > largest
-    chosen = torch.where(harder.reshape(-1, *[1] * (gamma.ndim - 1)), gamma, hardest)
-    return chosen, torch.maximum(error, largest)
 
 
 def _half(like: Bool[Tensor, "batch *pos C"], generator: torch.Generator | None) -> Bool[Tensor, "batch *pos C"]:

@@ -19,5 +19,19 @@ from apd_lens.compare._architecture import MatrixAmounts as MatrixAmounts
 from apd_lens.compare._architecture import attribution_map as attribution_map
 from apd_lens.compare._architecture import layer_of as layer_of
 from apd_lens.compare._architecture import weight_map as weight_map
+from apd_lens.compare._faithfulness import FaithfulnessCurve as FaithfulnessCurve
+from apd_lens.compare._faithfulness import cmd as cmd
+from apd_lens.compare._faithfulness import cpr as cpr
+from apd_lens.compare._faithfulness import faithfulness_curve as faithfulness_curve
 
-__all__ = ["ArchitectureMap", "MatrixAmounts", "attribution_map", "layer_of", "weight_map"]
+__all__ = [
+    "ArchitectureMap",
+    "FaithfulnessCurve",
+    "MatrixAmounts",
+    "attribution_map",
+    "cmd",
+    "cpr",
+    "faithfulness_curve",
+    "layer_of",
+    "weight_map",
+]

@@ -1,7 +1,7 @@
-"""Where components lie in the architecture: shares of their weight and of their attribution, by matrix, layer, head and
-neuron; and back: which components make up a head.
+"""Where components lie in the architecture: shares of their weight and of their attribution, by matrix, layer, head,
+MLP and neuron; and back: which components make up a head.
 
-Nodes are named as circuits are: head 7 of layer 3 is "a3.7", neuron 12 of its MLP "m3.12".
+Nodes are named as circuits are: head 7 of layer 3 is "a3.7", the MLP "m3", neuron 12 of it "m3.12".
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ from apd_lens._passes import Call, WatchedPass
 from apd_lens._product import inner_activations
 from apd_lens._target import TargetModel, Units, evaluating
 
-Level = Literal["matrix", "layer", "head", "neuron"]
+Level = Literal["matrix", "layer", "head", "mlp", "neuron"]
 
 
 def layer_of(name: str) -> int | None:
@@ -66,7 +66,7 @@ class MatrixAmounts:
 
 @dataclass(frozen=True, eq=False)
 class ArchitectureMap:
-    """Where components lie. At each level, matrix, layer, head or neuron, the same amounts are summed over its nodes.
+    """Where components lie. At each level, matrix, layer, head, MLP or neuron, the same amounts are summed by node.
 
     Keys and values that several query heads share count for each of these in equal parts.
 
@@ -79,8 +79,8 @@ class ArchitectureMap:
     matrices: tuple[MatrixAmounts, ...]
 
     def nodes(self, level: Level) -> list[str]:
-        """Names: of matrices as the user types them, layers "3" ("-" for matrices of no layer), heads "a3.7", neurons
-        "m3.12". Empty if there are none."""
+        """Names: of matrices as the user types them, layers "3" ("-" for matrices of no layer), heads "a3.7", MLPs
+        "m3", neurons "m3.12". Empty if there are none."""
         return list(self._amounts(level))
 
     def amounts(self, level: Level) -> Float[Tensor, "C nodes"]:
@@ -144,7 +144,7 @@ class ArchitectureMap:
             for of_units in here:
                 group = number // of_units.shape[1]
                 for unit, amount in enumerate(of_units.repeat_interleave(group, 1).unbind(1)):
-                    add(node_name(level, layer, unit), amount / group)
+                    add(node_name("head" if level == "head" else "neuron", layer, unit), amount / group)
         return amounts
 
 
@@ -166,7 +166,7 @@ def weight_map(decomposition: Decomposition, units: Mapping[str, Units] | None =
         UnknownWeight: a pattern matches no matrix.
         InvalidSetting: a side cannot be cut into so many blocks.
     """
-    known = units_by_name(decomposition.target, decomposition.components, units)
+    known = units_by_name(decomposition.target, decomposition.components.names, units)
     return ArchitectureMap(
         "weight", tuple(_weight_amounts(decomposition, name, known[name]) for name in decomposition.components.names)
     )
@@ -184,13 +184,13 @@ def _weight_amounts(decomposition: Decomposition, name: str, units: Units | None
 
 
 def units_by_name(
-    target: TargetModel, components: ParameterComponents, units: Mapping[str, Units] | None
+    target: TargetModel, names: Sequence[str], units: Mapping[str, Units] | None
 ) -> dict[str, Units | None]:
-    """For each decomposed matrix its heads or neurons, as the adapter or the user says.
+    """For each of these matrices its heads or neurons, as the adapter or the user says.
 
     Raises as `weight_map` does.
     """
-    known = {name: target.weights[name].units for name in components.names}
+    known = {name: target.weights[name].units for name in names}
     for pattern, given in (units or {}).items():
         known |= {name: given for name in target.match(pattern) if name in known}
     for name, of_matrix in known.items():
@@ -235,7 +235,7 @@ def attribution_map(
         NonFinite: a batch, or the output, holds NaN or infinity.
         InvalidBatches: no batches, or a tensor in the place of a list of them.
     """
-    known = units_by_name(decomposition.target, decomposition.components, units)
+    known = units_by_name(decomposition.target, decomposition.components.names, units)
     totals: dict[str, tuple[Tensor, Tensor | None]] = {}
     n_data = 0
     for batch in each(batches):
