@@ -402,9 +402,10 @@ def overlap(
     of_circuit = _chosen(known)
     missing = sorted(of_circuit - given.keys())
     if missing or not 0 < len(of_circuit) < len(given):
+        scored = ", ".join(list(given)[:6]) + (", ..." if len(given) > 6 else "")
         raise InvalidSetting(
-            f"Expected a circuit of some of the {len(given)} nodes that have scores ({', '.join(list(given)[:6])}, ...), "
-            f"got {sorted(of_circuit)[:12]}" + (f"; without a score: {missing[:12]}." if missing else ".")
+            f"Expected a circuit of some of the {len(given)} nodes that have scores ({scored}), got "
+            f"{sorted(of_circuit)[:12]}" + (f"; without a score: {missing[:12]}." if missing else ".")
         )
     k = len(of_circuit) if k is None else k
     if not 0 < k <= len(given):
@@ -412,16 +413,16 @@ def overlap(
     nodes = list(given)
     is_known = torch.tensor([name in of_circuit for name in nodes])
     sizes = torch.tensor([abs(given[name]) for name in nodes], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    draws = [_measures(sizes[torch.randperm(len(nodes), generator=generator)], is_known, k) for _ in range(n_null)]
-    measures = _measures(sizes, is_known, k)
+    order = sizes.argsort(dim=0, descending=True, stable=True)
+    found = torch.zeros(len(nodes), dtype=torch.bool).index_fill_(0, order[:k], True)
+    ranks = torch.from_numpy(stats.rankdata(sizes.numpy()))
     return Overlap(
         nodes=nodes,
         scores=torch.tensor([float(given[name]) for name in nodes]),
         known=is_known,
-        found=_largest(sizes, k),
-        measures=measures,
-        null={name: torch.tensor([draw[name] for draw in draws]) for name in measures},
+        found=found,
+        measures={name: value.item() for name, value in _measures(found, ranks, is_known).items()},
+        null=_measures(found, ranks, _random_sets(is_known, n_null, seed)),
     )
 
 
@@ -433,22 +434,23 @@ def _chosen(known: Iterable[str] | Circuit) -> set[str]:
     return set(known.chosen)
 
 
-def _largest(sizes: Float[Tensor, " nodes"], k: int) -> Bool[Tensor, " nodes"]:
-    order = sizes.argsort(dim=0, descending=True, stable=True)
-    return torch.zeros(len(sizes), dtype=torch.bool).index_fill_(0, order[:k], True)
+def _random_sets(known: Bool[Tensor, " nodes"], n: int, seed: int) -> Bool[Tensor, "n nodes"]:
+    """n random sets of as many nodes."""
+    drawn = torch.rand(n, len(known), generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
+    return torch.zeros(n, len(known), dtype=torch.bool).scatter_(1, drawn[:, : int(known.sum())], True)
 
 
-def _measures(sizes: Float[Tensor, " nodes"], known: Bool[Tensor, " nodes"], k: int) -> dict[str, float]:
-    found = _largest(sizes, k)
-    both, either, n_known = int((found & known).sum()), int((found | known).sum()), int(known.sum())
+def _measures(
+    found: Bool[Tensor, " nodes"], ranks: Float[Tensor, " nodes"], known: Bool[Tensor, "*sets nodes"]
+) -> dict[str, Float[Tensor, "*sets"]]:
+    both, n_known, n_found = (found & known).sum(-1).double(), known.sum(-1), found.sum()
     # Mann and Whitney: the share of pairs of a known node and another in which the known one has the larger score.
-    ranks = torch.from_numpy(stats.rankdata(sizes.numpy()))
-    above = ranks[known].sum().item() - n_known * (n_known + 1) / 2
+    above = (ranks * known).sum(-1) - n_known * (n_known + 1) / 2
     return {
-        "precision": both / k,
+        "precision": both / n_found,
         "recall": both / n_known,
-        "IoU": both / either,
-        "AUROC": above / (n_known * (len(known) - n_known)),
+        "IoU": both / (n_found + n_known - both),
+        "AUROC": above / (n_known * (len(found) - n_known)),
     }
 
 
@@ -479,7 +481,14 @@ class Location:
 
     def shares(self) -> tuple[float, float]:
         """Share of weight and of attribution of `top` in the circuit, mean weighted by importance."""
-        return _weighted(self, self.weight), _weighted(self, self.attribution)
+        weight, attribution = self._by_node()[:, self.known].sum(1).tolist()
+        return weight, attribution
+
+    def _by_node(self) -> Float[Tensor, "2 nodes"]:
+        """Shares of weight and of attribution of `top` in each node, mean weighted by importance."""
+        weights = self.importance[self.top]
+        weights = weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+        return torch.stack([weights @ self.weight[self.top], weights @ self.attribution[self.top]])
 
     def node_scores(self) -> dict[str, float]:
         """Σ over `top` of importance times the share of the attribution that lies in the node."""
@@ -507,25 +516,27 @@ class Location:
 
     def nulls(self) -> pd.DataFrame:
         """Shares in the circuit: of the components that matter, and what they would be by chance. One row a case."""
-        by_chance = _random_sets(self)
-        null, (weight, attribution) = self.null_shares, self.shares()
-        rows = {
-            "components that matter": (weight, attribution),
-            "all components alike": tuple(
-                s[:, self.known].sum(1).mean().item() for s in (self.weight, self.attribution)
-            ),
-            "the model's weights": (self.weight_of_model[self.known].sum().item(), math.nan),
-            f"random components, mean of {len(null)}": tuple(null.mean(0).tolist()),
-            f"random components, largest of {len(null)}": tuple(null.max(0).values.tolist()),
-            f"other sets of as many nodes, mean of {len(by_chance)}": tuple(by_chance.mean(0).tolist()),
-            f"other sets of as many nodes, largest of {len(by_chance)}": tuple(by_chance.max(0).values.tolist()),
+        sets = _random_sets(self.known, 1000, seed=0)
+        draws = {
+            f"{len(self.null_shares)} sets of random components": self.null_shares,
+            "other sets of as many nodes": sets[(sets != self.known).any(1)].float() @ self._by_node().T,
         }
+        alike = torch.stack([self.weight, self.attribution])[:, :, self.known].sum(2).mean(1)
+        rows = {
+            "components that matter": list(self.shares()),
+            "all components alike": alike.tolist(),
+            "the model's weights": [self.weight_of_model[self.known].sum().item(), math.nan],
+        }
+        for name, shares in draws.items():
+            if len(shares):
+                rows[f"{name}, mean"] = shares.mean(0).tolist()
+                rows[f"{name}, largest"] = shares.max(0).values.tolist()
         return pd.DataFrame.from_dict(rows, orient="index", columns=["weight in circuit", "attribution in circuit"])
 
     def __str__(self) -> str:
         known = ", ".join(name for name, is_known in zip(self.nodes, self.known.tolist(), strict=True) if is_known)
         return (
-            f"{len(self.top)} of {len(self.importance)} components matter; circuit {known}, of {len(self.nodes)} nodes\n"
+            f"{len(self.top)} of {len(self.importance)} components matter; circuit: {known}, of {len(self.nodes)}\n"
             f"{self.table().round(3)}\n\n{self.nulls().round(3)}\n\n{self.overlap()}"
         )
 
@@ -558,7 +569,7 @@ def locate(
         And as `attribution_map`.
     """
     weight = weight_map(decomposition, units)
-    nodes = weight.nodes(level)
+    nodes, of_nodes = weight.nodes(level), weight.amounts(level)
     of_circuit = _chosen(known)
     if not of_circuit or not of_circuit <= set(nodes):
         raise InvalidSetting(
@@ -572,7 +583,7 @@ def locate(
         known=is_known,
         importance=importance,
         top=chosen,
-        weight=_rows(weight.amounts(level)),
+        weight=_rows(of_nodes),
         attribution=attribution,
         weight_of_model=_rows(weight_map(_model_as_component(decomposition), units).amounts(level))[0],
         null_shares=torch.zeros(0, 2),
@@ -630,21 +641,3 @@ def _rows(amounts: Float[Tensor, "C nodes"]) -> Float[Tensor, "C nodes"]:
     """Scaled to sum to 1, on the CPU."""
     amounts = amounts.detach().float().cpu()
     return amounts / amounts.sum(1, keepdim=True).clamp_min(torch.finfo(amounts.dtype).tiny)
-
-
-def _weighted(location: Location, shares: Float[Tensor, "C nodes"]) -> float:
-    weights = location.importance[location.top]
-    in_circuit = shares[location.top][:, location.known].sum(1)
-    return ((weights * in_circuit).sum() / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)).item()
-
-
-def _random_sets(location: Location, n_draws: int = 1000) -> Float[Tensor, "sets 2"]:
-    """The shares in random sets of as many nodes as the circuit has, the circuit itself left out."""
-    generator, n_known = torch.Generator().manual_seed(0), int(location.known.sum())
-    shares = []
-    for _ in range(n_draws):
-        known = torch.zeros(len(location.nodes), dtype=torch.bool)
-        known[torch.randperm(len(known), generator=generator)[:n_known]] = True
-        if not torch.equal(known, location.known):
-            shares.append(replace(location, known=known).shares())
-    return torch.tensor(shares).reshape(-1, 2) if shares else torch.full((1, 2), math.nan)
