@@ -242,7 +242,7 @@ class IntegratedGradients:
         examples: slice = slice(None),
     ) -> Float[Tensor, "v examples *data_pos C"]:
         """mean_t Σ_l Σ_uses <∂(v · f)/∂y_l(t) , x_l(t) P_c,l> of some examples, signed; see `start` for their sum."""
-        total, whole = None, _sum_as_one_component(components)
+        total, whole = None, sum_as_one_component(components)
         for point in range(self.steps):
             t = (point + 0.5) / self.steps
             scaled = ParameterComponents({name: t * A for name, A in whole.A.items()}, whole.B).requires_grad_(False)
@@ -255,7 +255,7 @@ class IntegratedGradients:
 
 
 @torch.no_grad()
-def _sum_as_one_component(components: ParameterComponents) -> ParameterComponents:
+def sum_as_one_component(components: ParameterComponents) -> ParameterComponents:
     """Σ_c P_c as a single component, the smaller of its two factors the identity."""
     A, B = {}, {}
     for name in components.names:

@@ -20,10 +20,11 @@ ATTENTION = "blocks.*.attn.*"
 hooked_transformer = partial(one_layer, n_layers=2)
 
 
-def only_head(decomposition: apd.Decomposition, component: int, layer: int, head: int, d_head: int = 4) -> None:
-    """Takes out of a component all that is not in one head."""
-    heads = slice(head * d_head, (head + 1) * d_head)
+def only_head(decomposition: apd.Decomposition, component: int, layer: int, head: int, group: int = 1) -> None:
+    """Takes out of a component all that is not in one head, or in the keys and values that its group shares."""
     for name in decomposition.components.names:
+        stored = head // group if name.endswith(("W_K", "W_V")) else head
+        heads = slice(4 * stored, 4 * stored + 4)
         A, B = decomposition.components.A[name].data, decomposition.components.B[name].data
         side = A[component] if name.endswith("W_O") else B[component].mT
         kept = side[heads].clone()

@@ -19,19 +19,39 @@ from apd_lens.compare._architecture import MatrixAmounts as MatrixAmounts
 from apd_lens.compare._architecture import attribution_map as attribution_map
 from apd_lens.compare._architecture import layer_of as layer_of
 from apd_lens.compare._architecture import weight_map as weight_map
+from apd_lens.compare._circuits import Circuit as Circuit
+from apd_lens.compare._circuits import Location as Location
+from apd_lens.compare._circuits import Overlap as Overlap
+from apd_lens.compare._circuits import circuit_of_edges as circuit_of_edges
+from apd_lens.compare._circuits import circuit_of_scores as circuit_of_scores
+from apd_lens.compare._circuits import locate as locate
+from apd_lens.compare._circuits import overlap as overlap
+from apd_lens.compare._circuits import read_circuit as read_circuit
 from apd_lens.compare._faithfulness import FaithfulnessCurve as FaithfulnessCurve
 from apd_lens.compare._faithfulness import cmd as cmd
 from apd_lens.compare._faithfulness import cpr as cpr
 from apd_lens.compare._faithfulness import faithfulness_curve as faithfulness_curve
+from apd_lens.compare._signed import SignedAttributions as SignedAttributions
+from apd_lens.compare._signed import signed_attributions as signed_attributions
 
 __all__ = [
     "ArchitectureMap",
+    "Circuit",
     "FaithfulnessCurve",
+    "Location",
     "MatrixAmounts",
+    "Overlap",
+    "SignedAttributions",
     "attribution_map",
+    "circuit_of_edges",
+    "circuit_of_scores",
     "cmd",
     "cpr",
     "faithfulness_curve",
     "layer_of",
+    "locate",
+    "overlap",
+    "read_circuit",
+    "signed_attributions",
     "weight_map",
 ]

@@ -135,11 +135,14 @@ class ArchitectureMap:
             for matrix in self.matrices:
                 add("-" if matrix.layer is None else str(matrix.layer), matrix.total)
             return amounts
-        of_level = [
-            m for m in self.matrices if m.of_units is not None and m.units is not None and m.units.kind == level
-        ]
-        for layer in sorted({m.layer for m in of_level}, key=lambda layer: -1 if layer is None else layer):
-            here = [m.of_units for m in of_level if m.layer == layer and m.of_units is not None]
+        in_layer: dict[int | None, list[Tensor]] = {}
+        for matrix in self.matrices:
+            if matrix.units is not None and matrix.of_units is not None:
+                if matrix.units.kind == level:
+                    in_layer.setdefault(matrix.layer, []).append(matrix.of_units)
+                elif level == "mlp" and matrix.units.kind == "neuron":
+                    add(f"m{'' if matrix.layer is None else matrix.layer}", matrix.total)
+        for layer, here in in_layer.items():
             number = max(of_units.shape[1] for of_units in here)
             for of_units in here:
                 group = number // of_units.shape[1]
@@ -149,7 +152,7 @@ class ArchitectureMap:
 
 
 def node_name(level: Literal["head", "neuron"], layer: int | None, unit: int) -> str:
-    """ "a3.7" for a head, "m3.12" for a neuron; "a7" and "m12" in a model without layers."""
+    """Of a head "a3.7", of a neuron "m3.12"; "a7" and "m12" in a model without layers."""
     return f"{'a' if level == 'head' else 'm'}{'' if layer is None else f'{layer}.'}{unit}"
 
 

@@ -15,6 +15,9 @@ except ImportError as error:
 
 from apd_lens.plots._attributions import attribution_matrix as attribution_matrix
 from apd_lens.plots._attributions import sorted_components as sorted_components
+from apd_lens.plots._circuits import component_nodes as component_nodes
+from apd_lens.plots._circuits import faithfulness as faithfulness
+from apd_lens.plots._circuits import signed_by_position as signed_by_position
 from apd_lens.plots._outputs import ablation_path as ablation_path
 from apd_lens.plots._outputs import feature_loss as feature_loss
 from apd_lens.plots._outputs import loss_by_active as loss_by_active
@@ -38,7 +41,9 @@ __all__ = [
     "attribution_matrix",
     "coefficient_valley",
     "component_graph",
+    "component_nodes",
     "components_by_feature",
+    "faithfulness",
     "feature_loss",
     "feature_vectors",
     "loss_by_active",
@@ -49,6 +54,7 @@ __all__ = [
     "scrubbed_losses",
     "scrubbed_outputs",
     "seed_stability",
+    "signed_by_position",
     "single_feature_responses",
     "sorted_components",
     "unit_share",

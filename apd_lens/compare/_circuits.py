@@ -1,0 +1,643 @@
+"""Circuits that other tools found: read from their tensors and files, and laid beside components.
+
+Nodes are heads "a3.7", MLPs "m3", neurons "m3.12", matrices by their names, and "input" and "logits". Other ways to
+write them ("a3.h7", "L3H7", "mlp_3") are read as these.
+"""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from scipy import stats
+from torch import Tensor
+
+from apd_lens._batches import Batch
+from apd_lens._components import ParameterComponents, random_components
+from apd_lens._decomposition import Decomposition
+from apd_lens._errors import ApdError, ArtifactError, InvalidSetting, ShapeMismatch
+from apd_lens._padding import real_positions, without_padding
+from apd_lens._target import Units
+from apd_lens.compare._architecture import Level, attribution_map, each, node_name, weight_map
+
+_HEAD = re.compile(r"[al]?(\d+)(?:\.h?|h)(\d+)", re.IGNORECASE)
+_MLP = re.compile(r"m(?:lp)?_?(\d+)(?:\.(\d+))?", re.IGNORECASE)
+_END = {"input": "input", "embed": "input", "embeds": "input", "logits": "logits", "output": "logits"}
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """Nodes and edges with their scores.
+
+    Attributes:
+        nodes: name -> score, of every node that was scored.
+        edges: (from, to, by) -> score; `by` is "q", "k" or "v" for an edge into one input of a head, else "".
+        chosen: the nodes that the source says belong to it; None where it has only scores.
+    """
+
+    nodes: Mapping[str, float]
+    edges: Mapping[tuple[str, str, str], float]
+    chosen: frozenset[str] | None = None
+
+    def top(self, k: int) -> list[str]:
+        """The k nodes of the largest |score|."""
+        return sorted(self.nodes, key=lambda node: -abs(self.nodes[node]))[:k]
+
+    def table(self, of: Literal["nodes", "edges"] = "nodes") -> pd.DataFrame:
+        """One row a node, or an edge, the largest |score| first."""
+        if of == "nodes":
+            table = pd.DataFrame({"score": dict(self.nodes)}).rename_axis("node")
+            if self.chosen is not None:
+                table["in circuit"] = [node in self.chosen for node in table.index]
+        else:
+            columns = ["from", "to", "by", "score"]
+            table = pd.DataFrame([(*edge, score) for edge, score in self.edges.items()], columns=columns)
+        return table.sort_values("score", key=abs, ascending=False, kind="stable")
+
+
+def node(name: str) -> str:
+    """A node's name as it is written here.
+
+    >>> [node(name) for name in ("a3.h7", "L3H7", "3.7", "mlp_2", "m2.11", "embed", "blocks.0.attn.W_Q")]
+    ['a3.7', 'a3.7', 'a3.7', 'm2', 'm2.11', 'input', 'blocks.0.attn.W_Q']
+    """
+    name = name.strip()
+    if name.lower() in _END:
+        return _END[name.lower()]
+    if head := _HEAD.fullmatch(name):
+        return f"a{int(head[1])}.{int(head[2])}"
+    if mlp := _MLP.fullmatch(name):
+        return f"m{int(mlp[1])}" + ("" if mlp[2] is None else f".{int(mlp[2])}")
+    return name
+
+
+def edge(name: str) -> tuple[str, str, str]:
+    """From, to, and by which input of a head.
+
+    >>> edge("input->a0.h0<q>"), edge("a0.1->m2")
+    (('input', 'a0.0', 'q'), ('a0.1', 'm2', ''))
+    """
+    written = re.fullmatch(r"(.+?)\s*->\s*(.+?)(?:<([qkv])>)?", name.strip())
+    if written is None:
+        raise ArtifactError(f"Expected an edge such as 'a0.1->m2' or 'input->a0.0<q>', got {name!r}.")
+    return node(written[1]), node(written[2]), written[3] or ""
+
+
+def circuit_of_scores(scores: Tensor, axes: str = "layer head", baseline: float = 0.0) -> Circuit:
+    """A circuit of a tensor of scores, such as `transformer_lens.patching` or attribution patching give.
+
+    Where there are positions, a node's score is the one of its largest size over them.
+
+    Args:
+        scores: one number a patch.
+        axes: what its axes are: "layer" and "head" ("layer pos head", "layer head dest_pos src_pos"), "layer" and
+            "neuron", or "mlp" for the layers of MLPs ("mlp pos" for what `get_act_patch_mlp_out` gives); all others are
+            positions.
+        baseline: taken off; patching gives the metric, so this is the metric of the run that was patched into.
+
+    Raises:
+        ShapeMismatch: axes do not fit the tensor.
+        InvalidSetting: axes name neither heads, MLPs nor neurons.
+    """
+    names = axes.split()
+    if len(names) != scores.ndim or len(set(names)) != len(names):
+        raise ShapeMismatch(f"Expected a tensor with the axes {axes!r}, got one of shape {tuple(scores.shape)}.")
+    kept = next((kept for kept in (["layer", "head"], ["layer", "neuron"], ["mlp"]) if set(kept) <= set(names)), None)
+    if kept is None:
+        raise InvalidSetting(f"axes must name 'layer' and 'head', 'layer' and 'neuron', or 'mlp', got {axes!r}.")
+    rest = [name for name in names if name not in kept]
+    flat = scores.detach().double().cpu().permute([names.index(name) for name in (*kept, *rest)]) - baseline
+    flat = flat.reshape(*flat.shape[: len(kept)], -1)
+    flat = flat.gather(-1, flat.abs().argmax(-1, keepdim=True))[..., 0]
+    if kept == ["mlp"]:
+        return Circuit({f"m{layer}": score for layer, score in enumerate(flat.tolist())}, {})
+    level = "head" if kept[1] == "head" else "neuron"
+    return Circuit(
+        {
+            node_name(level, layer, unit): score
+            for layer, of_layer in enumerate(flat.tolist())
+            for unit, score in enumerate(of_layer)
+        },
+        {},
+    )
+
+
+def circuit_of_edges(edges: Mapping[str, float] | Mapping[tuple[str, str, str], float]) -> Circuit:
+    """A circuit of edges with scores; a node's score is the largest |score| of its edges. "input" and "logits" have
+    none.
+
+    >>> circuit_of_edges({"input->a0.h0<q>": 0.5, "a0.h0->logits": -2.0}).nodes
+    {'a0.0': 2.0}
+    """
+    split = {edge(name) if isinstance(name, str) else name: float(score) for name, score in edges.items()}
+    nodes: dict[str, float] = {}
+    for (start, end, _), score in split.items():
+        for name in (start, end):
+            if name not in _END.values():
+                nodes[name] = max(nodes.get(name, 0.0), abs(score))
+    return Circuit(nodes, split)
+
+
+def read_circuit(path: str | Path, axes: str = "layer head", baseline: float = 0.0) -> Circuit:
+    """A circuit from a file, by its ending:
+
+    - .pt, .safetensors: a tensor of scores, with `axes` and `baseline` as in `circuit_of_scores`; a graph of EAP-IG or
+      MIB; a graph of circuit-tracer. Nothing in the file is run: what is no tensor or plain data is not built.
+    - .json: name -> score, of nodes or edges; a list of {"node" or "edge" or "source" and "target", "score"}; a graph
+      of EAP-IG or MIB; a graph of circuit-tracer as its viewer and Neuronpedia have it.
+    - .csv: with a header: node,score or edge,score or source,target,score.
+
+    The nodes of circuit-tracer are features and errors of transcoders; those of layer 3 stand for its MLP "m3", tokens
+    for "input", and an edge's score is the sum of |weight| over them.
+
+    Raises:
+        ArtifactError: no such file, or nothing in it that is known; says what was found.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactError(f"There is no file {path}.")
+    try:
+        match path.suffix:
+            case ".json":
+                return _of_json(json.loads(path.read_text()))
+            case ".csv":
+                with path.open(newline="") as file:
+                    return _of_records(list(csv.DictReader(file)))
+            case ".pt":
+                return _of_saved(_load(path), axes, baseline)
+            case ".safetensors":
+                from safetensors.torch import load_file
+
+                return _of_saved(load_file(path), axes, baseline)
+    except ApdError as error:
+        raise type(error)(f"{path}: {error}") from error
+    except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
+        raise ArtifactError(f"{path} cannot be read as a circuit: {type(error).__name__}: {error}") from error
+    raise ArtifactError(f"Expected a file that ends in .json, .csv, .pt or .safetensors, got {path}.")
+
+
+class _Record:
+    """Stands in the place of any class in a saved graph; built of plain data only, and never looked at."""
+
+    def __new__(cls, *args: Any) -> "_Record":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _load(path: Path) -> Any:
+    """torch.load of tensors and plain data, with a `_Record` for everything else."""
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with torch.serialization.safe_globals([(_Record, name) for name in names]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _of_saved(saved: Any, axes: str, baseline: float) -> Circuit:
+    if isinstance(saved, Mapping) and len(saved) == 1:
+        (only,) = saved.values()
+        saved = only if isinstance(only, Tensor) else saved
+    if isinstance(saved, Tensor):
+        return circuit_of_scores(saved, axes, baseline)
+    if isinstance(saved, Mapping) and {"adjacency_matrix", "active_features"} <= saved.keys():
+        return _of_adjacency(saved)
+    if isinstance(saved, Mapping) and {"src_nodes", "dst_nodes", "edges_scores"} <= saved.keys():
+        return _of_eap_tensors(saved)
+    found = sorted(map(str, saved)) if isinstance(saved, Mapping) else type(saved).__name__
+    raise ArtifactError(
+        "Expected a tensor of scores, a graph of EAP-IG (src_nodes, dst_nodes, edges_scores) or of circuit-tracer "
+        f"(adjacency_matrix, active_features), got {found}."
+    )
+
+
+def _of_adjacency(graph: Mapping[str, Any]) -> Circuit:
+    """circuit-tracer: rows are targets, columns sources, each [features, errors by layer and position, tokens,
+    logits]."""
+    weights, n_pos = graph["adjacency_matrix"].float().abs(), len(graph["input_tokens"])
+    layers = graph["active_features"][graph["selected_features"]][:, 0].tolist()
+    n_logits = len(graph["logit_probabilities"])
+    n_layers, left = divmod(len(weights) - len(layers) - n_pos - n_logits, n_pos)
+    if left or n_layers < 0:
+        raise ArtifactError(f"The adjacency matrix of {len(weights)} nodes does not fit {len(layers)} features.")
+    kinds = [f"m{int(layer)}" for layer in layers]
+    kinds += [f"m{layer}" for layer in range(n_layers) for _ in range(n_pos)]
+    kinds += ["input"] * n_pos + ["logits"] * n_logits
+    names = sorted(set(kinds))
+    member = torch.zeros(len(kinds), len(names))
+    member[torch.arange(len(kinds)), torch.tensor([names.index(kind) for kind in kinds])] = 1
+    sums = member.T @ weights @ member
+    edges = {
+        (names[source], names[target], ""): sums[target, source].item()
+        for target, source in sums.nonzero().tolist()
+        if source != target
+    }
+    return circuit_of_edges(edges)
+
+
+def _of_eap_tensors(graph: Mapping[str, Any]) -> Circuit:
+    """EAP-IG and MIB: scores `source target`; targets are written a0.h0<q>."""
+    edges = {}
+    for source, row in zip(graph["src_nodes"], graph["edges_scores"].tolist(), strict=True):
+        for target, score in zip(graph["dst_nodes"], row, strict=True):
+            if score:  # 0 also where there is no edge
+                edges[f"{source}->{target}"] = score
+    of_nodes = {node(str(name)): 0.0 for name in graph["src_nodes"] if node(str(name)) not in _END.values()}
+    circuit = circuit_of_edges(edges)
+    circuit = replace(circuit, nodes={**of_nodes, **circuit.nodes})
+    if "nodes_in_graph" not in graph:
+        return circuit
+    inside = zip(graph["src_nodes"], graph["nodes_in_graph"].tolist(), strict=True)
+    chosen = frozenset(node(name) for name, is_in in inside if is_in) - {"input"}
+    return replace(circuit, chosen=chosen) if chosen else circuit
+
+
+def _of_json(content: Any) -> Circuit:
+    if isinstance(content, list):
+        return _of_records(content)
+    if not isinstance(content, dict) or not content:
+        raise ArtifactError(f"Expected an object or a list with something in it, got {str(content)[:80]}.")
+    if isinstance(content.get("nodes"), list) and isinstance(content.get("links"), list):
+        return _of_links(content)
+    if isinstance(content.get("nodes"), dict) or isinstance(content.get("edges"), dict):
+        return _of_graph(content.get("nodes") or {}, content.get("edges") or {})
+    if all(isinstance(score, int | float) for score in content.values()):
+        return _of_records([{"edge" if "->" in name else "node": name, "score": s} for name, s in content.items()])
+    raise ArtifactError(
+        "Expected name -> score, or 'nodes' and 'edges' with scores (EAP-IG), or 'nodes' and 'links' (circuit-tracer), "
+        f"got an object with {sorted(content)[:6]}."
+    )
+
+
+def _of_graph(nodes: Mapping[str, Any], edges: Mapping[str, Any]) -> Circuit:
+    """EAP-IG and MIB: name -> score, or {"score", "in_graph"}, or whether it is in the graph."""
+
+    def read(given: Any) -> tuple[float | None, bool | None]:
+        if isinstance(given, bool):
+            return None, given
+        if isinstance(given, Mapping):
+            score, inside = given.get("score"), given.get("in_graph")
+            return (None if score is None or math.isnan(score) else float(score)), inside
+        return float(given), None
+
+    scores = {name: read(given)[0] for name, given in edges.items()}
+    circuit = circuit_of_edges({name: score for name, score in scores.items() if score is not None})
+    named = {node(name): read(given) for name, given in nodes.items()}
+    named = {name: given for name, given in named.items() if name not in _END.values()}
+    of_nodes = {
+        name: score if score is not None else circuit.nodes.get(name, float(bool(inside)))
+        for name, (score, inside) in named.items()
+    }
+    chosen = {name for name, (_, inside) in named.items() if inside}
+    if not named:
+        inside = [edge(name)[:2] for name, given in edges.items() if read(given)[1]]
+        chosen = {name for ends in inside for name in ends} - set(_END.values())
+    return replace(circuit, nodes={**circuit.nodes, **of_nodes}, chosen=frozenset(chosen) if chosen else None)
+
+
+def _of_links(graph: Mapping[str, Any]) -> Circuit:
+    """circuit-tracer: nodes with "node_id", "layer" and "feature_type", links with "source", "target", "weight"."""
+    kinds = {}
+    for given in graph["nodes"]:
+        kind = given["feature_type"]
+        kinds[given["node_id"]] = {"embedding": "input", "logit": "logits"}.get(kind, f"m{given['layer']}")
+    edges: dict[tuple[str, str, str], float] = {}
+    for link in graph["links"]:
+        ends = kinds[link["source"]], kinds[link["target"]], ""
+        if ends[0] != ends[1]:
+            edges[ends] = edges.get(ends, 0.0) + abs(float(link["weight"]))
+    return circuit_of_edges(edges)
+
+
+def _of_records(records: Sequence[Mapping[str, Any]]) -> Circuit:
+    nodes: dict[str, float] = {}
+    edges: dict[str, float] = {}
+    for number, record in enumerate(records, 1):
+        score = record.get("score", record.get("weight")) if isinstance(record, Mapping) else None
+        if score is None:
+            raise ArtifactError(f"Entry {number} has no score: {record}.")
+        if "edge" in record:
+            edges[record["edge"]] = float(score)
+        elif "source" in record and "target" in record:
+            edges[f"{record['source']}->{record['target']}"] = float(score)
+        elif "node" in record:
+            nodes[node(record["node"])] = float(score)
+        else:
+            raise ArtifactError(f"Entry {number} names neither a node, an edge, nor source and target: {record}.")
+    if not nodes and not edges:
+        raise ArtifactError("It holds neither nodes nor edges.")
+    circuit = circuit_of_edges(edges)
+    return replace(circuit, nodes={**circuit.nodes, **nodes})
+
+
+@dataclass(frozen=True, eq=False)
+class Overlap:
+    """How far the nodes with the largest scores are those of a known circuit.
+
+    Attributes:
+        nodes: all that were scored.
+        scores: of the nodes.
+        known: which belong to the circuit.
+        found: the nodes of the largest |score|.
+        measures: precision, recall and IoU of `found`, AUROC of the scores' sizes (ties count half).
+        null: the same with the scores dealt out to the nodes at random, one entry a draw.
+    """
+
+    nodes: list[str]
+    scores: Float[Tensor, " nodes"]
+    known: Bool[Tensor, " nodes"]
+    found: Bool[Tensor, " nodes"]
+    measures: Mapping[str, float]
+    null: Mapping[str, Float[Tensor, " draws"]]
+
+    def table(self) -> pd.DataFrame:
+        """One row a measure, beside its null; p is the share of draws that are at least as good."""
+        rows = {
+            name: {
+                "value": value,
+                "null mean": self.null[name].mean().item(),
+                "null 95 %": self.null[name].quantile(0.95).item(),
+                "p": (1 + int((self.null[name] >= value - 1e-9).sum())) / (1 + len(self.null[name])),
+            }
+            for name, value in self.measures.items()
+        }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("measure")
+
+    def __str__(self) -> str:
+        found = [name for name, is_found in zip(self.nodes, self.found.tolist(), strict=True) if is_found]
+        known = [name for name, is_known in zip(self.nodes, self.known.tolist(), strict=True) if is_known]
+        return f"found {', '.join(found)}; known {', '.join(known)}; of {len(self.nodes)}\n{self.table().round(3)}"
+
+
+def overlap(
+    scores: Mapping[str, float] | Circuit,
+    known: Iterable[str] | Circuit,
+    k: int | None = None,
+    *,
+    n_null: int = 1000,
+    seed: int = 0,
+) -> Overlap:
+    """Precision, recall, IoU and AUROC of scored nodes against a known circuit, beside those of random scores.
+
+    Args:
+        scores: of every node that could be in the circuit; those of a circuit, or of `Location.node_scores`.
+        known: the circuit's nodes; of a `Circuit` those that it says are in it.
+        k: how many of the nodes are taken for found; default: as many as are known.
+
+    Raises:
+        InvalidSetting: none or all of the scored nodes are known, or a known one has no score; a circuit without
+            chosen nodes; k out of range.
+    """
+    given = dict(scores.nodes if isinstance(scores, Circuit) else scores)
+    given = {node(name): score for name, score in given.items()}
+    of_circuit = _chosen(known)
+    missing = sorted(of_circuit - given.keys())
+    if missing or not 0 < len(of_circuit) < len(given):
+        scored = ", ".join(list(given)[:6]) + (", ..." if len(given) > 6 else "")
+        raise InvalidSetting(
+            f"Expected a circuit of some of the {len(given)} nodes that have scores ({scored}), got "
+            f"{sorted(of_circuit)[:12]}" + (f"; without a score: {missing[:12]}." if missing else ".")
+        )
+    k = len(of_circuit) if k is None else k
+    if not 0 < k <= len(given):
+        raise InvalidSetting(f"k must be between 1 and {len(given)}, the number of nodes, got {k}.")
+    nodes = list(given)
+    is_known = torch.tensor([name in of_circuit for name in nodes])
+    sizes = torch.tensor([abs(given[name]) for name in nodes], dtype=torch.float64)
+    order = sizes.argsort(dim=0, descending=True, stable=True)
+    found = torch.zeros(len(nodes), dtype=torch.bool).index_fill_(0, order[:k], True)
+    ranks = torch.from_numpy(stats.rankdata(sizes.numpy()))
+    return Overlap(
+        nodes=nodes,
+        scores=torch.tensor([float(given[name]) for name in nodes]),
+        known=is_known,
+        found=found,
+        measures={name: value.item() for name, value in _measures(found, ranks, is_known).items()},
+        null=_measures(found, ranks, _random_sets(is_known, n_null, seed)),
+    )
+
+
+def _chosen(known: Iterable[str] | Circuit) -> set[str]:
+    if not isinstance(known, Circuit):
+        return {node(name) for name in known}
+    if known.chosen is None:
+        raise InvalidSetting("The known circuit has scores only. Say how many of its nodes count: circuit.top(k).")
+    return set(known.chosen)
+
+
+def _random_sets(known: Bool[Tensor, " nodes"], n: int, seed: int) -> Bool[Tensor, "n nodes"]:
+    """n random sets of as many nodes."""
+    drawn = torch.rand(n, len(known), generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
+    return torch.zeros(n, len(known), dtype=torch.bool).scatter_(1, drawn[:, : int(known.sum())], True)
+
+
+def _measures(
+    found: Bool[Tensor, " nodes"], ranks: Float[Tensor, " nodes"], known: Bool[Tensor, "*sets nodes"]
+) -> dict[str, Float[Tensor, "*sets"]]:
+    both, n_known, n_found = (found & known).sum(-1).double(), known.sum(-1), found.sum()
+    # Mann and Whitney: the share of pairs of a known node and another in which the known one has the larger score.
+    above = (ranks * known).sum(-1) - n_known * (n_known + 1) / 2
+    return {
+        "precision": both / n_found,
+        "recall": both / n_known,
+        "IoU": both / (n_found + n_known - both),
+        "AUROC": above / (n_known * (len(found) - n_known)),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Location:
+    """Whether the components that matter lie in the nodes of a known circuit.
+
+    Attributes:
+        nodes: all nodes of the level.
+        known: which belong to the circuit.
+        importance: mean over data points of |attribution|, of each component.
+        top: the components that matter.
+        weight, attribution: share of each component's weight, and of its attribution, that lies in each node, of what
+            lies in nodes of this level; rows sum to 1.
+        weight_of_model: share of ‖W‖² of the decomposed matrices that lies in each node.
+        null_shares: the weight's and the attribution's share in the circuit, of the components that matter among random
+            ones with the same singular values; one row a draw.
+    """
+
+    nodes: list[str]
+    known: Bool[Tensor, " nodes"]
+    importance: Float[Tensor, " C"]
+    top: list[int]
+    weight: Float[Tensor, "C nodes"]
+    attribution: Float[Tensor, "C nodes"]
+    weight_of_model: Float[Tensor, " nodes"]
+    null_shares: Float[Tensor, "draws 2"]
+
+    def shares(self) -> tuple[float, float]:
+        """Share of weight and of attribution of `top` in the circuit, mean weighted by importance."""
+        weight, attribution = self._by_node()[:, self.known].sum(1).tolist()
+        return weight, attribution
+
+    def _by_node(self) -> Float[Tensor, "2 nodes"]:
+        """Shares of weight and of attribution of `top` in each node, mean weighted by importance."""
+        weights = self.importance[self.top]
+        weights = weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+        return torch.stack([weights @ self.weight[self.top], weights @ self.attribution[self.top]])
+
+    def node_scores(self) -> dict[str, float]:
+        """Σ over `top` of importance times the share of the attribution that lies in the node."""
+        scores = self.importance[self.top] @ self.attribution[self.top]
+        return dict(zip(self.nodes, scores.tolist(), strict=True))
+
+    def overlap(self, k: int | None = None) -> Overlap:
+        """The nodes in which the components that matter have their effect, against the circuit; see `overlap`."""
+        return overlap(self.node_scores(), [n for n, known in zip(self.nodes, self.known, strict=True) if known], k)
+
+    def table(self) -> pd.DataFrame:
+        """One row a component that matters, the most important first."""
+        rows = [
+            {
+                "component": c,
+                "importance": self.importance[c].item(),
+                "weight in circuit": self.weight[c, self.known].sum().item(),
+                "attribution in circuit": self.attribution[c, self.known].sum().item(),
+                "largest by weight": self.nodes[int(self.weight[c].argmax())],
+                "largest by attribution": self.nodes[int(self.attribution[c].argmax())],
+            }
+            for c in self.top
+        ]
+        return pd.DataFrame(rows).set_index("component")
+
+    def nulls(self) -> pd.DataFrame:
+        """Shares in the circuit: of the components that matter, and what they would be by chance. One row a case."""
+        sets = _random_sets(self.known, 1000, seed=0)
+        draws = {
+            f"{len(self.null_shares)} sets of random components": self.null_shares,
+            "other sets of as many nodes": sets[(sets != self.known).any(1)].float() @ self._by_node().T,
+        }
+        alike = torch.stack([self.weight, self.attribution])[:, :, self.known].sum(2).mean(1)
+        rows = {
+            "components that matter": list(self.shares()),
+            "all components alike": alike.tolist(),
+            "the model's weights": [self.weight_of_model[self.known].sum().item(), math.nan],
+        }
+        for name, shares in draws.items():
+            if len(shares):
+                rows[f"{name}, mean"] = shares.mean(0).tolist()
+                rows[f"{name}, largest"] = shares.max(0).values.tolist()
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["weight in circuit", "attribution in circuit"])
+
+    def __str__(self) -> str:
+        known = ", ".join(name for name, is_known in zip(self.nodes, self.known.tolist(), strict=True) if is_known)
+        return (
+            f"{len(self.top)} of {len(self.importance)} components matter; circuit: {known}, of {len(self.nodes)}\n"
+            f"{self.table().round(3)}\n\n{self.nulls().round(3)}\n\n{self.overlap()}"
+        )
+
+
+def locate(
+    decomposition: Decomposition,
+    batches: Iterable[Batch],
+    known: Iterable[str] | Circuit,
+    metric: Callable[[Tensor], Tensor] | None = None,
+    *,
+    top: int | None = None,
+    level: Level = "head",
+    units: Mapping[str, Units] | None = None,
+    n_null: int = 5,
+    seed: int = 0,
+) -> Location:
+    """Do the components that matter live in the nodes of a known circuit? `print` shows the answer beside its nulls.
+
+    Args:
+        batches: a list of batches or another iterable that can be gone through again.
+        known: the circuit's nodes, such as ["a0.3", "a1.6"].
+        metric: matter for this scalar of the explained output, output -> `batch`; default: for all outputs.
+        top: how many components matter; default: the fewest that hold 90 % of the importance.
+        level: what the nodes are.
+        units: as in `weight_map`.
+        n_null: sets of random components that are measured in the same way, each with the cost of the whole.
+
+    Raises:
+        InvalidSetting: a known node is none of the model's, or not decomposed; top out of range.
+        And as `attribution_map`.
+    """
+    weight = weight_map(decomposition, units)
+    nodes, of_nodes = weight.nodes(level), weight.amounts(level)
+    of_circuit = _chosen(known)
+    if not of_circuit or not of_circuit <= set(nodes):
+        raise InvalidSetting(
+            f"Expected a circuit of {level}s among those of the decomposed matrices ({', '.join(nodes[:12])}"
+            f"{', ...' if len(nodes) > 12 else ''}), got {sorted(of_circuit)[:12]}."
+        )
+    is_known = torch.tensor([name in of_circuit for name in nodes])
+    importance, chosen, attribution = _what_matters(decomposition, batches, metric, top, level, units)
+    location = Location(
+        nodes=nodes,
+        known=is_known,
+        importance=importance,
+        top=chosen,
+        weight=_rows(of_nodes),
+        attribution=attribution,
+        weight_of_model=_rows(weight_map(_model_as_component(decomposition), units).amounts(level))[0],
+        null_shares=torch.zeros(0, 2),
+    )
+    shares = []
+    for draw in range(n_null):
+        other = replace(decomposition, components=random_components(decomposition.components, seed + draw))
+        importance, chosen, attribution = _what_matters(other, batches, metric, top, level, units)
+        null = replace(
+            location,
+            importance=importance,
+            top=chosen,
+            weight=_rows(weight_map(other, units).amounts(level)),
+            attribution=attribution,
+        )
+        shares.append(null.shares())
+    return replace(location, null_shares=torch.tensor(shares).reshape(-1, 2))
+
+
+def _what_matters(
+    decomposition: Decomposition,
+    batches: Iterable[Batch],
+    metric: Callable[[Tensor], Tensor] | None,
+    top: int | None,
+    level: Level,
+    units: Mapping[str, Units] | None,
+) -> tuple[Float[Tensor, " C"], list[int], Float[Tensor, "C nodes"]]:
+    """Importance, the components that matter, and the shares of their attribution."""
+    total, n_data = torch.zeros(decomposition.components.n_components, dtype=torch.float64), 0
+    for batch in each(batches):
+        attributions = decomposition.attributions(batch, metric)
+        sizes = without_padding(attributions, real_positions(decomposition.target.prepare(batch))).abs().flatten(0, -2)
+        total += sizes.double().sum(0).cpu()
+        n_data += len(sizes)
+    importance = (total / n_data).float()
+    order = importance.argsort(dim=0, descending=True, stable=True)
+    if top is None:
+        held = importance[order].cumsum(0) / importance.sum()
+        top = min(len(order), int((held < 0.9).sum()) + 1)
+    if not 0 < top <= len(order):
+        raise InvalidSetting(f"top must be between 1 and the {len(order)} components, got {top}.")
+    shares = _rows(attribution_map(decomposition, batches, metric, units).amounts(level))
+    return importance, order[:top].tolist(), shares
+
+
+def _model_as_component(decomposition: Decomposition) -> Decomposition:
+    """The weights themselves as the one component."""
+    A = {name: decomposition.target.weights[name].value()[None] for name in decomposition.components.names}
+    A = {name: value.to(decomposition.components.A[name].dtype) for name, value in A.items()}
+    B = {name: torch.eye(value.shape[2]).to(value)[None] for name, value in A.items()}
+    return replace(decomposition, components=ParameterComponents(A, B))
+
+
+def _rows(amounts: Float[Tensor, "C nodes"]) -> Float[Tensor, "C nodes"]:
+    """Scaled to sum to 1, on the CPU."""
+    amounts = amounts.detach().float().cpu()
+    return amounts / amounts.sum(1, keepdim=True).clamp_min(torch.finfo(amounts.dtype).tiny)

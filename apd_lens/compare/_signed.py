@@ -1,0 +1,173 @@
+"""Which components push a metric up or down, on which positions, with the sum checked against the true change."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from apd_lens._attribution import metric_effects, metric_scalars, sum_as_one_component
+from apd_lens._batches import Batch
+from apd_lens._components import ParameterComponents
+from apd_lens._decomposition import Decomposition
+from apd_lens._errors import InvalidSetting
+from apd_lens._passes import WatchedPass, replaced_pass, subtract_weights
+from apd_lens._target import evaluating
+from apd_lens.compare._architecture import each
+
+
+@dataclass(frozen=True, eq=False)
+class SignedAttributions:
+    """How much each component raises a metric, and what really happens to the metric without it.
+
+    Attributes:
+        attribution: mean over examples; positive where the component raises the metric.
+        by_position: the part of `attribution` that comes in at each position; None where matrices are not all used on
+            `batch pos`. Of examples of other lengths, the mean over those that have the position.
+        ablation: m(W) − m(W − P_c), the true change on taking out one component, mean over examples.
+        change: m(W) − m(W − Σ_c P_c), the true change on taking out all of them, which `attribution` should sum to.
+    """
+
+    attribution: Float[Tensor, " C"]
+    by_position: Float[Tensor, "pos C"] | None
+    ablation: Float[Tensor, " C"]
+    change: float
+
+    @property
+    def error(self) -> float:
+        """Σ_c attribution_c − change, in units of the metric: what the steps of the path leave out."""
+        return self.attribution.sum().item() - self.change
+
+    @property
+    def correlation(self) -> float:
+        """Pearson's, over components, of attribution with the change on ablating each alone."""
+        return torch.corrcoef(torch.stack([self.attribution, self.ablation]))[0, 1].item()
+
+    @property
+    def slope(self) -> float:
+        """Least-squares slope through 0 of the change on ablating each alone in its attribution; 1 if they agree, other
+        where components do each other's work (below) or need each other (above)."""
+        return ((self.ablation @ self.attribution) / self.attribution.square().sum()).item()
+
+    def table(self) -> pd.DataFrame:
+        """One row a component, from the one that raises the metric most to the one that lowers it most."""
+        table = pd.DataFrame(
+            {"attribution": self.attribution.numpy(), "metric lost on ablation": self.ablation.numpy()}
+        ).rename_axis("component")
+        if self.by_position is not None:
+            table["largest position"] = self.by_position.abs().argmax(0).numpy()
+        return table.sort_values("attribution", ascending=False, kind="stable")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.table().round(4)}\nsum {self.attribution.sum().item():.4g}, metric lost without all components "
+            f"{self.change:.4g}; each alone: correlation {self.correlation:.3f}, slope {self.slope:.3f}"
+        )
+
+
+@torch.inference_mode(False)
+def signed_attributions(
+    decomposition: Decomposition,
+    batches: Iterable[Batch],
+    metric: Callable[[Tensor], Tensor],
+    *,
+    steps: int = 8,
+) -> SignedAttributions:
+    """Integrated gradients of a metric along the path W − t Σ_c P_c, split over components and positions:
+
+        a_c = mean_t Σ_l Σ_uses <∂m/∂y_l(t) , x_l(t) P_c,l>,  t = (i + 1/2) / steps
+
+    so that Σ_c a_c is m(W) − m(W − Σ_c P_c) up to the error of the midpoint rule, which `error` says. With one metric
+    a batch of examples costs `steps` forward and backward passes, and a forward pass for each component.
+
+    Args:
+        metric: the explained output -> one scalar an example, `batch`, such as a logit difference.
+        steps: points on the path.
+
+    Raises:
+        InvalidSetting: steps < 1.
+        ShapeMismatch: the metric does not give one scalar an example.
+        InvalidBatches: no batches.
+        NonFinite: a batch, or the output, holds NaN or infinity.
+
+    Source: Sundararajan et al. 2017, arXiv 1703.01365, over weights in the place of inputs.
+    """
+    if steps < 1:
+        raise InvalidSetting(f"signed_attributions needs at least 1 step, got {steps}.")
+    n_components = decomposition.components.n_components
+    attribution = torch.zeros(n_components, dtype=torch.float64)
+    ablation, change, n_data = torch.zeros(n_components, dtype=torch.float64), 0.0, 0
+    by_position, counts = torch.zeros(0, n_components, dtype=torch.float64), torch.zeros(0, 1)
+    has_positions = True
+    for batch in each(batches):
+        with evaluating(decomposition.target.model):
+            watched = decomposition._watch(batch)
+            has_positions = has_positions and _on_positions(watched)
+            effects = _integrated(watched, decomposition.components, metric, steps, has_positions).double().cpu()
+            lost, lost_with_all = _lost(watched, decomposition, metric)
+        ablation += lost
+        change += lost_with_all
+        n_data += len(effects)
+        if has_positions:
+            summed = effects.sum(0)
+            by_position, counts = (
+                _added(by_position, summed),
+                _added(counts, torch.full_like(summed[:, :1], len(effects))),
+            )
+            effects = effects.sum(1)
+        attribution += effects.sum(0)
+    return SignedAttributions(
+        attribution=(attribution / n_data).float(),
+        by_position=(by_position / counts).float() if has_positions else None,
+        ablation=(ablation / n_data).float(),
+        change=change / n_data,
+    )
+
+
+def _on_positions(watched: WatchedPass) -> bool:
+    """Whether all matrices are used on the same `batch pos`."""
+    return len({call.y.shape[1:-1] for call in watched.calls}) == 1 and watched.calls[0].y.ndim == 3
+
+
+def _added(some: Float[Tensor, "pos n"], more: Float[Tensor, "more_pos n"]) -> Float[Tensor, "longer n"]:
+    """Their sum, the shorter one filled up with zeros."""
+    total = some.new_zeros(max(len(some), len(more)), some.shape[1])
+    total[: len(some)] += some
+    total[: len(more)] += more
+    return total
+
+
+def _integrated(
+    watched: WatchedPass,
+    components: ParameterComponents,
+    metric: Callable[[Tensor], Tensor],
+    steps: int,
+    by_position: bool,
+) -> Float[Tensor, "batch *pos C"]:
+    whole, total = sum_as_one_component(components), None
+    for point in range(steps):
+        t = (point + 0.5) / steps
+        scaled = ParameterComponents({name: t * A for name, A in whole.A.items()}, whole.B).requires_grad_(False)
+        passed = watched.replacing(subtract_weights(scaled, [0]), slice(None))
+        effects = metric_effects(passed, components, "position" if by_position else "example", metric)
+        total = effects if total is None else total + effects
+    assert total is not None
+    return total / steps
+
+
+@torch.no_grad()
+def _lost(
+    watched: WatchedPass, decomposition: Decomposition, metric: Callable[[Tensor], Tensor]
+) -> tuple[Float[Tensor, " C"], float]:
+    """The metric of the model less that without each component, and without all; summed over examples."""
+    run, components = watched.run, decomposition.components
+
+    def without(chosen: list[int]) -> Tensor:
+        output, _ = replaced_pass(run.target, run.names, subtract_weights(components, chosen), run.batch, run.output)
+        return metric_scalars(metric, output).double().sum().cpu()
+
+    model = without([])
+    lost = [model - without([component]) for component in range(components.n_components)]
+    return torch.stack(lost), (model - without(list(range(components.n_components)))).item()
