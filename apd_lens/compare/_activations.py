@@ -158,6 +158,9 @@ def activation_match(
     above `least`. Data points are those of the decomposition: where they are examples, latents are pooled over an
     example's positions first. Only sums over data points are kept, a few matrices `C latents`; padding is left out.
 
+    Where units are active on one or two data points each, those of other data points match just as well, and the null
+    says so. Then pairs that directions have found can be checked: `direction_match(...).found.of_pairs(match.f1)`.
+
     Args:
         batches: any number of them, gone through once; each needs two data points for the null.
         by: which measure matches are looked for in.

@@ -159,7 +159,7 @@ class Dictionary:
     def n_latents(self) -> int:
         return self.decoder.shape[0]
 
-    def encode(self, x: Float[Tensor, "batch *pos d"]) -> Latents:
+    def encode(self, x: Float[Tensor, "batch *places"]) -> Latents:
         """Latents of activations at `site`; these may be `batch *pos head d_head` with d = head · d_head.
 
         Raises:
@@ -180,7 +180,7 @@ class Dictionary:
         pre = flat @ self.encoder
         return self._activated(pre if self.encoder_bias is None else pre + self.encoder_bias)
 
-    def decode(self, latents: Latents) -> Float[Tensor, "batch *pos d_out"]:
+    def decode(self, latents: Latents) -> Float[Tensor, "batch *places"]:
         """x̂, the activations that the latents stand for; of SAEs whose latents were encoded last, in their units."""
         if self.sae is not None:
             return self.sae.decode(latents)
@@ -241,7 +241,7 @@ def random_dictionary(dictionary: Dictionary, seed: int = 0) -> Dictionary:
 def spliced(
     model: nn.Module,
     dictionaries: Sequence[Dictionary],
-    masks: Sequence[Shaped[Tensor, "batch *mask_pos latents"] | None] | None = None,
+    masks: Sequence[Shaped[Tensor, "..."] | None] | None = None,
 ) -> Iterator[None]:
     """Inside, every forward of the user's model goes on with the dictionaries' x̂ in the place of the activations.
 
@@ -315,7 +315,7 @@ def _read_and_write(
     return read, write
 
 
-def at_positions(mask: Shaped[Tensor, "batch *mask_pos latents"], latents: Latents) -> Shaped[Tensor, "batch *p n"]:
+def at_positions(mask: Shaped[Tensor, "examples *mask_pos n"], latents: Latents) -> Shaped[Tensor, "examples *p n"]:
     """The mask with an axis for each position: one of `batch latents` holds for all positions of an example."""
     if mask.ndim == 2 < latents.ndim:
         mask = mask.reshape(len(mask), *[1] * (latents.ndim - 2), mask.shape[-1])

@@ -57,6 +57,22 @@ class Matching:
             "    with several": share(self.components_above, latents, 2),
         }
 
+    def of_pairs(self, likeness: Float[Tensor, "C latents"], seed: int = 0) -> tuple[float, float]:
+        """Mean over the one-to-one pairs of another likeness, which they were not chosen by, and of the same pairs with
+        their latents exchanged at random. So directions and activity can be checked against each other.
+
+        Raises:
+            ShapeMismatch: of other components or latents.
+        """
+        if likeness.shape != (len(self.partner), len(self.component)):
+            expected = (len(self.partner), len(self.component))
+            raise ShapeMismatch(f"Expected a likeness of shape {expected}, got {tuple(likeness.shape)}.")
+        rows = (self.partner >= 0).nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+        columns = self.partner[rows]
+        found, exchanged = (likeness.cpu()[rows, some].mean().item() for some in (columns, columns.roll(1)))
+        return found, exchanged
+
     def table(self, of: Literal["component", "latent"] = "component") -> pd.DataFrame:
         """One row for each component, or latent, that counts."""
         if of == "latent":

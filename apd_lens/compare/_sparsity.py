@@ -139,10 +139,10 @@ def sparsity(
     loss = decomposition.settings.losses.distance if loss is None else loss
     _check(decomposition, ks, loss, labels, by)
     device = next(decomposition.components.parameters()).device
-    models: dict[str, _Components | _Spliced] = {"components": _Components(decomposition)}
+    models: dict[str, _Components | _Spliced] = {"components": _Components.of(decomposition)}
     if nulls:
         random = replace(decomposition, components=random_components(decomposition.components, seed))
-        models["random components"] = _Components(random)
+        models["random components"] = _Components.of(random)
     for name, given in dictionaries.items():
         some = [moved(each, device) for each in ([given] if isinstance(given, Dictionary) else given)]
         models[name] = _Spliced(decomposition, some, by, pool, projections, seed)
@@ -181,22 +181,32 @@ Counted = tuple[float, float, float]
 
 @dataclass(frozen=True, eq=False)
 class _Components:
-    """The model on its active components."""
+    """The model on its active components.
+
+    Attributes:
+        rank, parameters: of each component, over all matrices.
+    """
 
     decomposition: Decomposition
+    rank: Float[Tensor, " C"]
+    parameters: Float[Tensor, " C"]
+
+    @staticmethod
+    def of(decomposition: Decomposition) -> "_Components":
+        components = decomposition.components
+        ranks = metrics.ranks(components)
+        sizes = [components.A[name].shape[1] + components.B[name].shape[2] for name in components.names]
+        return _Components(decomposition, ranks.sum(1), ranks @ torch.tensor(sizes).to(ranks))
 
     def points(self, batch: Batch, real: Real, ks: Sequence[float], alpha: float) -> Iterator["_Point"]:
         target, components, output = self.decomposition.target, self.decomposition.components, self.decomposition.output
         assert output is not None
         attributions, _ = self.decomposition._attributed(batch)
-        ranks = metrics.ranks(components)
-        sizes = [components.A[name].shape[1] + components.B[name].shape[2] for name in components.names]
-        parameters = ranks @ torch.tensor(sizes).to(ranks)
         for k in ks:
             mask = _selected(self.decomposition.settings.selection, k, attributions, real)
             with evaluating(target.model):
                 sparse_output, _ = sparse_pass(target, components, batch, mask, output)
-            yield _Point(k, _counted(mask, ranks.sum(1), parameters, alpha, real), sparse_output)
+            yield _Point(k, _counted(mask, self.rank, self.parameters, alpha, real), sparse_output)
 
 
 @dataclass(frozen=True, eq=False)

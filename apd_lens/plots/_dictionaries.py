@@ -128,7 +128,8 @@ def loss_against_sparsity(
 ) -> Figure | SubFigure:
     """Curves of loss against sparsity on log axes, lower and further left is better; nulls in grey.
 
-    Points at which nothing is active or no loss is left have no place on log axes, and are not drawn.
+    Points at which nothing is active, or no loss is left (less than 1e-7 of the largest), have no place on log axes and
+    are not drawn.
 
     Args:
         sparsity, loss: name of a curve -> its points, such as `compare.Sparsity.of("active")` and `of("loss")`.
@@ -140,13 +141,14 @@ def loss_against_sparsity(
         ShapeMismatch: a curve with other points in `loss` than in `sparsity`.
     """
     ax = axes(ax, 7.0)
+    least = 1e-7 * max((values.max().item() for values in loss.values() if len(values)), default=0)
     for name, (colour, style) in _styles(sparsity, nulls).items():
         if name not in loss or loss[name].shape != sparsity[name].shape:
             came = tuple(loss[name].shape) if name in loss else "none"
             raise ShapeMismatch(f"Expected losses of {name!r} of shape {tuple(sparsity[name].shape)}, got {came}.")
         x, y = plain(sparsity[name]), plain(loss[name])
         order = x.argsort()
-        order = order[(x[order] > 0) & (y[order] > 0)]
+        order = order[(x[order] > 0) & (y[order] > least)]
         marker = "." if name in nulls else "o"
         ax.plot(x[order].numpy(), y[order].numpy(), color=colour, linestyle=style, marker=marker, ms=5, label=name)
     if target_loss is not None and target_loss > 0:
