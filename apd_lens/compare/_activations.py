@@ -229,7 +229,7 @@ def _data_points(
 
 def of_data_points(
     latents: Latents,
-    attributions: Float[Tensor, "batch *pos C"],
+    attributions: Float[Tensor, "batch *data_pos C"],
     real: Real,
     granularity: Literal["example", "position"],
     pool: Pool,

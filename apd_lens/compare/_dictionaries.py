@@ -39,6 +39,8 @@ class Dictionary:
         subtract_decoder_bias: whether b_D is taken from x before it is encoded.
         site_out: of a transcoder, the submodule whose output it predicts; None where that is `site`.
         sae: an SAE whose own `encode` and `decode` are used; then the activation is its business.
+        parameters: how many numbers belong to a latent, for counting them; None for the d + d_out of its directions,
+            and of neurons for what the decomposed matrices have of one.
 
     Raises:
         ShapeMismatch: tensors that do not fit together.
@@ -56,6 +58,7 @@ class Dictionary:
     subtract_decoder_bias: bool = False
     site_out: str | None = None
     sae: Any = None
+    parameters: int | None = None
 
     def __post_init__(self) -> None:
         _check_shapes(self)
@@ -142,18 +145,25 @@ class Dictionary:
         found["decoder"] = _turned(found["decoder"], "decoder", 0, n_latents, width)
         return Dictionary(
             site=site,
+            encoder=found["encoder"],
+            decoder=found["decoder"],
+            encoder_bias=found.get("encoder_bias"),
+            decoder_bias=found.get("decoder_bias"),
             activation=activation,
             k=k,
+            threshold=found.get("threshold"),
             subtract_decoder_bias=subtract_decoder_bias,
             site_out=site_out,
-            **found,
         )
 
     @staticmethod
-    def neurons(site: str, n: int, device: torch.device | str | None = None) -> "Dictionary":
-        """The n activations at a site as latents of their own: the baseline for every dictionary."""
-        identity = torch.eye(n, device=device)
-        return Dictionary(site, identity, identity, activation="identity")
+    def neurons(site: str, n: int, parameters: int | None = None) -> "Dictionary":
+        """The n activations at a site as latents of their own: the baseline for every dictionary.
+
+        Args:
+            parameters: how many of the model's numbers belong to one.
+        """
+        return Dictionary(site, torch.eye(n), torch.eye(n), activation="identity", parameters=parameters)
 
     @property
     def n_latents(self) -> int:
@@ -234,6 +244,7 @@ def random_dictionary(dictionary: Dictionary, seed: int = 0) -> Dictionary:
         k=dictionary.k if activation == "topk" else None,
         subtract_decoder_bias=not transcodes,
         site_out=dictionary.site_out,
+        parameters=dictionary.parameters,
     )
 
 
@@ -329,9 +340,18 @@ def at_positions(mask: Shaped[Tensor, "examples *mask_pos n"], latents: Latents)
 
 def moved(dictionary: Dictionary, device: torch.device) -> Dictionary:
     """The dictionary with its tensors on the device; an SAE stays where it is."""
-    fields = ("encoder", "decoder", "encoder_bias", "decoder_bias", "threshold")
-    tensors = {field: getattr(dictionary, field) for field in fields}
-    return replace(dictionary, **{name: None if t is None else t.to(device) for name, t in tensors.items()})
+
+    def move(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(device)
+
+    return replace(
+        dictionary,
+        encoder=dictionary.encoder.to(device),
+        decoder=dictionary.decoder.to(device),
+        encoder_bias=move(dictionary.encoder_bias),
+        decoder_bias=move(dictionary.decoder_bias),
+        threshold=move(dictionary.threshold),
+    )
 
 
 def _own(sae: Any, name: str) -> Tensor | None:

@@ -98,8 +98,8 @@ class Matching:
 def matching(
     likeness: Float[Tensor, "C latents"],
     threshold: float = 0.7,
-    components: Bool[Tensor, " C"] | None = None,
-    latents: Bool[Tensor, " latents"] | None = None,
+    components: Bool[Tensor, " n_components"] | None = None,
+    latents: Bool[Tensor, " n_latents"] | None = None,
 ) -> Matching:
     """Best matches both ways and the one-to-one assignment with the largest sum (scipy's linear_sum_assignment).
 
@@ -152,7 +152,7 @@ def with_null(frame: pd.DataFrame, **nulls: Matching) -> pd.DataFrame:
     return frame.assign(**means)
 
 
-def _counted(counts: Bool[Tensor, " n"] | None, n: int, what: str) -> Int[Tensor, " counted"]:
+def _counted(counts: Bool[Tensor, " given"] | None, n: int, what: str) -> Int[Tensor, " counted"]:
     if counts is None:
         return torch.arange(n)
     if counts.shape != (n,):

@@ -50,8 +50,9 @@ class Sparsity:
         loss: mean over data points.
         active: units that were active (latents that are 0 are not), mean over data points.
         parameters: numbers in these: rank · (d_in + d_out) of a component, summed over matrices; encoder and decoder
-            direction of a latent; of a neuron what the decomposed matrices have of it. The model's own matrices go on
-            working behind latents, and are not counted there.
+            direction of a latent; of a neuron its rows and columns of the decomposed matrices that have as many as
+            there are neurons, NaN where these cannot be told. The model's own matrices go on working behind latents,
+            and are not counted there.
         bits: `metrics.description_length`: log2 of the number of units for each active one, and α for each of its
             rank-one parts; a latent and a neuron are one. How strongly a latent is active is not counted, nor what
             else a component reads of its input.
@@ -336,14 +337,22 @@ def _of_latents(
     alpha: float,
     real: Real,
 ) -> Counted:
-    """A latent is of rank one, and has its two directions; a neuron has its rows and columns of the matrices."""
-    (d, n), d_out = dictionary.encoder.shape, dictionary.decoder.shape[1]
-    each = d + d_out
-    if dictionary.activation == "identity" and dictionary.sae is None:
-        weights = [decomposition.target.weights[name] for name in decomposition.components.names]
-        each = sum(w.d_in * (w.d_out == d) + w.d_out * (w.d_in == d) for w in weights)
-    ones = torch.ones(n, device=mask.device)
-    return _counted(mask, ones, each * ones, alpha, real)
+    ones = torch.ones(dictionary.n_latents, device=mask.device)
+    return _counted(mask, ones, _parameters(decomposition, dictionary) * ones, alpha, real)
+
+
+def _parameters(decomposition: Decomposition, dictionary: Dictionary) -> float:
+    """Numbers that belong to one latent; of a neuron NaN where no matrix, or both sides of one, have its width."""
+    d, d_out = dictionary.encoder.shape[0], dictionary.decoder.shape[1]
+    if dictionary.parameters is not None:
+        return dictionary.parameters
+    if dictionary.activation != "identity":
+        return d + d_out
+    weights = [decomposition.target.weights[name] for name in decomposition.components.names]
+    shapes = [(weight.d_in, weight.d_out) for weight in weights]
+    touching = [shape for shape in shapes if d in shape]
+    ambiguous = not touching or any(d_in == d_out for d_in, d_out in touching)
+    return torch.nan if ambiguous else sum(d_in + d_out - d for d_in, d_out in touching)
 
 
 def _output(decomposition: Decomposition, batch: Batch) -> Tensor:
