@@ -160,16 +160,23 @@ def layer_share(components: ParameterComponents) -> Float[Tensor, "C matrices"]:
 
 
 @checked
-def total_rank(components: ParameterComponents, tolerance: float = 0.01) -> Float[Tensor, " C"]:
-    """Σ_l rank P_c,l: number of singular values of a component in all matrices that are not as good as zero.
+def ranks(components: ParameterComponents, tolerance: float = 0.01) -> Float[Tensor, "C matrices"]:
+    """rank P_c,l: number of singular values of a component in each matrix that are not as good as zero.
+
+    Matrices in the order of `components.names`.
 
     Args:
         tolerance: a singular value counts if it is above this share of the largest that any component has in the
             matrix, so that noise in a component that does nothing there is not counted.
     """
     spectra = [singular_values(components, name) for name in components.names]
-    ranks = [(spectrum > tolerance * spectrum.max()).sum(1) for spectrum in spectra]
-    return torch.stack(ranks).sum(0).to(spectra[0].dtype)
+    return torch.stack([(spectrum > tolerance * spectrum.max()).sum(1) for spectrum in spectra], 1).to(spectra[0].dtype)
+
+
+@checked
+def total_rank(components: ParameterComponents, tolerance: float = 0.01) -> Float[Tensor, " C"]:
+    """Σ_l rank P_c,l, with ranks as `ranks` counts them."""
+    return ranks(components, tolerance).sum(1)
 
 
 @dataclass(frozen=True)

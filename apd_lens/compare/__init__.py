@@ -14,6 +14,11 @@ except ImportError as error:
         "apd_lens.compare needs pandas and scipy. Install them with pip install 'apd-lens[compare]'"
     ) from error
 
+from apd_lens.compare._activations import ActivationMatch as ActivationMatch
+from apd_lens.compare._activations import ActivationSums as ActivationSums
+from apd_lens.compare._activations import activation_match as activation_match
+from apd_lens.compare._activations import activation_measures as activation_measures
+from apd_lens.compare._activations import activation_sums as activation_sums
 from apd_lens.compare._architecture import ArchitectureMap as ArchitectureMap
 from apd_lens.compare._architecture import MatrixAmounts as MatrixAmounts
 from apd_lens.compare._architecture import attribution_map as attribution_map
@@ -27,31 +32,56 @@ from apd_lens.compare._circuits import circuit_of_scores as circuit_of_scores
 from apd_lens.compare._circuits import locate as locate
 from apd_lens.compare._circuits import overlap as overlap
 from apd_lens.compare._circuits import read_circuit as read_circuit
+from apd_lens.compare._dictionaries import Dictionary as Dictionary
+from apd_lens.compare._dictionaries import random_dictionary as random_dictionary
+from apd_lens.compare._dictionaries import spliced as spliced
+from apd_lens.compare._directions import DirectionMatch as DirectionMatch
+from apd_lens.compare._directions import direction_cosines as direction_cosines
+from apd_lens.compare._directions import direction_match as direction_match
 from apd_lens.compare._faithfulness import FaithfulnessCurve as FaithfulnessCurve
 from apd_lens.compare._faithfulness import cmd as cmd
 from apd_lens.compare._faithfulness import cpr as cpr
 from apd_lens.compare._faithfulness import faithfulness_curve as faithfulness_curve
+from apd_lens.compare._matching import Matching as Matching
+from apd_lens.compare._matching import matching as matching
 from apd_lens.compare._signed import SignedAttributions as SignedAttributions
 from apd_lens.compare._signed import signed_attributions as signed_attributions
+from apd_lens.compare._sparsity import Sparsity as Sparsity
+from apd_lens.compare._sparsity import sparsity as sparsity
 
 __all__ = [
+    "ActivationMatch",
+    "ActivationSums",
     "ArchitectureMap",
     "Circuit",
+    "Dictionary",
+    "DirectionMatch",
     "FaithfulnessCurve",
     "Location",
+    "Matching",
     "MatrixAmounts",
     "Overlap",
     "SignedAttributions",
+    "Sparsity",
+    "activation_match",
+    "activation_measures",
+    "activation_sums",
     "attribution_map",
     "circuit_of_edges",
     "circuit_of_scores",
     "cmd",
     "cpr",
+    "direction_cosines",
+    "direction_match",
     "faithfulness_curve",
     "layer_of",
     "locate",
+    "matching",
     "overlap",
+    "random_dictionary",
     "read_circuit",
     "signed_attributions",
+    "sparsity",
+    "spliced",
     "weight_map",
 ]

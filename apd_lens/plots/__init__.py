@@ -18,6 +18,9 @@ from apd_lens.plots._attributions import sorted_components as sorted_components
 from apd_lens.plots._circuits import component_nodes as component_nodes
 from apd_lens.plots._circuits import faithfulness as faithfulness
 from apd_lens.plots._circuits import signed_by_position as signed_by_position
+from apd_lens.plots._dictionaries import best_matches as best_matches
+from apd_lens.plots._dictionaries import loss_against_sparsity as loss_against_sparsity
+from apd_lens.plots._dictionaries import match_matrix as match_matrix
 from apd_lens.plots._outputs import ablation_path as ablation_path
 from apd_lens.plots._outputs import feature_loss as feature_loss
 from apd_lens.plots._outputs import loss_by_active as loss_by_active
@@ -39,6 +42,7 @@ __all__ = [
     "ablation_path",
     "alive_components",
     "attribution_matrix",
+    "best_matches",
     "coefficient_valley",
     "component_graph",
     "component_nodes",
@@ -46,8 +50,10 @@ __all__ = [
     "faithfulness",
     "feature_loss",
     "feature_vectors",
+    "loss_against_sparsity",
     "loss_by_active",
     "loss_curves",
+    "match_matrix",
     "neuron_contributions",
     "plt",
     "rank_and_share",

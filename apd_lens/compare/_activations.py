@@ -1,0 +1,263 @@
+"""Are components active where a dictionary's latents are? Counted on the same data points, batch by batch."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from apd_lens._batches import Batch, on_device
+from apd_lens._decomposition import Decomposition
+from apd_lens._errors import InvalidBatches, InvalidSetting, ShapeMismatch
+from apd_lens._padding import Real, padded, without_padding
+from apd_lens._selection import K
+from apd_lens.compare._dictionaries import Dictionary, Latents, moved
+from apd_lens.compare._matching import Matching, matching, side_by_side, with_null
+from apd_lens.compare._sites import reading
+
+Measure = Literal["f1", "jaccard", "precision", "recall", "correlation"]
+Pool = Literal["max", "mean", "last"]
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationSums:
+    """All that is kept of data points that have been seen: sums over them, in float64.
+
+    Attributes:
+        n: number of data points.
+        both: on how many a component and a latent are both active.
+        component_active, latent_active: on how many each is.
+        product: Σ value of the component × value of the latent.
+        component_sums, latent_sums: Σ value and Σ value² of each.
+    """
+
+    n: int
+    both: Float[Tensor, "C latents"]
+    component_active: Float[Tensor, " C"]
+    latent_active: Float[Tensor, " latents"]
+    product: Float[Tensor, "C latents"]
+    component_sums: Float[Tensor, "2 C"]
+    latent_sums: Float[Tensor, "2 latents"]
+
+    def __add__(self, other: "ActivationSums") -> "ActivationSums":
+        return ActivationSums(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationMatch:
+    """How far components and latents are active together, beside a null; `print` shows the means.
+
+    With a latent as a detector of a component: precision is the share of the latent's data points on which the
+    component is active, recall the share of the component's on which the latent is. Where nothing is active they are 0.
+
+    Attributes:
+        precision, recall, f1, jaccard: of every component and latent, from 0 to 1.
+        correlation: Pearson's, of the component's value and the latent's.
+        by: which of them is matched by.
+        found: who matches whom.
+        shuffled: the same where the latents are those of other data points of the batch.
+        component_active, latent_active: share of data points on which each is.
+        n: number of data points.
+    """
+
+    precision: Float[Tensor, "C latents"]
+    recall: Float[Tensor, "C latents"]
+    f1: Float[Tensor, "C latents"]
+    jaccard: Float[Tensor, "C latents"]
+    correlation: Float[Tensor, "C latents"]
+    by: Measure
+    found: Matching
+    shuffled: Matching
+    component_active: Float[Tensor, " C"]
+    latent_active: Float[Tensor, " latents"]
+    n: int
+
+    def table(self, of: Literal["component", "latent"] = "component") -> pd.DataFrame:
+        """One row for each component, or latent, that is ever active, with all measures of its best match."""
+        frame = self.found.table(of).rename(columns={"likeness": self.by, "its likeness": f"its {self.by}"})
+        pairs = ("component", "best latent") if of == "component" else ("best component", "latent")
+        c, latent = (torch.from_numpy(frame[column].to_numpy(copy=True)) for column in pairs)
+        shares = {"active": self.component_active[c] if of == "component" else self.latent_active[latent]}
+        measures = {name: getattr(self, name)[c, latent] for name in _MEASURES if name != self.by}
+        frame = frame.assign(**{name: values.numpy() for name, values in (shares | measures).items()})
+        return frame if of == "latent" else with_null(frame, shuffled_data_points=self.shuffled)
+
+    def __str__(self) -> str:
+        kinds = {"found": self.found, "shuffled data points": self.shuffled}
+        return f"{self.by} of activity, {self.n} data points\n{side_by_side(kinds)}"
+
+    __repr__ = __str__
+
+
+_MEASURES = ("f1", "jaccard", "precision", "recall", "correlation")
+
+
+def activation_sums(
+    component_active: Bool[Tensor, "data C"],
+    component_value: Float[Tensor, "data C"],
+    latent_active: Bool[Tensor, "data latents"],
+    latent_value: Float[Tensor, "data latents"],
+) -> ActivationSums:
+    """The sums over some data points; add them up over batches."""
+
+    def powers(values: Float[Tensor, "data units"]) -> Float[Tensor, "2 units"]:
+        return torch.stack([values.double().sum(0), values.double().square().sum(0)])
+
+    return ActivationSums(
+        n=len(component_active),
+        both=(component_active.float().mT @ latent_active.float()).double(),
+        component_active=component_active.double().sum(0),
+        latent_active=latent_active.double().sum(0),
+        product=component_value.double().mT @ latent_value.double(),
+        component_sums=powers(component_value),
+        latent_sums=powers(latent_value),
+    )
+
+
+def activation_measures(sums: ActivationSums) -> dict[str, Float[Tensor, "C latents"]]:
+    """Precision, recall, F1 = 2 both / (component + latent), Jaccard = both / either, and Pearson's correlation.
+
+    0 where nothing is active, or nothing varies.
+    """
+    component, latent = sums.component_active[:, None], sums.latent_active
+    (x, xx), (y, yy) = sums.component_sums[:, :, None], sums.latent_sums
+    covariance = sums.product - x * y / sums.n
+    spread = ((xx - x.square() / sums.n).clamp_min(0) * (yy - y.square() / sums.n).clamp_min(0)).sqrt()
+    # What rounding leaves of a value that does not vary is no variance.
+    spread = spread.masked_fill(spread <= 1e-10 * (xx * yy).sqrt(), torch.inf)
+    return {
+        "precision": (sums.both / latent.clamp_min(1)).float(),
+        "recall": (sums.both / component.clamp_min(1)).float(),
+        "f1": (2 * sums.both / (component + latent).clamp_min(1)).float(),
+        "jaccard": (sums.both / (component + latent - sums.both).clamp_min(1)).float(),
+        "correlation": (covariance / spread).float(),
+    }
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def activation_match(
+    decomposition: Decomposition,
+    batches: Iterable[Batch],
+    dictionary: Dictionary,
+    *,
+    by: Measure = "f1",
+    value: Literal["mask", "attribution"] = "attribution",
+    k: K | None = None,
+    pool: Pool = "max",
+    least: float = 0.0,
+    threshold: float = 0.7,
+    seed: int = 0,
+) -> ActivationMatch:
+    """Precision, recall, F1, Jaccard and correlation between every component and latent, on the same data points.
+
+    A component is active where the selection says so, a latent where its activation on the target's own activations is
+    above `least`. Data points are those of the decomposition: where they are examples, latents are pooled over an
+    example's positions first. Only sums over data points are kept, a few matrices `C latents`; padding is left out.
+
+    Where units are active on one or two data points each, those of other data points match just as well, and the null
+    says so. Then pairs that directions have found can be checked: `direction_match(...).found.of_pairs(match.f1)`.
+
+    Args:
+        batches: any number of them, gone through once; each needs two data points for the null.
+        by: which measure matches are looked for in.
+        value: what correlates with a latent's activation, the component's mask (as 0 and 1) or its attribution.
+        k: of the selection, as in `decomposition.select`.
+        pool: over positions: "max" (active anywhere), "mean", or "last", the last one that is no padding.
+        threshold: likeness above which two match, for counting how many each has.
+        seed: of the null, in which no data point keeps its own latents.
+
+    Raises:
+        InvalidBatches: no batches, or one with a single data point.
+        ShapeMismatch: the dictionary's place has other positions than the decomposition's data points.
+        InvalidSetting: no such measure or pool, or no such place in the model.
+    """
+    if by not in _MEASURES:
+        raise InvalidSetting(f"Matches can be looked for by one of {', '.join(_MEASURES)}, got {by!r}.")
+    dictionary = moved(dictionary, next(decomposition.components.parameters()).device)
+    generator = torch.Generator().manual_seed(seed)
+    sums: ActivationSums | None = None
+    null: ActivationSums | None = None
+    for batch in batches:
+        mask, attributions, latents = _data_points(decomposition, batch, dictionary, k, pool)
+        if len(mask) < 2:
+            raise InvalidBatches("A batch with one data point cannot be shuffled. Give larger batches.")
+        values = mask.float() if value == "mask" else attributions.float()
+        order = torch.randperm(len(latents), generator=generator).to(latents.device)
+        others = torch.empty_like(latents)
+        others[order] = latents[order.roll(1)]  # one cycle, so that none stays in its place
+        some, some_null = (activation_sums(mask, values, each > least, each.float()) for each in (latents, others))
+        sums, null = (some, some_null) if sums is None or null is None else (sums + some, null + some_null)
+    if sums is None or null is None:
+        raise InvalidBatches("There are no batches: expected at least one.")
+    alive, alive_latents = sums.component_active > 0, sums.latent_active > 0
+    if not alive_latents.any():
+        raise InvalidSetting(
+            f"No latent of {dictionary} is above {least:g} on any of {sums.n} data points. Is it the right place, and "
+            "are the activations scaled as in its training?"
+        )
+    found = {name: matrix.cpu() for name, matrix in activation_measures(sums).items()}
+    shuffled = activation_measures(null)[by]
+    return ActivationMatch(
+        **found,
+        by=by,
+        found=matching(found[by], threshold, alive, alive_latents),
+        shuffled=matching(shuffled, threshold, alive, alive_latents),
+        component_active=(sums.component_active / sums.n).float().cpu(),
+        latent_active=(sums.latent_active / sums.n).float().cpu(),
+        n=sums.n,
+    )
+
+
+def _data_points(
+    decomposition: Decomposition, batch: Batch, dictionary: Dictionary, k: K | None, pool: Pool
+) -> tuple[Bool[Tensor, "data C"], Float[Tensor, "data C"], Float[Tensor, "data latents"]]:
+    """Mask, attributions and latents of the data points of a batch that are no padding."""
+    target = decomposition.target
+    batch = on_device(target.prepare(batch), next(decomposition.components.parameters()).device)
+    with reading(target.model, [dictionary.site]) as activations:
+        attributions, real = decomposition._attributed(batch)
+    mask = decomposition._selection(batch, k)(attributions, real)
+    latents = dictionary.encode(activations[dictionary.site])
+    latents = of_data_points(latents, attributions, real, decomposition.settings.selection.granularity, pool)
+    mask, attributions, latents = (without_padding(each, real).flatten(0, -2) for each in (mask, attributions, latents))
+    return mask, attributions, latents
+
+
+def of_data_points(
+    latents: Latents,
+    attributions: Float[Tensor, "batch *data_pos C"],
+    real: Real,
+    granularity: Literal["example", "position"],
+    pool: Pool,
+) -> Float[Tensor, "batch *data_pos latents"]:
+    """Latents of the data points that the attributions are of."""
+    if granularity == "example":
+        latents = pooled(latents, real, pool)
+    if latents.shape[:-1] != attributions.shape[:-1]:
+        raise ShapeMismatch(
+            f"Data points are {tuple(attributions.shape[:-1])}, of granularity {granularity!r}, but the dictionary's "
+            f"latents are {tuple(latents.shape)}. Choose a place whose activations have those positions."
+        )
+    return latents
+
+
+def pooled(latents: Latents, real: Real, pool: Pool = "max") -> Float[Tensor, "batch latents"]:
+    """Latents of an example: the largest or the mean over its positions, or those of the last one; without padding."""
+    if pool not in ("max", "mean", "last"):
+        raise InvalidSetting(f'pool is "max", "mean" or "last", got {pool!r}.')
+    if latents.ndim == 2:
+        return latents
+    real = padded(latents, real)
+    flat = latents.flatten(1, -2)
+    if real is None:
+        return flat.amax(1) if pool == "max" else flat.mean(1) if pool == "mean" else flat[:, -1]
+    if pool == "max":
+        return flat.masked_fill(~real[..., None], -torch.inf).amax(1)
+    if pool == "mean":
+        return (flat * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp_min(1)
+    last = real.shape[1] - 1 - real.int().flip(1).argmax(1)
+    return flat[torch.arange(len(flat), device=flat.device), last]

@@ -1,0 +1,430 @@
+"""Dictionaries of other methods: an encoder, a decoder, and the place in the model that they read and write."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from apd_lens._errors import InvalidSetting, ShapeMismatch
+from apd_lens.compare._sites import rewriting
+
+Activation = Literal["relu", "topk", "jumprelu", "identity"]
+
+Latents = Float[Tensor, "batch *pos latents"]
+
+
+@dataclass(frozen=True, eq=False)
+class Dictionary:
+    """A sparse autoencoder, a transcoder, or neurons: latents = activation(x E + b_E), x̂ = latents D + b_D.
+
+    Attributes:
+        site: name of the submodule whose output it reads, as `model.get_submodule` finds it: a hook point of
+            TransformerLens, or any module of torch.
+        encoder: E, the direction that each latent reads.
+        decoder: D, the direction that each latent writes.
+        encoder_bias, decoder_bias: b_E and b_D; None for 0.
+        activation: "relu"; "topk", of which only the k largest of each position stay; "jumprelu", which is x where it
+            is above `threshold`, else 0; or "identity".
+        k: of "topk".
+        threshold: of "jumprelu".
+        subtract_decoder_bias: whether b_D is taken from x before it is encoded.
+        site_out: of a transcoder, the submodule whose output it predicts; None where that is `site`.
+        sae: an SAE whose own `encode` and `decode` are used; then the activation is its business.
+        parameters: how many numbers belong to a latent, for counting them; None for the d + d_out of its directions,
+            and of neurons for what the decomposed matrices have of one.
+
+    Raises:
+        ShapeMismatch: tensors that do not fit together.
+        InvalidSetting: "topk" without k, or "jumprelu" without threshold.
+    """
+
+    site: str
+    encoder: Float[Tensor, "d latents"]
+    decoder: Float[Tensor, "latents d_out"]
+    encoder_bias: Float[Tensor, " latents"] | None = None
+    decoder_bias: Float[Tensor, " d_out"] | None = None
+    activation: Activation = "relu"
+    k: int | None = None
+    threshold: Float[Tensor, " latents"] | Float[Tensor, ""] | None = None
+    subtract_decoder_bias: bool = False
+    site_out: str | None = None
+    sae: Any = None
+    parameters: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_shapes(self)
+        if self.sae is not None:
+            return
+        if self.activation == "topk" and (self.k is None or not 1 <= self.k <= self.n_latents):
+            raise InvalidSetting(f'activation="topk" needs k from 1 to the {self.n_latents} latents, got k={self.k}.')
+        if self.activation == "jumprelu" and self.threshold is None:
+            raise InvalidSetting('activation="jumprelu" needs threshold=, one for each latent.')
+
+    @staticmethod
+    def from_sae_lens(sae: Any, site: str | None = None, site_out: str | None = None) -> "Dictionary":
+        """An SAE or transcoder of SAELens, trained or loaded, with its own `encode` and `decode`.
+
+        Args:
+            site, site_out: where it reads and writes; default the hook names of its metadata.
+
+        Raises:
+            InvalidSetting: it names no hook point, or is of a kind that encoder and decoder do not describe.
+        """
+        decoder = getattr(sae, "W_dec", None)
+        if not isinstance(decoder, Tensor) or hasattr(sae, "W_skip"):
+            raise InvalidSetting(
+                f"Expected an SAE or transcoder with W_enc and W_dec, and no W_skip, got {type(sae).__name__}. "
+                "Anything else can be given as tensors: Dictionary(site, encoder, decoder, ...)."
+            )
+        metadata = getattr(sae.cfg, "metadata", sae.cfg)
+        if getattr(metadata, "hook_head_index", None) is not None:
+            raise InvalidSetting(
+                f"This SAE reads head {metadata.hook_head_index} of {metadata.hook_name} alone, which cannot be "
+                "spliced in. Train it on a hook point of its own."
+            )
+        site = site or getattr(metadata, "hook_name", None)
+        if not site:
+            raise InvalidSetting("This SAE's metadata names no hook point. Say what it reads: site='...'.")
+        return Dictionary(
+            site=site,
+            encoder=getattr(sae, "W_enc", decoder.mT).detach(),  # without one, it encodes with the decoder
+            decoder=decoder.detach(),
+            encoder_bias=_own(sae, "b_enc"),
+            decoder_bias=_own(sae, "b_dec"),
+            site_out=site_out or getattr(metadata, "hook_name_out", None),
+            sae=sae,
+        )
+
+    @staticmethod
+    def from_file(
+        path: str | os.PathLike[str],
+        site: str,
+        *,
+        encoder: str = "W_enc",
+        decoder: str = "W_dec",
+        encoder_bias: str | None = "b_enc",
+        decoder_bias: str | None = "b_dec",
+        threshold: str | None = None,
+        n_latents: int | None = None,
+        activation: Activation = "relu",
+        k: int | None = None,
+        subtract_decoder_bias: bool = False,
+        site_out: str | None = None,
+    ) -> "Dictionary":
+        """A dictionary from another library's file, without the library: .safetensors, .npz, or .pt of tensors alone.
+
+        Encoder and decoder may each be stored as x @ W or as in nn.Linear; which, is seen from the lengths of the
+        biases, or from `n_latents`.
+
+        Args:
+            encoder, decoder, encoder_bias, decoder_bias, threshold: names of the tensors in the file; None for none.
+            n_latents: where the lengths of the biases do not tell.
+
+        Raises:
+            InvalidSetting: no such file, kind of file, or tensor in it: lists those there are.
+            ShapeMismatch: shapes that do not fit together, or do not tell which axis is the latents'.
+        """
+        tensors = _tensors_in(Path(path))
+        names = {"encoder": encoder, "decoder": decoder, "encoder_bias": encoder_bias}
+        names |= {"decoder_bias": decoder_bias, "threshold": threshold}
+        found = {field: _named(tensors, name, field, path) for field, name in names.items() if name is not None}
+        for bias in ("encoder_bias", "threshold"):
+            if n_latents is None and bias in found and found[bias].ndim == 1:
+                n_latents = len(found[bias])
+        width = len(found["decoder_bias"]) if "decoder_bias" in found else None
+        found["encoder"] = _turned(found["encoder"], "encoder", 1, n_latents, width if site_out is None else None)
+        found["decoder"] = _turned(found["decoder"], "decoder", 0, n_latents, width)
+        return Dictionary(
+            site=site,
+            encoder=found["encoder"],
+            decoder=found["decoder"],
+            encoder_bias=found.get("encoder_bias"),
+            decoder_bias=found.get("decoder_bias"),
+            activation=activation,
+            k=k,
+            threshold=found.get("threshold"),
+            subtract_decoder_bias=subtract_decoder_bias,
+            site_out=site_out,
+        )
+
+    @staticmethod
+    def neurons(site: str, n: int, parameters: int | None = None) -> "Dictionary":
+        """The n activations at a site as latents of their own: the baseline for every dictionary.
+
+        Args:
+            parameters: how many of the model's numbers belong to one.
+        """
+        return Dictionary(site, torch.eye(n), torch.eye(n), activation="identity", parameters=parameters)
+
+    @property
+    def n_latents(self) -> int:
+        return self.decoder.shape[0]
+
+    def encode(self, x: Float[Tensor, "batch *places"]) -> Latents:
+        """Latents of activations at `site`; these may be `batch *pos head d_head` with d = head · d_head.
+
+        Raises:
+            ShapeMismatch: activations of another width.
+        """
+        d = self.encoder.shape[0]
+        flat = x.flatten(-2) if x.shape[-1] != d and x.ndim > 2 and x.shape[-2:].numel() == d else x
+        if flat.shape[-1] != d:
+            raise ShapeMismatch(
+                f"The dictionary of {self.site} reads {d} activations, but {self.site} has {tuple(x.shape)}. Give the "
+                "site that it was trained on."
+            )
+        if self.sae is not None:
+            return self.sae.encode(x if getattr(self.sae, "hook_z_reshaping_mode", False) else flat)
+        flat = flat.to(self.encoder.dtype)
+        if self.subtract_decoder_bias and self.decoder_bias is not None:
+            flat = flat - self.decoder_bias
+        pre = flat @ self.encoder
+        return self._activated(pre if self.encoder_bias is None else pre + self.encoder_bias)
+
+    def decode(self, latents: Latents) -> Float[Tensor, "batch *places"]:
+        """x̂, the activations that the latents stand for; of SAEs whose latents were encoded last, in their units."""
+        if self.sae is not None:
+            return self.sae.decode(latents)
+        written = latents @ self.decoder
+        return written if self.decoder_bias is None else written + self.decoder_bias
+
+    def _activated(self, pre: Latents) -> Latents:
+        if self.activation == "identity":
+            return pre
+        if self.activation == "jumprelu":
+            assert self.threshold is not None
+            return pre * (pre > self.threshold)
+        latents = F.relu(pre)
+        if self.activation == "relu":
+            return latents
+        assert self.k is not None
+        top = latents.topk(self.k, dim=-1, sorted=False)
+        return torch.zeros_like(latents).scatter(-1, top.indices, top.values)
+
+    def __str__(self) -> str:
+        to = "" if self.site_out is None else f" → {self.site_out}"
+        kind = type(self.sae).__name__ if self.sae is not None else self.activation
+        return f"{self.n_latents} latents ({kind}) of {self.encoder.shape[0]} activations at {self.site}{to}"
+
+    __repr__ = __str__
+
+
+@torch.no_grad()
+def random_dictionary(dictionary: Dictionary, seed: int = 0) -> Dictionary:
+    """A null control: random directions as long as the decoder's, read and written by one and the same latent.
+
+    As an SAE is before it is trained: encoder and decoder directions are equal, b_D is kept and taken from x, there is
+    no b_E. Of neurons it is a random orthonormal basis. Of a transcoder, whose two sides differ, they are random each.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def directions(like: Float[Tensor, "latents d"]) -> Float[Tensor, "latents d"]:
+        drawn = torch.randn(like.shape, generator=generator).to(like)
+        return torch.linalg.qr(drawn)[0] if dictionary.activation == "identity" else F.normalize(drawn, dim=1)
+
+    decoder = directions(dictionary.decoder)
+    transcodes = dictionary.site_out is not None
+    norms = dictionary.decoder.norm(dim=1, keepdim=True)
+    activation = dictionary.activation if dictionary.activation in ("identity", "topk") else "relu"
+    return Dictionary(
+        site=dictionary.site,
+        encoder=directions(dictionary.encoder.mT).mT if transcodes else (decoder / norms.clamp_min(1e-12)).mT,
+        decoder=decoder * norms,
+        decoder_bias=dictionary.decoder_bias,
+        activation=activation,
+        k=dictionary.k if activation == "topk" else None,
+        subtract_decoder_bias=not transcodes,
+        site_out=dictionary.site_out,
+        parameters=dictionary.parameters,
+    )
+
+
+@contextmanager
+def spliced(
+    model: nn.Module,
+    dictionaries: Sequence[Dictionary],
+    masks: Sequence[Shaped[Tensor, "..."] | None] | None = None,
+) -> Iterator[None]:
+    """Inside, every forward of the user's model goes on with the dictionaries' x̂ in the place of the activations.
+
+    What they leave unexplained is lost. A site's first call in a forward is as good as any other.
+
+    Args:
+        masks: for each dictionary which latents stay, `batch latents` for all positions of an example, or
+            `batch *pos latents`; None for all of them.
+
+    Raises:
+        InvalidSetting: no such site, two dictionaries for one, or not one mask for each dictionary.
+        ShapeMismatch: in a forward, activations or a mask of another shape.
+    """
+    masks = [None] * len(dictionaries) if masks is None else masks
+    if len(masks) != len(dictionaries):
+        raise InvalidSetting(f"Expected one mask for each of {len(dictionaries)} dictionaries, got {len(masks)}.")
+
+    def cut(mask: Tensor | None) -> Callable[[Latents], Latents]:
+        return lambda latents: latents if mask is None else latents * at_positions(mask, latents)
+
+    with rewritten_latents(model, dictionaries, [cut(mask) for mask in masks]):
+        yield
+
+
+@contextmanager
+def rewritten_latents(
+    model: nn.Module,
+    dictionaries: Sequence[Dictionary],
+    changes: Sequence[Callable[[Latents], Latents]],
+    keep_error: bool = False,
+) -> Iterator[None]:
+    """Inside, the model goes on with what each dictionary decodes from its changed latents.
+
+    Args:
+        keep_error: with what the dictionary leaves unexplained added, so that the activations stay as they are and
+            only gradients go through the latents.
+    """
+    functions: dict[str, Callable[[Tensor], Tensor]] = {}
+    for dictionary, change in zip(dictionaries, changes, strict=True):
+        site, site_out = dictionary.site, dictionary.site_out or dictionary.site
+        read, write = _read_and_write(dictionary, change, keep_error)
+        for place, function in [(site, read), (site_out, write)] if site != site_out else [(site, write)]:
+            if place in functions:
+                raise InvalidSetting(f"Two dictionaries stand at {place!r}. Splice them in one at a time.")
+            functions[place] = function
+    with rewriting(model, functions):
+        yield
+
+
+def _read_and_write(
+    dictionary: Dictionary, change: Callable[[Latents], Latents], keep_error: bool
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """What is done with the activations at `site`, which stay, and with those at `site_out`."""
+    latents: list[Tensor] = []
+
+    def read(x: Tensor) -> Tensor:
+        latents[:] = [change(dictionary.encode(x))]
+        return x
+
+    def write(x: Tensor) -> Tensor:
+        if dictionary.site_out in (None, dictionary.site):
+            read(x)
+        if not latents:
+            raise InvalidSetting(
+                f"The forward pass came to {dictionary.site_out!r} before {dictionary.site!r}: a transcoder reads what "
+                "comes first."
+            )
+        decoded = dictionary.decode(latents.pop()).reshape(x.shape).to(x.dtype)
+        return x + (decoded - decoded.detach()) if keep_error else decoded
+
+    return read, write
+
+
+def at_positions(mask: Shaped[Tensor, "examples *mask_pos n"], latents: Latents) -> Shaped[Tensor, "examples *p n"]:
+    """The mask with an axis for each position: one of `batch latents` holds for all positions of an example."""
+    if mask.ndim == 2 < latents.ndim:
+        mask = mask.reshape(len(mask), *[1] * (latents.ndim - 2), mask.shape[-1])
+    if len(mask) != len(latents) or mask.shape[-1] != latents.shape[-1]:
+        raise ShapeMismatch(
+            f"Expected a mask for latents of shape {tuple(latents.shape)}, or (batch, latents), got "
+            f"{tuple(mask.shape)}."
+        )
+    return mask
+
+
+def moved(dictionary: Dictionary, device: torch.device) -> Dictionary:
+    """The dictionary with its tensors on the device; an SAE stays where it is."""
+
+    def move(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(device)
+
+    return replace(
+        dictionary,
+        encoder=dictionary.encoder.to(device),
+        decoder=dictionary.decoder.to(device),
+        encoder_bias=move(dictionary.encoder_bias),
+        decoder_bias=move(dictionary.decoder_bias),
+        threshold=move(dictionary.threshold),
+    )
+
+
+def _own(sae: Any, name: str) -> Tensor | None:
+    value = getattr(sae, name, None)
+    return value.detach() if isinstance(value, Tensor) else None
+
+
+def _tensors_in(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InvalidSetting(f"There is no file {path}.")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    if path.suffix in (".pt", ".pth"):
+        return torch.load(path, map_location="cpu", weights_only=True)
+    raise InvalidSetting(
+        f"Expected a file that ends in .safetensors, .npz or .pt, got {path.name}. Read it yourself and give the "
+        "tensors: Dictionary(site, encoder, decoder, ...)."
+    )
+
+
+def _named(tensors: dict[str, Tensor], name: str, field: str, path: str | os.PathLike[str]) -> Tensor:
+    if not isinstance(tensors.get(name), Tensor):
+        there = ", ".join(f"{key} {tuple(getattr(value, 'shape', ()))}" for key, value in tensors.items())
+        raise InvalidSetting(
+            f"{path} holds no tensor {name!r} for the {field}. It holds {there or 'none'}. Give {field}= one of these"
+            + ("." if field in ("encoder", "decoder") else ", or None.")
+        )
+    return tensors[name]
+
+
+def _turned(matrix: Tensor, field: str, axis: int, n_latents: int | None, width: int | None) -> Tensor:
+    """The matrix with its latents on the axis.
+
+    Args:
+        width: of the other axis, where that is known.
+    """
+    if matrix.ndim != 2:
+        raise ShapeMismatch(f"Expected the {field} to be a matrix, got {tuple(matrix.shape)}.")
+
+    def fits(candidate: Tensor) -> bool:
+        return n_latents in (None, candidate.shape[axis]) and width in (None, candidate.shape[1 - axis])
+
+    known = f"{n_latents or 'unknown'} latents" + (f" and {width} activations" if width else "")
+    fitting = [candidate for candidate in (matrix, matrix.mT) if fits(candidate)]
+    if not fitting:
+        raise ShapeMismatch(f"The {field} is {tuple(matrix.shape)}, which does not fit {known}.")
+    if len(fitting) == 2:
+        raise ShapeMismatch(
+            f"Which axis of the {field} {tuple(matrix.shape)} is the latents'? Known are {known}. Give n_latents=, or "
+            "where it is square the tensors themselves: Dictionary(site, encoder, decoder, ...), encoder `d latents`."
+        )
+    return fitting[0].contiguous()
+
+
+def _check_shapes(dictionary: Dictionary) -> None:
+    E, D = dictionary.encoder, dictionary.decoder
+    if E.ndim != 2 or D.ndim != 2 or E.shape[1] != D.shape[0]:
+        raise ShapeMismatch(
+            "Expected an encoder (d, latents) and a decoder (latents, d_out) with as many latents, got "
+            f"{tuple(E.shape)} and {tuple(D.shape)}. Matrices of nn.Linear are the other way round: give weight.mT."
+        )
+    if dictionary.site_out in (None, dictionary.site) and E.shape[0] != D.shape[1]:
+        raise ShapeMismatch(
+            f"The encoder reads {E.shape[0]} activations at {dictionary.site}, the decoder writes {D.shape[1]}. Give "
+            "site_out= if this is a transcoder."
+        )
+    for field, length in (("encoder_bias", E.shape[1]), ("decoder_bias", D.shape[1])):
+        bias = getattr(dictionary, field)
+        if bias is not None and bias.shape != (length,):
+            raise ShapeMismatch(f"Expected {field} of shape ({length},), got {tuple(bias.shape)}.")
+    threshold = dictionary.threshold
+    if threshold is not None and threshold.shape not in ((), (E.shape[1],)):
+        raise ShapeMismatch(f"Expected threshold of shape ({E.shape[1]},), got {tuple(threshold.shape)}.")

@@ -1,0 +1,229 @@
+"""Do components write what a dictionary's latents write, and read what they read?
+
+A component is a matrix A_c B_c, a latent one direction. What a component has of a direction is how much of the largest
+thing that it can write it can write along that direction: ‖A_c B_c d‖ / ‖A_c B_c‖, d of norm 1, both norms the largest
+over inputs of norm 1. In singular vectors v_i and values σ_i it is sqrt(Σ_i σ_i² <v_i, d>²) / σ_1. Of a component of
+rank one it is |cos| of the two directions; of one with r equal singular values it is the cosine of d with the space of
+dimension r that it writes into; and a part that is as good as zero counts for as good as nothing, so that no rank has
+to be chosen.
+
+It has no sign, since (A, B) and (−A, −B) are the same component. Data give one: that of what the component writes, or
+reads, on average over the data points on which it is active. Then two features in opposite directions are two.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from apd_lens._batches import Batch
+from apd_lens._components import ParameterComponents, random_components
+from apd_lens._decomposition import Decomposition
+from apd_lens._errors import InvalidSetting, ShapeMismatch, UnknownWeight
+from apd_lens._padding import Real, zero_at_padding
+from apd_lens._product import Inputs
+from apd_lens._target import Use, evaluating
+from apd_lens.compare._dictionaries import Dictionary
+from apd_lens.compare._matching import Matching, matching, side_by_side, with_null
+
+# Numbers in a temporary of `direction_cosines`.
+_AT_ONCE = 2**24
+
+Side = Literal["write", "read"]
+
+
+@dataclass(frozen=True, eq=False)
+class DirectionMatch:
+    """How alike the directions of components and latents are, beside two nulls; `print` shows the means.
+
+    Attributes:
+        cosine: of every component and latent, from 0 to 1, or from −1 where data gave a sign; see `direction_cosines`.
+        found: who matches whom.
+        random_directions: the same for as many latents with random directions.
+        random_components: the same for untrained components, or random ones with the same singular values.
+    """
+
+    cosine: Float[Tensor, "C latents"]
+    found: Matching
+    random_directions: Matching
+    random_components: Matching
+
+    def table(self, of: Literal["component", "latent"] = "component") -> pd.DataFrame:
+        """One row for each component, or latent, that counts; "likeness" is the cosine."""
+        frame = self.found.table(of).rename(columns={"likeness": "cosine", "its likeness": "its cosine"})
+        if of == "latent":
+            return frame
+        return with_null(frame, random_directions=self.random_directions, random_components=self.random_components)
+
+    def __str__(self) -> str:
+        return "cosine of directions\n" + side_by_side(
+            {
+                "found": self.found,
+                "random directions": self.random_directions,
+                "random components": self.random_components,
+            }
+        )
+
+    __repr__ = __str__
+
+
+@torch.no_grad()
+def direction_cosines(
+    A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"], directions: Float[Tensor, "n d_out"]
+) -> Float[Tensor, "C n"]:
+    """‖A_c B_c d‖ / ‖A_c B_c‖ for directions d, taken at norm 1: how much of its largest output a component can write
+    along d; see the top of this file. 0 for a component, or direction, of norm 0.
+
+    For what it reads: `direction_cosines(B.mT, A.mT, directions)`.
+
+    >>> direction_cosines(torch.ones(1, 2, 1), torch.tensor([[[3.0, 4.0]]]), torch.eye(2))
+    tensor([[0.6000, 0.8000]])
+    """
+    R = cast(Tensor, torch.linalg.qr(A, mode="r")[1])  # ‖A y‖ = ‖R y‖, and R is m × m
+    small = R @ B
+    largest = torch.linalg.matrix_norm(small, ord=2)
+    units = F.normalize(directions.to(small), dim=1)
+    at_once = max(1, _AT_ONCE // max(1, small.shape[1] * len(units)))
+    parts = [
+        rearrange(rearrange(some, "C m d -> (C m) d") @ units.mT, "(C m) n -> C m n", C=len(some)).norm(dim=1)
+        for some in small.split(at_once)
+    ]
+    return torch.cat(parts) / largest.clamp_min(torch.finfo(largest.dtype).tiny)[:, None]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def direction_match(
+    decomposition: Decomposition,
+    dictionary: Dictionary,
+    matrix: str,
+    side: Side = "write",
+    *,
+    batches: Iterable[Batch] | None = None,
+    threshold: float = 0.7,
+    components: Bool[Tensor, " C"] | None = None,
+    latents: Bool[Tensor, " latents"] | None = None,
+    untrained: ParameterComponents | None = None,
+    seed: int = 0,
+) -> DirectionMatch:
+    """What components write with a matrix against what the latents write, or what both read.
+
+    Args:
+        matrix: name of a decomposed matrix that writes to, or reads from, the place of the dictionary. Of one that is
+            tied the use is taken that has the right width.
+        side: "write" compares with decoder directions, "read" with encoder directions.
+        batches: which give cosines their sign, gone through twice; without them they have none. Components that are
+            active on none of them have cosine 0.
+        threshold: cosine above which two match, for counting how many each has.
+        components, latents: which count, such as `decomposition.select(batch).flatten(0, -2).any(0)`; default all, or
+            with batches the components that are active on them.
+        untrained: for the null, components of the same matrices before training, such as
+            `apd.init(...).decomposition().components`; default `apd.random_components`, which are a stricter null as
+            they have the trained ones' singular values.
+
+    Raises:
+        UnknownWeight: the matrix is none of the decomposed ones.
+        ShapeMismatch: no use of the matrix has the dictionary's width on that side.
+
+    Random directions are as many as the latents and spread evenly over all directions; where activations lie in few
+    dimensions, random components are the fairer null.
+    """
+    directions = dictionary.decoder if side == "write" else dictionary.encoder.mT
+    use = _use(decomposition, matrix, side, directions.shape[1])
+    generator = torch.Generator().manual_seed(seed)
+    others = random_components(decomposition.components, seed) if untrained is None else untrained
+    random = torch.randn(directions.shape, generator=generator)
+    kinds = {
+        "found": (decomposition, directions),
+        "random_directions": (decomposition, random),
+        "random_components": (replace(decomposition, components=others), directions),
+    }
+    signs = {}
+    for some, _ in kinds.values():
+        if id(some) not in signs:
+            signs[id(some)] = None if batches is None else _signed_directions(some, batches, use, side)
+    cosines, matches = {}, {}
+    for kind, (some, of_latents) in kinds.items():
+        factors, signed = _factors(some, some.components.factors(use), use, side), signs[id(some)]
+        of_latents, counts = of_latents.to(factors[0]), components
+        cosines[kind] = direction_cosines(*factors, of_latents)
+        if signed is not None:
+            cosines[kind] = cosines[kind] * (signed @ of_latents.mT).sign()
+            counts = signed.any(1) if components is None else components
+        matches[kind] = matching(cosines[kind], threshold, counts, latents)
+    return DirectionMatch(cosine=cosines["found"].cpu(), **matches)
+
+
+def _signed_directions(
+    decomposition: Decomposition, batches: Iterable[Batch], use: Use, side: Side
+) -> Float[Tensor, "C d"]:
+    """Σ x P_c over the data points on which each component is active, what it writes; or Σ x P_c P_cᵀ, what it reads.
+
+    Of any length: only the sign of the products with other directions counts.
+    """
+    A, B = decomposition.components.factors(use)
+    inputs = torch.zeros(A.shape[:2]).to(A)
+    for batch in batches:
+        with evaluating(decomposition.target.model):
+            watched = decomposition._watch(batch)
+            mask = decomposition.select(batch).to(A)
+        for call in watched.calls:
+            if call.use == use:
+                inputs += _summed_inputs(call.x, mask, watched.real, len(inputs[0]))
+    written = einsum(inputs, A, B, "C d_in, C d_in m, C m d_out -> C d_out")
+    if side == "write":
+        return written
+    read = einsum(written, B, A, "C d_out, C m d_out, C d_in m -> C d_in")
+    return read[:, :-1] if _has_bias_row(decomposition, use) else read
+
+
+def _summed_inputs(
+    x: Inputs, mask: Float[Tensor, "batch *mask_pos C"], real: Real, d_in: int
+) -> Float[Tensor, "C d_in"]:
+    """Σ s_c(x) x over data points and positions; x that picks rows counts how often each is picked."""
+    places = x.shape[:-1] if x.is_floating_point() else x.shape
+    weights = mask.reshape(len(mask), *[1] * (len(places) - mask.ndim + 1), *mask.shape[1:]).expand(*places, -1)
+    weights = zero_at_padding(weights, real).flatten(0, -2)
+    if x.is_floating_point():
+        return weights.mT @ x.flatten(0, -2).to(weights)
+    return weights.new_zeros(d_in, weights.shape[1]).index_add_(0, x.flatten(), weights).mT
+
+
+def _use(decomposition: Decomposition, matrix: str, side: Side, width: int) -> Use:
+    """The use of the matrix that writes, or reads, so many activations."""
+    if side not in ("write", "read"):
+        raise InvalidSetting(f'side is "write" or "read", got {side!r}.')
+    if matrix not in decomposition.components.names:
+        raise UnknownWeight(
+            f"{matrix!r} is none of the decomposed matrices, which are {decomposition.components.names}."
+        )
+    uses = decomposition.target.weights[matrix].uses
+    widths = {}
+    for use in uses:
+        widths[use.site] = _factors(decomposition, decomposition.components.factors(use), use, side)[1].shape[2]
+        if widths[use.site] == width:
+            return use
+    raise ShapeMismatch(
+        f"The dictionary has {width} activations, but {matrix} {side}s {widths} (use: how many). Choose a matrix that "
+        f"{'writes to' if side == 'write' else 'reads from'} the dictionary's place, or the other side."
+    )
+
+
+def _factors(
+    decomposition: Decomposition, factors: tuple[Tensor, Tensor], use: Use, side: Side
+) -> tuple[Float[Tensor, "C d_other m"], Float[Tensor, "C m d"]]:
+    """The two factors of a use, the one that lies at the dictionary's place last; without a bias's row."""
+    A, B = factors
+    if _has_bias_row(decomposition, use):
+        A = A[:, :-1]
+    return (A, B) if side == "write" else (B.mT, A.mT)
+
+
+def _has_bias_row(decomposition: Decomposition, use: Use) -> bool:
+    return decomposition.target.weights[use.matrix].bias is not None

@@ -1,0 +1,85 @@
+"""Activations at named places of the user's model, read or written anew by forward hooks that are taken away again."""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from apd_lens._errors import InvalidSetting, SiteNotCalled
+
+
+def site_module(model: nn.Module, site: str) -> nn.Module:
+    """The submodule, such as a hook point of TransformerLens, whose output is the activation.
+
+    Raises:
+        InvalidSetting: no such submodule; names the closest ones.
+    """
+    try:
+        return model.get_submodule(site)
+    except AttributeError:
+        names = [name for name, _ in model.named_modules() if name]
+        closest = difflib.get_close_matches(site, names, n=3, cutoff=0.0)
+        raise InvalidSetting(
+            f"{type(model).__name__} has no submodule {site!r} whose output could be read. The closest are "
+            f"{', '.join(map(repr, closest)) or 'none'}. Give site=, a name that model.get_submodule finds."
+        ) from None
+
+
+@contextmanager
+def reading(model: nn.Module, sites: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Inside, the activations at the sites in the first forward are kept by name, copied, without a graph.
+
+    Raises:
+        InvalidSetting: no such submodule, or one that returns no tensor.
+        SiteNotCalled: at the end, a site that no forward came to.
+    """
+    kept: dict[str, Tensor] = {}
+    sites = list(dict.fromkeys(sites))
+
+    def keep(site: str, activation: Tensor) -> Tensor:
+        if site not in kept:
+            kept[site] = activation.detach().clone()
+        return activation
+
+    with rewriting(model, {site: partial(keep, site) for site in sites}):
+        yield kept
+    _check_called(sites, kept)
+
+
+@contextmanager
+def rewriting(model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Inside, every forward of the model goes on with what a site's function makes of the activation there.
+
+    Raises:
+        InvalidSetting: no such submodule, or one that returns no tensor (or tuple that begins with one).
+    """
+
+    def change(site: str, function: Callable[[Tensor], Tensor], module: nn.Module, args: Any, output: Any) -> Any:
+        activation = output[0] if isinstance(output, tuple) and output else output
+        if not isinstance(activation, Tensor):
+            raise InvalidSetting(
+                f"The submodule {site!r} returns a {type(output).__name__}, not a tensor. Choose one that returns the "
+                "activation itself."
+            )
+        changed = function(activation)
+        if changed is activation:
+            return output
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    with ExitStack() as stack:
+        for site, function in changes.items():
+            handle = site_module(model, site).register_forward_hook(partial(change, site, function))
+            stack.callback(handle.remove)
+        yield
+
+
+def _check_called(sites: Iterable[str], called: Iterable[str]) -> None:
+    for site in sites:
+        if site not in called:
+            raise SiteNotCalled(
+                f"The forward pass did not call {site!r}. Choose a place that it goes through, or switch on the option "
+                "that does so."
+            )

@@ -1,0 +1,414 @@
+"""Loss against sparsity, measured alike for components, dictionaries and neurons.
+
+All are asked the same: with so many units a data point, chosen by the decomposition's own selection from scores of
+their own, how close is the model's output to the target's? Sparsity is counted in three ways: active units, active
+parameters, and bits.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from apd_lens import metrics
+from apd_lens._attribution import AUTO_PROJECTIONS, are_exact
+from apd_lens._batches import Batch, call, check_finite, n_examples, on_device
+from apd_lens._components import random_components
+from apd_lens._decomposition import Decomposition
+from apd_lens._errors import InvalidBatches, InvalidSetting, ShapeMismatch
+from apd_lens._jacobian import one_hot_cotangents, random_cotangents
+from apd_lens._losses import minimality_loss
+from apd_lens._padding import Real, padded, real_positions, without_padding, zero_at_padding
+from apd_lens._passes import check_finite_output, explained_output, sparse_pass
+from apd_lens._patch import outside_traces
+from apd_lens._selection import Selection, TopK, with_k
+from apd_lens._target import evaluating
+from apd_lens.compare._activations import Pool, pooled
+from apd_lens.compare._dictionaries import Dictionary, Latents, moved, random_dictionary, rewritten_latents, spliced
+from apd_lens.compare._sites import reading
+
+# Between the target's output and another; or "ce", of labels.
+Loss = Literal["mse", "kl", "ce"] | Callable[[Tensor, Tensor], Tensor]
+Scores = Literal["activation", "gradient"]
+
+# Bytes that gradients with respect to latents may take at a time.
+_MEMORY = 2**29
+
+
+@dataclass(frozen=True, eq=False)
+class Sparsity:
+    """Points of curves of loss against sparsity; `print` shows them.
+
+    Attributes:
+        curve: name of the curve that each point belongs to.
+        k: units that were asked for, mean over data points; infinite for a dictionary's latents as they are.
+        loss: mean over data points.
+        active: units that were active (latents that are 0 are not), mean over data points.
+        parameters: numbers in these: rank · (d_in + d_out) of a component, summed over matrices; encoder and decoder
+            direction of a latent; of a neuron its rows and columns of the decomposed matrices that have as many as
+            there are neurons, NaN where these cannot be told. The model's own matrices go on working behind latents,
+            and are not counted there.
+        bits: `metrics.description_length`: log2 of the number of units for each active one, and α for each of its
+            rank-one parts; a latent and a neuron are one. How strongly a latent is active is not counted, nor what
+            else a component reads of its input.
+        target_loss: of the target as it is.
+    """
+
+    curve: tuple[str, ...]
+    k: Float[Tensor, " points"]
+    loss: Float[Tensor, " points"]
+    active: Float[Tensor, " points"]
+    parameters: Float[Tensor, " points"]
+    bits: Float[Tensor, " points"]
+    target_loss: float
+
+    def table(self) -> pd.DataFrame:
+        """One row a point."""
+        names = {"active": "active units", "parameters": "active parameters"}
+        columns = {names.get(name, name): getattr(self, name).numpy() for name in _COLUMNS}
+        return pd.DataFrame({"curve": self.curve, **columns})
+
+    def of(self, column: Literal["k", "loss", "active", "parameters", "bits"]) -> dict[str, Float[Tensor, " n"]]:
+        """Name of a curve -> what a column has of it."""
+        values = getattr(self, column)
+        return {
+            name: values[[index for index, curve in enumerate(self.curve) if curve == name]]
+            for name in dict.fromkeys(self.curve)
+        }
+
+    def __str__(self) -> str:
+        shown = self.table().to_string(index=False, float_format=lambda value: f"{value:.4g}")
+        return f"{shown}\nloss of the target itself: {self.target_loss:.4g}"
+
+    __repr__ = __str__
+
+
+_COLUMNS = ("k", "loss", "active", "parameters", "bits")
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def sparsity(
+    decomposition: Decomposition,
+    batches: Iterable[Batch],
+    ks: Sequence[float],
+    dictionaries: Mapping[str, Dictionary | Sequence[Dictionary]],
+    *,
+    loss: Loss | None = None,
+    labels: Callable[[Batch], Tensor] | None = None,
+    by: Scores = "activation",
+    pool: Pool = "max",
+    projections: int | Literal["auto", "exact"] = "auto",
+    alpha: float = 1.0,
+    nulls: bool = True,
+    seed: int = 0,
+) -> Sparsity:
+    """Loss with k active units a data point: of the components, and of the model with dictionaries spliced in.
+
+    Units are selected as the decomposition selects components (`TopK`: k of each data point; `BatchTopK` and `Lp`: the
+    k·n largest of a batch), with scores of their own, and data points are the decomposition's. Where these are
+    examples, a latent stays at all positions of an example or at none.
+
+    Args:
+        batches: gone through once; each is run once for every point.
+        ks: units a data point; 0 for none at all. More than there are is all.
+        dictionaries: name of a curve -> a dictionary, or several that are spliced in together and keep k latents each.
+            For neurons give `Dictionary.neurons(site, n)`. Each has one more point, with its latents as they are.
+        loss: "mse" or "kl" between the target's output and the other; "ce", cross-entropy with `labels`; or a function
+            (target output, output) -> one scalar a data point. Default the decomposition's own distance.
+        labels: for "ce", a function batch -> classes `batch *pos`, −100 where none counts.
+        by: what latents and neurons are selected by: "activation", |latent| times the norm of its decoder direction;
+            or "gradient", sqrt(mean_o (latent · ∂f_o/∂latent)²), for examples with the sum over positions inside, as
+            `GradientAttribution` estimates what a component does.
+        pool: over positions, of "activation" where data points are examples.
+        projections: of "gradient", as of `GradientAttribution`.
+        alpha: α, bits for a rank-one part; the paper leaves it open.
+        nulls: also draw curves of random components with the same singular values, and of random dictionaries.
+        seed: of nulls and projections.
+
+    Raises:
+        InvalidBatches: no batches.
+        InvalidSetting: a k below 0, "ce" without labels, or a loaded decomposition that lacks its output function.
+        ShapeMismatch: a dictionary of another width, or without the positions that data points are.
+        NonFinite: a batch, or the target's output, holds NaN or infinity.
+    """
+    loss = decomposition.settings.losses.distance if loss is None else loss
+    _check(decomposition, ks, loss, labels, by)
+    device = next(decomposition.components.parameters()).device
+    models: dict[str, _Components | _Spliced] = {"components": _Components.of(decomposition)}
+    if nulls:
+        random = replace(decomposition, components=random_components(decomposition.components, seed))
+        models["random components"] = _Components.of(random)
+    for name, given in dictionaries.items():
+        some = [moved(each, device) for each in ([given] if isinstance(given, Dictionary) else given)]
+        models[name] = _Spliced(decomposition, some, by, pool, projections, seed)
+        if nulls:
+            random = [random_dictionary(each, seed + index) for index, each in enumerate(some)]
+            models[f"{name}, random"] = replace(models[name], dictionaries=random)
+    sums: dict[tuple[str, float], Tensor] = {}
+    of_target, weight = 0.0, 0.0
+    for batch in batches:
+        batch = on_device(decomposition.target.prepare(batch), device)
+        check_finite(batch, "sparsity")
+        target_output, real = _output(decomposition, batch), real_positions(batch)
+        check_finite_output(target_output, "sparsity")
+        expected = None if labels is None else labels(batch).to(device)
+        of_batch, n = _loss(target_output, target_output, loss, expected, real)
+        of_target, weight = of_target + n * of_batch, weight + n
+        for name, model in models.items():
+            for point in model.points(batch, real, ks, alpha):
+                of_point, _ = _loss(target_output, point.output, loss, expected, real)
+                numbers = torch.tensor([of_point, *point.counted], dtype=torch.float64)
+                sums[name, point.k] = sums.get((name, point.k), torch.zeros(())) + n * numbers
+    if not sums:
+        raise InvalidBatches("There are no batches: expected at least one.")
+    points = torch.stack(list(sums.values())).float() / weight
+    return Sparsity(
+        tuple(name for name, _ in sums),
+        torch.tensor([k for _, k in sums]),
+        *points.unbind(1),
+        target_loss=of_target / weight,
+    )
+
+
+# Mean over data points of active units, active parameters, and bits.
+Counted = tuple[float, float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class _Components:
+    """The model on its active components.
+
+    Attributes:
+        rank, parameters: of each component, over all matrices.
+    """
+
+    decomposition: Decomposition
+    rank: Float[Tensor, " C"]
+    parameters: Float[Tensor, " C"]
+
+    @staticmethod
+    def of(decomposition: Decomposition) -> "_Components":
+        components = decomposition.components
+        ranks = metrics.ranks(components)
+        sizes = [components.A[name].shape[1] + components.B[name].shape[2] for name in components.names]
+        return _Components(decomposition, ranks.sum(1), ranks @ torch.tensor(sizes).to(ranks))
+
+    def points(self, batch: Batch, real: Real, ks: Sequence[float], alpha: float) -> Iterator["_Point"]:
+        target, components, output = self.decomposition.target, self.decomposition.components, self.decomposition.output
+        assert output is not None
+        attributions, _ = self.decomposition._attributed(batch)
+        for k in ks:
+            mask = _selected(self.decomposition.settings.selection, k, attributions, real)
+            with evaluating(target.model):
+                sparse_output, _ = sparse_pass(target, components, batch, mask, output)
+            yield _Point(k, _counted(mask, self.rank, self.parameters, alpha, real), sparse_output)
+
+
+@dataclass(frozen=True, eq=False)
+class _Spliced:
+    """The model with dictionaries at their places."""
+
+    decomposition: Decomposition
+    dictionaries: Sequence[Dictionary]
+    by: Scores
+    pool: Pool
+    projections: int | Literal["auto", "exact"]
+    seed: int
+
+    def points(self, batch: Batch, real: Real, ks: Sequence[float], alpha: float) -> Iterator["_Point"]:
+        model, selection = self.decomposition.target.model, self.decomposition.settings.selection
+        latents = self._latents(batch)
+        on = [self._pooled(each.ne(0).float(), real) > 0 for each in latents]
+        if self.by == "gradient":
+            scores = self._effects(batch, real)
+        else:
+            sized = zip(latents, self.dictionaries, strict=True)
+            scores = [self._pooled(each.abs() * dictionary.decoder.norm(dim=1), real) for each, dictionary in sized]
+        for k in (*ks, torch.inf):
+            masks = on
+            if k < torch.inf:
+                chosen = (_selected(selection, k, each, real) for each in scores)
+                masks = [each & active for each, active in zip(chosen, on, strict=True)]
+            with spliced(model, self.dictionaries, masks if k < torch.inf else None):
+                output = _output(self.decomposition, batch)
+            counted = [
+                _of_latents(self.decomposition, dictionary, mask, alpha, real)
+                for dictionary, mask in zip(self.dictionaries, masks, strict=True)
+            ]
+            active, parameters, bits = (sum(column) for column in zip(*counted, strict=True))
+            yield _Point(k, (active, parameters, bits), output)
+
+    def _latents(self, batch: Batch) -> list[Latents]:
+        """On the target's own activations."""
+        sites = [dictionary.site for dictionary in self.dictionaries]
+        with reading(self.decomposition.target.model, sites) as activations:
+            _output(self.decomposition, batch)
+        return [dictionary.encode(activations[dictionary.site]) for dictionary in self.dictionaries]
+
+    def _pooled(self, values: Latents, real: Real) -> Float[Tensor, "batch *data_pos latents"]:
+        return pooled(values, real, self.pool) if self._of_examples else zero_at_padding(values, real)
+
+    @property
+    def _of_examples(self) -> bool:
+        return self.decomposition.settings.selection.granularity == "example"
+
+    def _effects(self, batch: Batch, real: Real) -> list[Float[Tensor, "batch *data_pos latents"]]:
+        """sqrt( mean_o (latent · ∂f_o/∂latent)² ), with the sum over positions inside where data points are examples.
+
+        Gradients are those at the target's own activations: what a dictionary leaves unexplained is added to them.
+        """
+        leaves: list[Tensor] = []
+
+        def leaf(latents: Latents) -> Latents:
+            leaves.append(latents.detach().requires_grad_())
+            return leaves[-1]
+
+        model, changes = self.decomposition.target.model, [leaf] * len(self.dictionaries)
+        with torch.enable_grad(), rewritten_latents(model, self.dictionaries, changes, keep_error=True):
+            output = _output(self.decomposition, batch)
+        if are_exact(output, self.projections):
+            cotangents = one_hot_cotangents(output)
+        else:
+            K = AUTO_PROJECTIONS if isinstance(self.projections, str) else self.projections
+            generator = torch.Generator(output.device).manual_seed(self.seed)
+            cotangents = random_cotangents(output, K, "rademacher", generator)
+        at_once = max(1, _MEMORY // (2 * sum(each.numel() * each.element_size() for each in leaves)))
+        squares = [torch.zeros(())] * len(leaves)
+        for first in range(0, cotangents.count, at_once):
+            rows = cotangents.rows(first, min(first + at_once, cotangents.count))
+            gradients = torch.autograd.grad(
+                output,
+                leaves,
+                rows[:, None].expand(-1, *output.shape),
+                is_grads_batched=True,
+                retain_graph=True,
+                materialize_grads=True,
+            )
+            effects = [gradient * each.detach() for gradient, each in zip(gradients, leaves, strict=True)]
+            if self._of_examples:
+                effects = [each.flatten(2, -2).sum(2) if each.ndim > 3 else each for each in effects]
+            squares = [total.to(each) + each.square().sum(0) for total, each in zip(squares, effects, strict=True)]
+        n_outputs = _n_outputs(output, real)
+        return [(total / n_outputs.reshape(-1, *[1] * (total.ndim - 1))).sqrt() for total in squares]
+
+
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """What a model gives with k units a data point."""
+
+    k: float
+    counted: Counted
+    output: Tensor
+
+
+def _selected(
+    selection: Selection, k: float, scores: Float[Tensor, "batch *pos units"], real: Real
+) -> Bool[Tensor, "batch *pos units"]:
+    """The k largest a data point, as the selection finds them."""
+    if k == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    k = min(k, scores.shape[-1])
+    return with_k(selection, int(k) if isinstance(selection, TopK) else k)(scores, real)
+
+
+def _counted(
+    mask: Bool[Tensor, "batch *pos units"],
+    rank: Float[Tensor, " units"],
+    parameters: Float[Tensor, " units"],
+    alpha: float,
+    real: Real,
+) -> Counted:
+    active = without_padding(mask, real).flatten(0, -2)
+    bits = metrics.description_length(active, rank, alpha).total
+    per_data_point = active.to(parameters.dtype)
+    return per_data_point.sum(1).mean().item(), (per_data_point @ parameters).mean().item(), bits
+
+
+def _of_latents(
+    decomposition: Decomposition,
+    dictionary: Dictionary,
+    mask: Bool[Tensor, "batch *pos latents"],
+    alpha: float,
+    real: Real,
+) -> Counted:
+    ones = torch.ones(dictionary.n_latents, device=mask.device)
+    return _counted(mask, ones, _parameters(decomposition, dictionary) * ones, alpha, real)
+
+
+def _parameters(decomposition: Decomposition, dictionary: Dictionary) -> float:
+    """Numbers that belong to one latent; of a neuron NaN where no matrix, or both sides of one, have its width."""
+    d, d_out = dictionary.encoder.shape[0], dictionary.decoder.shape[1]
+    if dictionary.parameters is not None:
+        return dictionary.parameters
+    if dictionary.activation != "identity":
+        return d + d_out
+    weights = [decomposition.target.weights[name] for name in decomposition.components.names]
+    shapes = [(weight.d_in, weight.d_out) for weight in weights]
+    touching = [shape for shape in shapes if d in shape]
+    ambiguous = not touching or any(d_in == d_out for d_in, d_out in touching)
+    return torch.nan if ambiguous else sum(d_in + d_out - d for d_in, d_out in touching)
+
+
+def _output(decomposition: Decomposition, batch: Batch) -> Tensor:
+    """The explained output of the user's model as it is at the moment; zero at padding."""
+    model = decomposition.target.model
+    assert decomposition.output is not None
+    with evaluating(model), outside_traces(model):
+        output = explained_output(decomposition.output, call(model, batch), n_examples(batch))
+    return zero_at_padding(output, real_positions(batch))
+
+
+def _n_outputs(output: Float[Tensor, "batch *pos n_outputs"], real: Real) -> Float[Tensor, " batch"]:
+    """Number of outputs of each example, those at padding not counted."""
+    real = padded(output, real)
+    if real is None:
+        return torch.full((len(output),), float(output[0].numel()), device=output.device)
+    return real.sum(1).clamp_min(1) * float(output[0, 0].numel())
+
+
+def _loss(
+    target_output: Float[Tensor, "batch *pos n_outputs"],
+    output: Float[Tensor, "batch *pos n_outputs"],
+    loss: Loss,
+    labels: Int[Tensor, "batch *pos"] | None,
+    real: Real,
+) -> tuple[float, int]:
+    """Mean over data points, and how many these are."""
+    real = padded(output, real)
+    if loss == "ce":
+        assert labels is not None
+        if labels.shape != output.shape[:-1]:
+            raise ShapeMismatch(f"Expected labels of shape {tuple(output.shape[:-1])}, got {tuple(labels.shape)}.")
+        labels = labels if real is None else labels.masked_fill(~real, -100)
+        n = int((labels != -100).sum())
+        return (F.cross_entropy(output.flatten(0, -2), labels.flatten(), reduction="sum").item() / max(n, 1), n)
+    n = output[..., 0].numel() if real is None else int(real.sum())
+    return minimality_loss(target_output, output, loss, real).item(), n
+
+
+def _check(
+    decomposition: Decomposition,
+    ks: Sequence[float],
+    loss: Loss,
+    labels: Callable[[Batch], Tensor] | None,
+    by: Scores,
+) -> None:
+    if decomposition.output is None:
+        raise InvalidSetting(
+            "This decomposition was made with an output function of your own, which is not saved. Give it again: "
+            "apd_lens.load(path, model, output=...)."
+        )
+    if not ks or min(ks) < 0:
+        raise InvalidSetting(f"ks are numbers of units a data point, from 0 on, got {list(ks)}.")
+    if (loss == "ce") != (labels is not None):
+        raise InvalidSetting('loss="ce" and labels= go together: a function batch -> classes.')
+    if not callable(loss) and loss not in ("mse", "kl", "ce"):
+        raise InvalidSetting(f'loss is "mse", "kl", "ce" or a function, got {loss!r}.')
+    if by not in ("activation", "gradient"):
+        raise InvalidSetting(f'by is "activation" or "gradient", got {by!r}.')
