@@ -24,6 +24,8 @@ from apd_lens._decomposition import Decomposition as Decomposition
 from apd_lens._decomposition import Summary as Summary
 from apd_lens._decomposition import load as load
 from apd_lens._division_moves import DivisionMoves as DivisionMoves
+from apd_lens._editing import Edit as Edit
+from apd_lens._editing import apply_edit as apply_edit
 from apd_lens._errors import AlreadyActive as AlreadyActive
 from apd_lens._errors import ApdError as ApdError
 from apd_lens._errors import ArtifactError as ArtifactError
