@@ -1,7 +1,7 @@
 """Taking components out of a model's own parameters, in place, and putting them back."""
 
 import weakref
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,7 +145,7 @@ class Edit:
         if self._record in edits:
             edits.remove(self._record)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Edit":
         return self
 
     def __exit__(self, *error: object) -> None:
