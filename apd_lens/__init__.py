@@ -9,6 +9,7 @@ Types and shapes of arguments are checked here, at the edge, and not inside.
 
 from apd_lens import _components, _decompose, _losses, _product, _seeds, _selection
 from apd_lens import metrics as metrics
+from apd_lens import watch as watch
 from apd_lens._attribution import AblationAttribution as AblationAttribution
 from apd_lens._attribution import ActivationAttribution as ActivationAttribution
 from apd_lens._attribution import GradientAttribution as GradientAttribution

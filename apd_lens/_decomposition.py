@@ -252,18 +252,28 @@ class Decomposition:
 
     def _watch(self, batch: Batch) -> WatchedPass:
         """To be called with the model in eval mode."""
-        if self.output is None:
-            raise InvalidSetting(
-                "This decomposition was made with an output function of your own, which is not saved. Give it again: "
-                "apd_lens.load(path, model, output=...)."
-            )
         check_unedited(self.target.model)
-        batch = self.target.prepare(batch)
-        check_finite(batch, "attributions")
-        batch = on_device(batch, next(self.components.parameters()).device)
-        watched = watched_pass(self.target, self.components.names, batch, self.output)
+        batch, output = ready(self, batch, "attributions")
+        watched = watched_pass(self.target, self.components.names, batch, output)
         check_finite_output(watched.output, "attributions")
         return watched
+
+
+def ready(decomposition: Decomposition, batch: Batch, where: str) -> tuple[Batch, OutputFn]:
+    """A batch as the model is called with it, on the model's device, and what picks the explained output.
+
+    Raises:
+        InvalidSetting: a loaded decomposition that lacks its output function.
+        NonFinite: the batch holds NaN or infinity; the message says where.
+    """
+    if decomposition.output is None:
+        raise InvalidSetting(
+            "This decomposition was made with an output function of your own, which is not saved. Give it again: "
+            "apd_lens.load(path, model, output=...)."
+        )
+    batch = decomposition.target.prepare(batch)
+    check_finite(batch, where)
+    return on_device(batch, next(decomposition.components.parameters()).device), decomposition.output
 
 
 def numbers_of(chosen: Chosen, components: ParameterComponents) -> list[int]:
