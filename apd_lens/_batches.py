@@ -130,7 +130,7 @@ def each(batches: Iterable[Batch]) -> Iterator[Batch]:
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         came = f"one tensor of shape {tuple(batches.shape)}" if isinstance(batches, Tensor) else type(batches).__name__
         raise InvalidBatches(
-            f"Expected an iterable of batches (a list, a DataLoader), got {came}. One batch is [batch]."
+            f"Expected an iterable of batches (a list, a DataLoader), got {came}. Of one batch: [batch]."
         )
     n_batches = 0
     for batch in batches:

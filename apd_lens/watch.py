@@ -68,8 +68,8 @@ class Monitor:
         n_data_points: of the reference data.
         n_empty: on how many of these nothing was active.
         together: on how many two components were active together; on the diagonal each one.
-        residual_floor, residual_mean, residual_std: of log(distance + floor), mean and standard deviation. The floor
-            is a thousandth of the mean distance.
+        residual_floor, residual_mean, residual_std: of log(distance + floor), mean and standard deviation (1 where
+            there is none). The floor is a thousandth of the mean distance.
     """
 
     decomposition: Decomposition
@@ -142,7 +142,7 @@ def fit(decomposition: Decomposition, batches: Iterable[Batch], *, k: K | None =
 
     Raises:
         InvalidBatches: no batches, or fewer than two data points.
-        InvalidSetting: the sparse output is the target's on all data points; or as `decomposition.select`.
+        InvalidSetting: as `decomposition.select`.
         NonFinite: a batch, or the output, holds NaN or infinity.
     """
     n_components = decomposition.components.n_components
@@ -167,12 +167,7 @@ def fit(decomposition: Decomposition, batches: Iterable[Batch], *, k: K | None =
         # A little below, so that what is equal to it is active.
         selection = Lp(granularity=selection.granularity, threshold=_below(sum(thresholds) / max(len(thresholds), 1)))
     distance = torch.cat(distances).double()
-    floor = distance.mean().item() / 1000
-    if floor == 0:
-        raise InvalidSetting(
-            "The sparse output equals the target's on every data point of reference, so no residual is usual. Are all "
-            "components active? Give a smaller k."
-        )
+    floor = max(distance.mean().item() / 1000, torch.finfo(torch.float32).tiny)
     logarithms = (distance + floor).log()
     return Monitor(
         decomposition=decomposition,
@@ -182,7 +177,7 @@ def fit(decomposition: Decomposition, batches: Iterable[Batch], *, k: K | None =
         together=together,
         residual_floor=floor,
         residual_mean=logarithms.mean().item(),
-        residual_std=max(logarithms.std().item(), 1e-6),
+        residual_std=logarithms.std().item() or 1.0,
     )
 
 
@@ -238,9 +233,9 @@ def _rarest(
         # The active components of each data point, side by side, and behind them what is no component.
         on, component = some.to(torch.uint8).topk(n_most, dim=1)
         nothing = torch.full((len(some), 1), n_components, device=mask.device)
-        given, given_on = torch.cat([component, nothing], 1), torch.cat([on, torch.ones_like(on[:, :1])], 1)
-        if on.shape[1] < 1:
-            component, on = nothing * 0, torch.zeros_like(nothing)
+        given, given_on = torch.cat([component, nothing], 1), torch.cat([on, torch.ones_like(nothing)], 1)
+        if n_most == 0:
+            component, on = torch.zeros_like(nothing), torch.zeros_like(nothing)
         rare = table[given[:, :, None], component[:, None]]
         rare = rare.masked_fill((given_on[:, :, None] * on[:, None]) == 0, -torch.inf).flatten(1)
         best, at = rare.max(1)
@@ -317,11 +312,11 @@ class Mahalanobis:
 
 
 @checked
-def mahalanobis(activations: Iterable[Float[Tensor, "data d"]], ridge: float = 1e-6) -> Mahalanobis:
+def mahalanobis(activations: Iterable[Float[Tensor, "_ d"]], ridge: float = 1e-6) -> Mahalanobis:
     """The baseline that knows no components: distance of activations from those on the reference data.
 
     Args:
-        activations: of batch after batch; which ones, and how they are got, is yours to say.
+        activations: `data d`, of batch after batch; which ones, and how they are got, is yours to say.
         ridge: added to the covariance's diagonal, as a share of the mean variance.
 
     Raises:

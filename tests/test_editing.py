@@ -210,9 +210,13 @@ def test_another_decomposition_is_stacked_where_it_has_other_matrices():
     model = TinyGPT()
     one, other, same = (decomposition_of(model, weights, seed=2) for weights in ("fc.*", "proj.*", "f*"))
     before = Snapshot.of(model)
-    with apd.apply_edit(model, one, 1), apd.apply_edit(model, other, 1), apd.apply_edit(model, one, 2):
-        with pytest.raises(apd.ArtifactError, match=r"fc\.weight has other weights"):
-            apd.apply_edit(model, same, 1)
+    with (
+        apd.apply_edit(model, one, 1),
+        apd.apply_edit(model, other, 1),
+        apd.apply_edit(model, one, 2),
+        pytest.raises(apd.ArtifactError, match=r"fc\.weight has other weights"),
+    ):
+        apd.apply_edit(model, same, 1)
     before.assert_unchanged(model)
 
 
@@ -334,9 +338,10 @@ def test_as_a_context_it_is_undone_after_an_error_and_an_interrupt(decomposition
     ):
         model(TOKENS)
     before.assert_unchanged(model)
-    with pytest.raises(ZeroDivisionError), apd.apply_edit(model, decomposition, 0) as edit:
+    with apd.apply_edit(model, decomposition, 0) as edit:
         assert not edit.undone
         edit.undo()  # one's own undo inside is fine
+    with pytest.raises(ZeroDivisionError), apd.apply_edit(model, decomposition, 0):
         1 / 0  # noqa: B018
     before.assert_unchanged(model)
 
