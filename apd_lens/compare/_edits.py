@@ -12,6 +12,7 @@ on-target data and of the other data. Both take as many directions out of a matr
   matrices together, and in each one alone. It is made from the very data that it is judged on, and a component is not.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -95,8 +96,7 @@ def percentile(values: Float[Tensor, "edits data"], share: float) -> Float[Tenso
     >>> percentile(torch.arange(1.0, 201.0)[None], 0.99)
     tensor([198.])
     """
-    rank = min(max(1, -int(-share * values.shape[1] // 1)), values.shape[1])
-    return values.kthvalue(rank, dim=1).values
+    return values.kthvalue(math.ceil(share * values.shape[1]), dim=1).values
 
 
 @checked

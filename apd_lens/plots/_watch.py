@@ -1,5 +1,6 @@
 """What edits do, and how well unusual inputs are told from usual ones."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -37,7 +38,7 @@ def edit_effects(
     """
     check_names(kind, len(on_target), "edit")
     on_target, other = plain(on_target).mean(1), plain(other)
-    high = other.kthvalue(min(int(0.99 * other.shape[1]) + 1, other.shape[1]), dim=1).values
+    high = other.kthvalue(math.ceil(0.99 * other.shape[1]), dim=1).values
     largest = torch.cat([on_target, high]).max().item()
     if not largest > 0:
         raise InvalidSetting("Every distance is 0: no edit has an effect that could be drawn on a log axis.")
@@ -71,6 +72,7 @@ def roc(
 
     Args:
         scores: name -> score of each data point, larger where it is more unusual; the AUROC stands in the legend.
+            Names that begin with "random" or "shuffled" are drawn in grey.
 
     Raises:
         ShapeMismatch: scores of another number of data points.
@@ -80,9 +82,9 @@ def roc(
     areas = {name: auroc(values, odd) for name, values in curves.items()}
     ax = axes(ax, 7.0, 4.4)
     ax.plot([0, 1], [0, 1], color=NULL, linestyle=":", linewidth=1)
-    shades = iter(colours(sum(not name.startswith(("random", "shuffled")) for name in curves)))
+    nulls = [name for name in curves if name.startswith(("random", "shuffled"))]
+    shades = iter(colours(len(curves) - len(nulls)))
     for name, values in curves.items():
-        null = name.startswith(("random", "shuffled"))
         ranks = values.unique(return_inverse=True)[1]
         n = int(ranks.max()) + 1
         # From the highest score down: how many of each lie at or above it.
@@ -93,8 +95,8 @@ def roc(
         ax.plot(
             alarms.numpy(),
             found.numpy(),
-            color=NULL if null else next(shades),
-            linestyle="--" if null else "-",
+            color=NULL if name in nulls else next(shades),
+            linestyle=("--", "-.", (0, (1, 1)))[nulls.index(name) % 3] if name in nulls else "-",
             linewidth=1.6,
             label=f"{name}, {areas[name]:.3f}",
         )
