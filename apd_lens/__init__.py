@@ -9,6 +9,7 @@ Types and shapes of arguments are checked here, at the edge, and not inside.
 
 from apd_lens import _components, _decompose, _losses, _product, _seeds, _selection
 from apd_lens import metrics as metrics
+from apd_lens import watch as watch
 from apd_lens._attribution import AblationAttribution as AblationAttribution
 from apd_lens._attribution import ActivationAttribution as ActivationAttribution
 from apd_lens._attribution import GradientAttribution as GradientAttribution
@@ -24,6 +25,8 @@ from apd_lens._decomposition import Decomposition as Decomposition
 from apd_lens._decomposition import Summary as Summary
 from apd_lens._decomposition import load as load
 from apd_lens._division_moves import DivisionMoves as DivisionMoves
+from apd_lens._editing import Edit as Edit
+from apd_lens._editing import apply_edit as apply_edit
 from apd_lens._errors import AlreadyActive as AlreadyActive
 from apd_lens._errors import ApdError as ApdError
 from apd_lens._errors import ArtifactError as ArtifactError

@@ -121,6 +121,25 @@ def check_finite(batch: Batch, where: str) -> None:
             )
 
 
+def each(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Every batch, once.
+
+    Raises:
+        InvalidBatches: not iterable, empty, or a bare tensor.
+    """
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        came = f"one tensor of shape {tuple(batches.shape)}" if isinstance(batches, Tensor) else type(batches).__name__
+        raise InvalidBatches(
+            f"Expected an iterable of batches (a list, a DataLoader), got {came}. Of one batch: [batch]."
+        )
+    n_batches = 0
+    for batch in batches:
+        n_batches += 1
+        yield batch
+    if n_batches == 0:
+        raise InvalidBatches("There are no batches: the iterable is empty, or was used up before.")
+
+
 def stream(batches: Iterable[Batch] | Callable[[int], Batch], first_step: int = 0) -> Iterator[Batch]:
     """Batches without end: a function step -> batch is called for each step, an iterable is gone through again.
 

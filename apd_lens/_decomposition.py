@@ -22,7 +22,8 @@ from apd_lens._artifact import (
 )
 from apd_lens._attribution import GradientAttribution, metric_effects
 from apd_lens._batches import Batch, check_finite, on_device
-from apd_lens._components import ParameterComponents, effective_rank, singular_values
+from apd_lens._components import ParameterComponents, effective_rank, singular_values, sum_of_components
+from apd_lens._edited import check_unedited
 from apd_lens._errors import ArtifactError, InvalidSetting, ShapeMismatch, UnsupportedModel
 from apd_lens._padding import Real, without_padding
 from apd_lens._passes import (
@@ -39,7 +40,7 @@ from apd_lens._product import Mask
 from apd_lens._selection import AttributionError, BatchTopK, K, Selection, attribution_error, with_k
 from apd_lens._settings import Settings
 from apd_lens._table import table
-from apd_lens._target import TargetModel, evaluating
+from apd_lens._target import Intercept, TargetModel, evaluating
 from apd_lens._wrap import wrap
 
 # Components by their numbers.
@@ -49,6 +50,9 @@ Chosen = int | Iterable[int] | Int[Tensor, "*n"]
 @dataclass(frozen=True, eq=False)
 class Decomposition:
     """A model's weight matrices as sums of parameter components.
+
+    While components are out of the model's own parameters (`apd_lens.apply_edit`), all that runs or edits the model
+    raises AlreadyActive: it is then not the model that was decomposed.
 
     Attributes:
         target: the model that was taken apart, `target.model` being the user's.
@@ -142,7 +146,7 @@ class Decomposition:
                 "if its entries are 0 and 1."
             )
         mask = mask.to(next(self.components.parameters()).device)
-        return self.target.intercepted(self.components.names, replace_weights(self.components, mask))
+        return self._context(replace_weights(self.components, mask))
 
     def ablate(self, components: Chosen) -> AbstractContextManager[None]:
         """Inside, the user's model runs on W − Σ P_c of the given components; with none, it is bit for bit the target.
@@ -151,13 +155,11 @@ class Decomposition:
             InvalidSetting: no such component.
             AlreadyActive: inside another context on the same model.
         """
-        return self.target.intercepted(
-            self.components.names, subtract_weights(self.components, self._indices(components))
-        )
+        return self._context(subtract_weights(self.components, numbers_of(components, self.components)))
 
     def only(self, components: Chosen) -> AbstractContextManager[None]:
         """Inside, the user's model runs on Σ P_c of the given components alone. Raises as `ablate` does."""
-        return self.target.intercepted(self.components.names, keep_weights(self.components, self._indices(components)))
+        return self._context(keep_weights(self.components, numbers_of(components, self.components)))
 
     @torch.no_grad()
     def edited_state_dict(self, ablate: Chosen) -> dict[str, Tensor]:
@@ -165,16 +167,11 @@ class Decomposition:
 
         Edited tensors are new; all others are the model's own, as in `state_dict()`.
         """
-        chosen = self._indices(ablate)
+        chosen = numbers_of(ablate, self.components)
+        check_unedited(self.target.model)
         edited = dict(self.target.model.state_dict())
-        if not chosen:
-            return edited
-        mask = torch.zeros(self.components.n_components, device=next(self.components.parameters()).device)
-        mask[chosen] = 1.0
-        for name in self.components.names:
-            matrix = self.target.weights[name]
-            taken_out = self.components.summed(name, mask)
-            edited.update(matrix.state(matrix.value().to(taken_out.dtype) - taken_out))
+        for name in self.components.names if chosen else ():
+            edited.update(self.target.weights[name].state(edited_value(self.target, self.components, name, chosen)))
         return edited
 
     @torch.no_grad()
@@ -220,27 +217,20 @@ class Decomposition:
             ArtifactError: the path is a file, or a folder that holds something else.
         """
         A, B = self.components.A, self.components.B
-        matrices = {
-            name: {
-                "d_in": A[name].shape[1],
-                "d_out": B[name].shape[2],
-                "rank": A[name].shape[2],
-                "bias": self.target.weights[name].bias is not None,
-                "fingerprint": self.fingerprints[name],
-                "sites": [use.site for use in self.target.weights[name].uses],
-            }
-            for name in self.components.names
-        }
         about = {
             "versions": library_versions(self.target.model),
             "model": f"{type(self.target.model).__module__}.{type(self.target.model).__qualname__}",
             "n_components": self.components.n_components,
-            "matrices": matrices,
+            "matrices": about_matrices(self),
             "settings": encode_settings(self.settings),
             "output": "default" if self.output is default_output else "given by the user",
         }
         factors = {f"A.{name}": factor for name, factor in A.items()} | {f"B.{name}": f for name, f in B.items()}
         write_artifact(Path(path), factors, about)
+
+    def _context(self, intercept: Intercept) -> AbstractContextManager[None]:
+        check_unedited(self.target.model)
+        return self.target.intercepted(self.components.names, intercept)
 
     def _selection(self, batch: Batch, k: K | None) -> Selection:
         selection = with_k(self.settings.selection, k)
@@ -262,29 +252,71 @@ class Decomposition:
 
     def _watch(self, batch: Batch) -> WatchedPass:
         """To be called with the model in eval mode."""
-        if self.output is None:
-            raise InvalidSetting(
-                "This decomposition was made with an output function of your own, which is not saved. Give it again: "
-                "apd_lens.load(path, model, output=...)."
-            )
-        batch = self.target.prepare(batch)
-        check_finite(batch, "attributions")
-        batch = on_device(batch, next(self.components.parameters()).device)
-        watched = watched_pass(self.target, self.components.names, batch, self.output)
+        check_unedited(self.target.model)
+        batch, output = ready(self, batch, "attributions")
+        watched = watched_pass(self.target, self.components.names, batch, output)
         check_finite_output(watched.output, "attributions")
         return watched
 
-    def _indices(self, components: Chosen) -> list[int]:
-        n_components = self.components.n_components
-        if isinstance(components, Tensor):
-            components = components.flatten().tolist()
-        chosen = [components] if isinstance(components, int) else [int(component) for component in components]
-        wrong = [component for component in chosen if not 0 <= component < n_components]
-        if wrong or len(set(chosen)) != len(chosen):
-            raise InvalidSetting(
-                f"Expected distinct component numbers from 0 to {n_components - 1}, got {wrong or chosen}."
-            )
-        return chosen
+
+def ready(decomposition: Decomposition, batch: Batch, where: str) -> tuple[Batch, OutputFn]:
+    """A batch as the model is called with it, on the model's device, and what picks the explained output.
+
+    Raises:
+        InvalidSetting: a loaded decomposition that lacks its output function.
+        NonFinite: the batch holds NaN or infinity; the message says where.
+    """
+    if decomposition.output is None:
+        raise InvalidSetting(
+            "This decomposition was made with an output function of your own, which is not saved. Give it again: "
+            "apd_lens.load(path, model, output=...)."
+        )
+    batch = decomposition.target.prepare(batch)
+    check_finite(batch, where)
+    return on_device(batch, next(decomposition.components.parameters()).device), decomposition.output
+
+
+def numbers_of(chosen: Chosen, components: ParameterComponents) -> list[int]:
+    """The numbers of the components that a user has chosen.
+
+    Raises:
+        InvalidSetting: no such component, or one twice.
+    """
+    if isinstance(chosen, Tensor):
+        chosen = chosen.flatten().tolist()
+    numbers = [chosen] if isinstance(chosen, int) else [int(component) for component in chosen]
+    wrong = [component for component in numbers if not 0 <= component < components.n_components]
+    if wrong or len(set(numbers)) != len(numbers):
+        raise InvalidSetting(
+            f"Expected distinct component numbers from 0 to {components.n_components - 1}, got {wrong or numbers}."
+        )
+    return numbers
+
+
+def edited_value(
+    target: TargetModel, components: ParameterComponents, name: str, chosen: list[int]
+) -> Float[Tensor, "d_in d_out"]:
+    """W − Σ P_c of the chosen components, W being what the target has under that name at the moment."""
+    weight = target.weights[name].value()
+    taken_out = sum_of_components(components.A[name][chosen], components.B[name][chosen]).detach()
+    return weight.to(taken_out.dtype) - taken_out.to(weight.device)
+
+
+def about_matrices(decomposition: Decomposition) -> dict[str, dict[str, Any]]:
+    """Name -> what is known of the matrix and its components: shapes, uses, fingerprint."""
+    A, B = decomposition.components.A, decomposition.components.B
+    weights = decomposition.target.weights
+    return {
+        name: {
+            "d_in": A[name].shape[1],
+            "d_out": B[name].shape[2],
+            "rank": A[name].shape[2],
+            "bias": weights[name].bias is not None,
+            "fingerprint": decomposition.fingerprints[name],
+            "sites": [use.site for use in weights[name].uses],
+        }
+        for name in decomposition.components.names
+    }
 
 
 def load(path: str | os.PathLike[str], model: Any, *, output: OutputFn | None = None) -> Decomposition:
@@ -300,14 +332,12 @@ def load(path: str | os.PathLike[str], model: Any, *, output: OutputFn | None = 
             model is missing, or has another shape or other weights: says which.
     """
     factors, about = read_artifact(Path(path))
-    target = _with_uses(wrap(model), about["matrices"])
-    for name, saved in about["matrices"].items():
-        difference = _difference(target, name, saved)
-        if difference is not None:
-            raise ArtifactError(
-                f"The decomposition in {path} is of another model: {difference}. It was made from a {about['model']}; "
-                "load it onto that model, with the weights and the processing (folding, centring) that it had."
-            )
+    target, difference = fitted(model, about["matrices"])
+    if difference is not None:
+        raise ArtifactError(
+            f"The decomposition in {path} is of another model: {difference}. It was made from a {about['model']}; "
+            "load it onto that model, with the weights and the processing (folding, centring) that it had."
+        )
     device = next(iter(target.weights.values())).parameter.device
     components = ParameterComponents(
         A={name: factors[f"A.{name}"].to(device) for name in about["matrices"]},
@@ -320,6 +350,13 @@ def load(path: str | os.PathLike[str], model: Any, *, output: OutputFn | None = 
         output=default_output if output is None and about["output"] == "default" else output,
         fingerprints={name: saved["fingerprint"] for name, saved in about["matrices"].items()},
     )
+
+
+def fitted(model: Any, matrices: dict[str, dict[str, Any]]) -> tuple[TargetModel, str | None]:
+    """A model as the target of a decomposition with these matrices, and in what it differs from theirs, or None."""
+    target = _with_uses(wrap(model), matrices)
+    differences = (_difference(target, name, saved) for name, saved in matrices.items())
+    return target, next((difference for difference in differences if difference is not None), None)
 
 
 def _with_uses(target: TargetModel, matrices: dict[str, Any]) -> TargetModel:

@@ -107,14 +107,32 @@ def minimality_loss(
         return F.mse_loss(without_padding(sparse_output, real), without_padding(target_output, real))
     if distance == "kl":
         return kl_divergence(without_padding(target_output, real), without_padding(sparse_output, real)).mean()
+    values = distance_of_each(target_output, sparse_output, distance)
+    return (values[real] if real is not None and values.shape == real.shape else values).mean()
+
+
+def distance_of_each(
+    target_output: Float[Tensor, "batch *pos n_outputs"],
+    other_output: Float[Tensor, "batch *pos n_outputs"],
+    distance: Distance,
+) -> Float[Tensor, "batch *data_points"]:
+    """The distance between two outputs at each data point that has one; `minimality_loss` is its mean.
+
+    Raises:
+        ShapeMismatch: the user's function gives something else than one scalar a data point.
+    """
+    if distance == "mse":
+        return (other_output - target_output).square().mean(-1)
+    if distance == "kl":
+        return kl_divergence(target_output, other_output)
     assert callable(distance)
-    values = distance(target_output, sparse_output)
+    values = distance(target_output, other_output)
     if not 0 < values.ndim < target_output.ndim or values.shape != target_output.shape[: values.ndim]:
         raise ShapeMismatch(
             "Expected the distance function to give one scalar a data point, shape "
             f"{tuple(target_output.shape[:-1])} or ({len(target_output)},), got {tuple(values.shape)}."
         )
-    return (values[real] if real is not None and values.shape == real.shape else values).mean()
+    return values
 
 
 def kl_divergence(

@@ -15,13 +15,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apd_lens._ascent import ascend, harder
-from apd_lens._batches import Batch, check_finite, on_device
+from apd_lens._batches import Batch
 from apd_lens._checks import checked
 from apd_lens._components import ParameterComponents, singular_values
 from apd_lens._components import effective_rank as _effective_rank
-from apd_lens._decomposition import Decomposition
+from apd_lens._decomposition import Decomposition, ready
 from apd_lens._errors import InvalidSetting, ShapeMismatch
-from apd_lens._losses import kl_divergence
+from apd_lens._losses import distance_of_each, kl_divergence
 from apd_lens._padding import Real
 from apd_lens._passes import check_finite_output, sparse_pass, watched_pass
 from apd_lens._product import Mask
@@ -337,16 +337,9 @@ def ablation_path_audit(
 def _errors_of(decomposition: Decomposition, batch: Batch, mask: Mask) -> Callable[[Tensor], Tensor]:
     """A function γ -> the error of each example, `batch`, of the output on Σ_c γ_c P_c."""
     target, components = decomposition.target, decomposition.components
-    if decomposition.output is None:
-        raise InvalidSetting(
-            "This decomposition was made with an output function of your own, which is not saved. Give it again: "
-            "apd_lens.load(path, model, output=...)."
-        )
-    batch = target.prepare(batch)
-    check_finite(batch, "ablation_path_audit")
-    batch = on_device(batch, next(components.parameters()).device)
+    batch, output = ready(decomposition, batch, "ablation_path_audit")
     with evaluating(target.model):
-        watched = watched_pass(target, components.names, batch, decomposition.output)
+        watched = watched_pass(target, components.names, batch, output)
     check_finite_output(watched.output, "ablation_path_audit")
     examples, n_components = len(watched.output), components.n_components
     if len(mask) != examples or mask.shape[-1] != n_components:
@@ -369,12 +362,7 @@ def _errors_under(
     with evaluating(target.model):
         output, _ = sparse_pass(target, decomposition.components, batch, gamma, decomposition.output)
     output, target_output = output.to(gamma.dtype), target_output.to(gamma.dtype)  # float32 or better
-    if distance == "mse":
-        errors = (output - target_output).square().mean(-1)
-    elif distance == "kl":
-        errors = kl_divergence(target_output, output)
-    else:
-        errors = distance(target_output, output)
+    errors = distance_of_each(target_output, output, distance)
     if real is not None and errors.shape == real.shape:
         return (errors * real).sum(1) / real.sum(1).clamp_min(1)
     return errors.reshape(len(errors), -1).mean(1)

@@ -38,6 +38,8 @@ from apd_lens.compare._dictionaries import spliced as spliced
 from apd_lens.compare._directions import DirectionMatch as DirectionMatch
 from apd_lens.compare._directions import direction_cosines as direction_cosines
 from apd_lens.compare._directions import direction_match as direction_match
+from apd_lens.compare._edits import EditEffects as EditEffects
+from apd_lens.compare._edits import edit_effects as edit_effects
 from apd_lens.compare._faithfulness import FaithfulnessCurve as FaithfulnessCurve
 from apd_lens.compare._faithfulness import cmd as cmd
 from apd_lens.compare._faithfulness import cpr as cpr
@@ -56,6 +58,7 @@ __all__ = [
     "Circuit",
     "Dictionary",
     "DirectionMatch",
+    "EditEffects",
     "FaithfulnessCurve",
     "Location",
     "Matching",
@@ -73,6 +76,7 @@ __all__ = [
     "cpr",
     "direction_cosines",
     "direction_match",
+    "edit_effects",
     "faithfulness_curve",
     "layer_of",
     "locate",

@@ -31,6 +31,9 @@ from apd_lens.plots._runs import alive_components as alive_components
 from apd_lens.plots._runs import coefficient_valley as coefficient_valley
 from apd_lens.plots._runs import loss_curves as loss_curves
 from apd_lens.plots._runs import seed_stability as seed_stability
+from apd_lens.plots._watch import edit_effects as edit_effects
+from apd_lens.plots._watch import roc as roc
+from apd_lens.plots._watch import score_histogram as score_histogram
 from apd_lens.plots._weights import component_graph as component_graph
 from apd_lens.plots._weights import components_by_feature as components_by_feature
 from apd_lens.plots._weights import feature_vectors as feature_vectors
@@ -47,6 +50,7 @@ __all__ = [
     "component_graph",
     "component_nodes",
     "components_by_feature",
+    "edit_effects",
     "faithfulness",
     "feature_loss",
     "feature_vectors",
@@ -57,6 +61,8 @@ __all__ = [
     "neuron_contributions",
     "plt",
     "rank_and_share",
+    "roc",
+    "score_histogram",
     "scrubbed_losses",
     "scrubbed_outputs",
     "seed_stability",
