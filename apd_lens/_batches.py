@@ -1,6 +1,6 @@
 """Batches: what a model is called with."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,54 @@ def n_examples(batch: Batch) -> int:
 def some_examples(batch: Batch, examples: slice) -> Batch:
     """The batch of those examples alone: tensors are cut that have an entry for each, all else stays."""
     return _with_examples(batch, lambda value: value[examples])
+
+
+def picked_examples(batch: Batch, indices: Sequence[int]) -> Batch:
+    """The batch of those examples, in that order; an example may come several times.
+
+    >>> picked_examples((torch.tensor([[1], [2]]), 0.5), [1, 1, 0])
+    (tensor([[2],
+            [2],
+            [1]]), 0.5)
+    """
+    return _with_examples(
+        batch,
+        lambda value: value[list(indices)] if isinstance(value, Tensor) else type(value)(value[i] for i in indices),
+    )
+
+
+def same_but_for_examples(batch: Batch) -> Hashable:
+    """Equal for batches of one example each that `joined` can join: alike in all that an example does not change."""
+
+    def of_value(value: Any) -> Hashable:
+        if isinstance(value, Tensor):
+            return (value.shape, value.dtype) if value.ndim > 0 and len(value) == 1 else id(value)
+        return value if isinstance(value, Hashable) else id(value)
+
+    args, kwargs = arguments(batch)
+    if args and isinstance(args[0], list | tuple):  # of texts
+        return "texts"
+    return tuple(map(of_value, args)), tuple((name, of_value(value)) for name, value in kwargs.items())
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Several batches of one example each, as one; they are alike by `same_but_for_examples`.
+
+    >>> joined([(torch.tensor([[1]]), 0.5), (torch.tensor([[2]]), 0.5)])
+    (tensor([[1],
+            [2]]), 0.5)
+    """
+    first = batches[0]
+
+    def together(values: Sequence[Any]) -> Any:
+        of_examples = isinstance(values[0], Tensor) and values[0].ndim > 0 and len(values[0]) == 1
+        return torch.cat(list(values)) if of_examples else values[0]
+
+    if isinstance(first, Mapping):
+        return {key: together([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, tuple | list) and tensors(first):
+        return type(first)(together(values) for values in zip(*batches, strict=True))
+    return type(first)(item for batch in batches for item in batch) if isinstance(first, list | tuple) else together(batches)
 
 
 def replicated(batch: Batch, n: int) -> Batch:
@@ -119,6 +167,29 @@ def check_finite(batch: Batch, where: str) -> None:
                 f"{where}: input tensor {index} of the batch (shape {tuple(value.shape)}) holds "
                 f"{int((~value.isfinite()).sum())} values that are NaN or infinite. Nothing was computed from it."
             )
+
+
+def one_pass(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Every batch once.
+
+    Raises:
+        InvalidBatches: not iterable, empty, or a bare tensor.
+    """
+    if isinstance(batches, Tensor):
+        raise InvalidBatches(
+            f"Expected batches, got one tensor of shape {tuple(batches.shape)}. For one batch give [tensor]."
+        )
+    if not isinstance(batches, Iterable):
+        raise InvalidBatches(
+            f"Expected batches as an iterable that ends (a DataLoader, a list), got {type(batches).__name__}. Of a "
+            "function step -> batch give some: [function(step) for step in range(20)]."
+        )
+    empty = True
+    for batch in batches:
+        empty = False
+        yield batch
+    if empty:
+        raise InvalidBatches("The stream of batches is empty: expected at least one batch.")
 
 
 def stream(batches: Iterable[Batch] | Callable[[int], Batch], first_step: int = 0) -> Iterator[Batch]:
