@@ -148,6 +148,7 @@ class Effects:
             nats, or the user's; "mse" where a loaded decomposition lacks it), mean over the examples.
         loss: by how much the loss that was given rises without the component, mean over the examples; None without.
         n_examples: number of examples that these are means over.
+        n_outputs: number of output units.
         centred: whether the mean over outputs was taken off each effect, as softmax does not see it.
     """
 
@@ -159,6 +160,7 @@ class Effects:
     distance: Float[Tensor, " C"]
     loss: Float[Tensor, " C"] | None
     n_examples: Int[Tensor, " C"]
+    n_outputs: int
     centred: bool
 
     def table(self) -> "DataFrame":
@@ -513,6 +515,7 @@ def ablation_effects(
         distance=means[:, 1],
         loss=None if loss is None else means[:, 2],
         n_examples=n_counted,
+        n_outputs=n_outputs,
         centred=centred,
     )
 
