@@ -53,6 +53,7 @@ from apd_lens._target import Adapter as Adapter
 from apd_lens._target import Bias as Bias
 from apd_lens._target import Intercept as Intercept
 from apd_lens._target import TargetModel as TargetModel
+from apd_lens._target import Units as Units
 from apd_lens._target import Use as Use
 from apd_lens._target import WeightMatrix as WeightMatrix
 from apd_lens._wrap import wrap as wrap

@@ -85,11 +85,11 @@ class GradientAttribution:
         for part, chunks in jacobians_in_parts(watched, cotangents, self.memory):
             total = None
             for jacobians in chunks:
-                effects = _effects(jacobians, part.calls, components, granularity, self.memory)
+                effects = effects_of_calls(jacobians, part.calls, components, granularity, self.memory)
                 some = torch.cat([_squared(effect).sum(0) for effect in effects])
                 total = some if total is None else total.add_(some)
             assert total is not None
-            squares.append(_mean(total / cotangents.scale, part))
+            squares.append(mean_over_outputs(total / cotangents.scale, part))
         return torch.cat(squares)
 
     def samples(
@@ -138,10 +138,10 @@ def _root_mean(
     squares: Float[Tensor, "examples *pos C"], watched: WatchedPass, examples: slice = slice(None)
 ) -> Float[Tensor, "examples *pos C"]:
     """Root of the mean over outputs of what was summed over them, for some examples of the pass."""
-    return _mean(squares, watched, examples).sqrt()
+    return mean_over_outputs(squares, watched, examples).sqrt()
 
 
-def _mean(
+def mean_over_outputs(
     squares: Float[Tensor, "examples *pos C"], watched: WatchedPass, examples: slice = slice(None)
 ) -> Float[Tensor, "examples *pos C"]:
     n_outputs = watched.n_outputs()[examples].to(squares.dtype).reshape(-1, *[1] * (squares.ndim - 1))
@@ -364,6 +364,13 @@ def metric_effects(
     Raises:
         ShapeMismatch: the metric does not return one scalar an example.
     """
+    jacobians = metric_gradients(watched, metric)
+    with torch.no_grad():
+        return torch.cat(list(effects_of_calls(jacobians, watched.calls, components, granularity, memory)), 1)[0]
+
+
+def metric_gradients(watched: WatchedPass, metric: Callable[[Tensor], Tensor]) -> Jacobians:
+    """∂metric/∂y of every call, `1 batch *pos d_out`. Uses up the pass's graph. Raises as `metric_effects` does."""
     with torch.enable_grad():
         scalars = metric(watched.output)
     if scalars.shape != watched.output.shape[:1]:
@@ -371,11 +378,9 @@ def metric_effects(
             f"Expected the metric to give one scalar an example, shape ({len(watched.output)},), got "
             f"{tuple(scalars.shape)} from an output of shape {tuple(watched.output.shape)}."
         )
-    with torch.no_grad():
-        ys = [call.y for call in watched.calls]
-        gradients = torch.autograd.grad(scalars, ys, torch.ones_like(scalars), allow_unused=True)
-        jacobians = [None if gradient is None else gradient[None] for gradient in gradients]
-        return torch.cat(list(_effects(jacobians, watched.calls, components, granularity, memory)), 1)[0]
+    ys = [call.y for call in watched.calls]
+    gradients = torch.autograd.grad(scalars, ys, torch.ones_like(scalars), allow_unused=True)
+    return [None if gradient is None else gradient[None] for gradient in gradients]
 
 
 def effects_on_outputs(
@@ -390,14 +395,14 @@ def effects_on_outputs(
     with torch.no_grad():
         for part, chunks in jacobians_in_parts(watched, cotangents, memory):
             effects = [
-                torch.cat(list(_effects(jacobians, part.calls, components, granularity, memory)), 1)
+                torch.cat(list(effects_of_calls(jacobians, part.calls, components, granularity, memory)), 1)
                 for jacobians in chunks
             ]
             parts.append(torch.cat(effects))
     return torch.cat(parts, 1)
 
 
-def _effects(
+def effects_of_calls(
     jacobians: Jacobians,
     calls: Sequence[Call],
     components: ParameterComponents,

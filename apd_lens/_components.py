@@ -203,9 +203,13 @@ def input_share(components: ParameterComponents, name: str) -> Float[Tensor, "C 
 
 
 def _share(A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"]) -> Float[Tensor, "C d_out"]:
-    # ‖A b‖² = bᵀ (Aᵀ A) b for every column b of B, without building A @ B.
-    squares = einsum(B, A.mT @ A, B, "C m d_out, C m n, C n d_out -> C d_out")
+    squares = column_squares(A, B)
     return squares / squares.sum(0).clamp_min(torch.finfo(squares.dtype).tiny)
+
+
+def column_squares(A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"]) -> Float[Tensor, "C d_out"]:
+    """‖P_c[:, j]‖² = bᵀ (Aᵀ A) b for every column b of B, without building A @ B."""
+    return einsum(B, A.mT @ A, B, "C m d_out, C m n, C n d_out -> C d_out")
 
 
 def effective_rank(singular_values: Float[Tensor, "C m"]) -> Float[Tensor, " C"]:

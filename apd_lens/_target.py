@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -52,6 +52,24 @@ class Bias:
     state_keys: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Units:
+    """Heads or neurons that one side of a matrix is made of: blocks of equal width, in their order.
+
+    Attributes:
+        kind: what they are.
+        side: "in" where the rows belong to them (W_O, W_out), "out" where the columns do (W_Q, W_in).
+        number: how many. Keys and values that several query heads share have fewer heads than queries.
+        copies: how often all of them come, one row of blocks after another: 3 where queries, keys and values are
+            fused as in GPT-2's `c_attn`, 2 where a gate is fused with what it gates.
+    """
+
+    kind: Literal["head", "neuron"]
+    side: Literal["in", "out"]
+    number: int
+    copies: int = 1
+
+
 @dataclass(frozen=True, eq=False)
 class WeightMatrix:
     """One matrix of the target model, seen as `d_in d_out` (y = x @ W) however the host stores it.
@@ -70,6 +88,7 @@ class WeightMatrix:
             transpose.
         bias: the last row, None where the matrix has no such row. An adapter says which bias a matrix has;
             `TargetModel` keeps it where biases were asked for.
+        units: the heads or neurons of one side, None where it has none or the adapter cannot know.
     """
 
     name: str
@@ -82,6 +101,7 @@ class WeightMatrix:
     tied_to: tuple[str, ...] = ()
     tied: tuple[tuple["WeightMatrix", bool], ...] = ()
     bias: Bias | None = None
+    units: Units | None = None
 
     @property
     def parameter(self) -> Tensor:

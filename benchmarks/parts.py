@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_step import CASES, Case
 
 import apd_lens as apd
-from apd_lens._attribution import _effects
+from apd_lens._attribution import effects_of_calls
 from apd_lens._decompose import _loss_terms
 from apd_lens._jacobian import jacobians_in_parts, one_hot_cotangents
 from apd_lens._passes import watched_pass
@@ -82,7 +82,9 @@ def step_in_parts(state: apd.State, batch: Tensor, meter: Meter) -> None:
             while (jacobians := meter("Jacobian", lambda chunks=chunks: next(chunks, None))) is not None:
 
                 def squared(jacobians=jacobians, part=part) -> Tensor:
-                    effects = _effects(jacobians, part.calls, components, settings.selection.granularity, memory)
+                    effects = effects_of_calls(
+                        jacobians, part.calls, components, settings.selection.granularity, memory
+                    )
                     return torch.cat([some.square_().sum(0) for some in effects])
 
                 total = total + meter("attribution", squared)

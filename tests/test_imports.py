@@ -51,6 +51,8 @@ def test_the_check_above_can_fail():
         ("apd_transformer_lens", "transformer_lens", "transformer-lens"),
         ("apd_nnsight", "nnsight", "nnsight"),
         ("apd_lens.plots", "matplotlib", "plots"),
+        ("apd_lens.compare", "pandas", "compare"),
+        ("apd_lens.compare", "scipy", "compare"),
     ],
 )
 def test_a_missing_extra_is_named(module: str, needs: str, extra: str):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
-from apd_lens import Intercept, Use, WeightMatrix
+from apd_lens import Intercept, Units, Use, WeightMatrix
 from apd_lens._torch_modules import TorchAdapter
 from apd_transformer_lens._shadow import Shadow, shadowed
 
@@ -44,7 +44,7 @@ class BridgeAdapter:
     def matrices(self, model: TransformerBridge) -> Iterator[WeightMatrix]:
         for place in _places(model):
             if (matrix := place.matrix()) is not None:
-                yield matrix
+                yield replace(matrix, units=_units(model, place, matrix))
 
     def refused(self, model: TransformerBridge) -> dict[str, str]:
         places = list(_places(model))
@@ -128,6 +128,18 @@ class _Place:
         if _is_processed(self.above) and of_its_own in {*vars(self.above), *self.above._parameters}:
             return self.above, of_its_own
         return self.leaf, "weight"
+
+
+def _units(model: TransformerBridge, place: _Place, matrix: WeightMatrix) -> Units | None:
+    """The heads of an attention matrix whose heads all have the model's d_head, the neurons of an MLP's."""
+    leaf, cfg = place.leaf_name, model.cfg
+    if leaf in _IN_BLOCK["mlp"]:
+        return Units("neuron", "in", matrix.d_in) if leaf == "out" else Units("neuron", "out", matrix.d_out)
+    if leaf not in _IN_BLOCK["attn"]:
+        return None
+    number = (getattr(cfg, "n_key_value_heads", None) if leaf in ("k", "v") else None) or cfg.n_heads
+    units = Units("head", "in" if leaf == "o" else "out", number)
+    return units if (matrix.d_in if leaf == "o" else matrix.d_out) == number * cfg.d_head else None
 
 
 def _of_leaf(leaf: nn.Module) -> list[WeightMatrix]:

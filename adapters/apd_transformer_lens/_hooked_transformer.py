@@ -40,7 +40,7 @@ from transformer_lens.components.mlps.mlp import MLP
 from transformer_lens.components.mlps.moe import MoE
 from transformer_lens.utilities import get_offset_position_ids
 
-from apd_lens import Bias, Intercept, Use, WeightMatrix
+from apd_lens import Bias, Intercept, Units, Use, WeightMatrix
 from apd_lens._patch import patched
 from apd_transformer_lens._shadow import Shadow, shadowed
 
@@ -64,15 +64,17 @@ class HookedTransformerAdapter:
             for name, stored in component.stored.items():
                 path, _, attribute = stored.attribute.rpartition(".")
                 module = component.module.get_submodule(path)
+                stored_shape = getattr(module, attribute).shape
                 yield WeightMatrix(
                     name=f"{component.path}.{name}",
                     module=module,
                     attribute=attribute,
                     layout=stored.layout,
-                    axes={"head": len(getattr(module, attribute))} if "head" in stored.layout else {},
+                    axes={"head": stored_shape[0]} if "head" in stored.layout else {},
                     uses=(Use(f"{component.path}.{name}", site=component.site(stored)),),
                     state_keys=(f"{component.path}.{stored.attribute}",),
                     bias=None if stored.bias is None else Bias(stored.bias, (f"{component.path}.{stored.bias}",)),
+                    units=_units(name, stored, stored_shape),
                 )
 
     def refused(self, model: nn.Module) -> dict[str, str]:
@@ -107,6 +109,15 @@ class _Stored:
     layout: str
     site: str = ""
     bias: str | None = None
+
+
+def _units(name: str, stored: _Stored, shape: torch.Size) -> Units | None:
+    """The heads of an attention matrix, the neurons of an MLP's."""
+    if stored.layout in (_HEADS_OUT, _HEADS_IN):
+        return Units("head", "out" if stored.layout == _HEADS_OUT else "in", shape[0])
+    if stored.layout == _PLAIN and name in ("W_in", "W_gate"):
+        return Units("neuron", "out", shape[1])
+    return Units("neuron", "in", shape[0]) if stored.layout == _PLAIN and name == "W_out" else None
 
 
 @dataclass(frozen=True)
