@@ -572,8 +572,10 @@ class _Ablation:
         effects, weights = torch.zeros(len(places), self.n_outputs, device=device), numbers[:, 0].clone()
         at_once = max(1, memory // self.bytes_each)
         for c, r in zip(component.split(at_once), rank.split(at_once), strict=True):
+            distinct, which = places[c, r].unique(return_inverse=True)
             batch = picked_examples(self.group.batch, places[c, r].tolist())
-            whole, without = self.outputs(batch, (c + first).tolist())
+            whole = self.output(picked_examples(self.group.batch, distinct.tolist()), [])[which.to(device)]
+            without = self.output(batch, (c + first).tolist())
             of_each = torch.stack(self.measured(batch, whole, without), 1)
             change = (whole - without).flatten(1, -2) if whole.ndim > 2 else (whole - without)[:, None]
             if self.centred:
@@ -585,20 +587,15 @@ class _Ablation:
             weights.index_add_(0, c, counted.sum(1))
         return numbers, effects, weights
 
-    def outputs(
-        self, batch: Batch, chosen: list[int]
-    ) -> tuple[Float[Tensor, "pairs *pos n_outputs"], Float[Tensor, "pairs *pos n_outputs"]]:
-        """The explained output of the target, and without the chosen component of each example."""
-        target, names, output = self.decomposition.target, self.components.names, self.decomposition.output
+    def output(self, batch: Batch, chosen: list[int]) -> Float[Tensor, "pairs *pos n_outputs"]:
+        """The explained output without the chosen component of each example; with none chosen, of the target."""
+        components, output = self.components, self.decomposition.output
         assert output is not None  # `_watch` has said so
         of_pairs = ParameterComponents(
-            {name: A[chosen] for name, A in self.components.A.items()},
-            {name: B[chosen] for name, B in self.components.B.items()},
+            {name: A[chosen] for name, A in components.A.items()}, {name: B[chosen] for name, B in components.B.items()}
         ).requires_grad_(False)
-        taken_out = subtract_weights_of_each(of_pairs, slice(None), None, 1)
-        whole, _ = replaced_pass(target, names, subtract_weights(of_pairs, []), batch, output)
-        without, _ = replaced_pass(target, names, taken_out, batch, output)
-        return whole.float(), without.float()
+        taken_out = subtract_weights_of_each(of_pairs, slice(None), None, 1) if chosen else subtract_weights(of_pairs, [])
+        return replaced_pass(self.decomposition.target, components.names, taken_out, batch, output)[0].float()
 
     def measured(self, batch: Batch, whole: Tensor, without: Tensor) -> list[Float[Tensor, " pairs"]]:
         """Root mean square of the change, the distance and the rise of the loss, of each pair."""
@@ -622,15 +619,15 @@ class _Ablation:
         self, top: TopExamples, component: Tensor, rank: Tensor, change: Tensor, real: Real
     ) -> Float[Tensor, "pairs pos"]:
         """1 at the positions of the output over which effects are averaged: where the component was active."""
-        n_positions = change.shape[1]
+        n_positions, everywhere = change.shape[1], torch.ones_like(change[:, :, 0])
+        if real is not None and real.shape[1] == n_positions:
+            everywhere = real.to(change)
         if top.active_positions is not None and top.positions is not None:
             n_data = (~top.positions[component, rank].isnan()).sum(1)
             if bool((n_data == n_positions).all()):
                 active = top.active_positions[component, rank, :n_positions].to(change)
-                return torch.where(active.any(1, keepdim=True), active, 1.0)
-        if real is not None and real.shape[1] == n_positions:
-            return real.to(change)
-        return torch.ones_like(change[:, :, 0])
+                return torch.where(active.any(1, keepdim=True), active, everywhere)
+        return everywhere
 
 
 def distances(

@@ -1,7 +1,9 @@
 """What is shown of an input: its tokens in words, or the features that are on."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import torch
@@ -97,42 +99,40 @@ class Shower:
 
     def shown(self, top: TopExamples, component: int) -> list[Shown]:
         """The examples of one component; shades are relative to the largest of them all."""
-        largest = 0.0 if top.positions is None else top.positions[component].nan_to_num(0).max().item()
-        return [self._shown(top, component, rank, largest) for rank in range(top.example.shape[1])]
+        numbers = top.example[component].tolist()
+        values: list[list[float]] = [[]] * len(numbers)
+        active: list[list[bool]] = [[]] * len(numbers)
+        largest = 0.0
+        if top.positions is not None:
+            largest = top.positions[component].nan_to_num(0).max().item()
+            rows = top.positions[component].tolist()
+            values = [[value for value in row if not math.isnan(value)] for row in rows]
+        if top.active_positions is not None:
+            active = top.active_positions[component].tolist()
+        return [self._shown(top.inputs[n], n, values[i], active[i], largest) for i, n in enumerate(numbers)]
 
-    def _shown(self, top: TopExamples, component: int, rank: int, largest: float) -> Shown:
-        number = int(top.example[component, rank])
-        batch = top.inputs[number]
+    def _shown(
+        self, batch: Batch, number: int, values: Sequence[float], active: Sequence[bool], largest: float
+    ) -> Shown:
         if number not in self._tokens:
             self._tokens[number] = tokens_of(batch, self.target)
         tokens = self._tokens[number]
         if tokens is None:
             return self._features(number, batch)
-        return self._window(top, component, rank, largest, tokens, real_positions(batch))
-
-    def _window(
-        self, top: TopExamples, component: int, rank: int, largest: float, tokens: list[int], real: Tensor | None
-    ) -> Shown:
-        values = None if top.positions is None else top.positions[component, rank]
-        if values is not None:
-            values = values[~values.isnan()]
-            values = values if len(values) == len(tokens) else None
-        active = None
-        if values is not None and top.active_positions is not None:
-            active = top.active_positions[component, rank, : len(values)]
+        if len(values) != len(tokens):  # positions of something else
+            values = active = ()
+        real = real_positions(batch)
         if real is not None and real.shape[1] == len(tokens):
-            kept = real[0].cpu()
-            tokens = torch.tensor(tokens)[kept].tolist()
-            values, active = (None if some is None else some[kept] for some in (values, active))
-        centre = 0 if values is None or not len(values) else int(values.argmax())
+            kept = real[0].tolist()
+            tokens, values, active = (list(compress(some, kept)) for some in (tokens, values, active))
+        centre = max(range(len(values)), key=values.__getitem__, default=0)
         first = max(0, min(centre - self.before, len(tokens) - self.before - self.after - 1))
         window = slice(first, first + self.before + self.after + 1)
-        shades = () if values is None else tuple(_shades(values[window], largest))
         return Shown(
-            number=int(top.example[component, rank]),
+            number=number,
             words=tuple(self.word(token) for token in tokens[window]),
-            shades=shades,
-            active=() if active is None else tuple(active[window].tolist()),
+            shades=_shades(values[window], largest),
+            active=tuple(active[: len(values)][window]),
             first=first,
             cut=window.stop < len(tokens),
         )
@@ -147,7 +147,7 @@ class Shower:
         on = flat.abs().topk(min(_N_FEATURES, len(flat))).indices.sort().values
         on = on[flat[on] != 0]
         words = tuple(self.words.number(f"{self._input_name(i, tensor)} {flat[i]:.3g}") for i in on.tolist())
-        return Shown(number, words, tuple(_shades(flat[on].abs(), flat.abs().max().item())), (), 0, False)
+        return Shown(number, words, _shades(flat[on].abs().tolist(), flat.abs().max().item()), (), 0, False)
 
     def _input_name(self, index: int, tensor: Tensor) -> str:
         if self.input_names is not None:
@@ -161,10 +161,8 @@ class Shower:
         return f"x[{','.join(str(int(i)) for i in place)}]"
 
 
-def _shades(values: Tensor, largest: float) -> list[int]:
-    if largest <= 0:
-        return [0] * len(values)
-    return (values / largest * 9).round().clamp(0, 9).int().tolist()
+def _shades(values: Sequence[float], largest: float) -> tuple[int, ...]:
+    return tuple(round(9 * min(1.0, value / largest)) if largest > 0 else 0 for value in values)
 
 
 def called(decode: Decode | None, token: int, name: str) -> str:

@@ -32,14 +32,14 @@ def figures(numbers: Numbers, order: list[int], names: list[str], distance: str)
 
 def _figure(x: str, y: str, **layout: Any) -> go.Figure:
     figure = go.Figure(layout={"template": None, "margin": {"l": 60, "r": 12, "t": 12, "b": 48}, **layout})
-    figure.update_layout(xaxis_title_text=x, yaxis_title_text=y, legend={"x": 1, "xanchor": "right", "y": 1})
+    figure.update_layout(xaxis_title_text=x, yaxis_title_text=y, legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
     return figure
 
 
 def _activity(numbers: Numbers) -> tuple[str, go.Figure]:
     n = numbers.responses.n_data_points
     shares = numbers.responses.active
-    figure = _figure("share of data points on which a component is active", "components", bargap=0.06)
+    figure = _figure("active, share of data points", "components", bargap=0.06)
     edges = np.linspace(np.floor(np.log10(1 / n)), 0, 25)
     counts, _ = np.histogram(shares[shares > 0].log10().clamp_max(-1e-9).numpy(), edges)
     middle = 10 ** ((edges[1:] + edges[:-1]) / 2)
@@ -69,17 +69,16 @@ def _alive(numbers: Numbers) -> tuple[str, go.Figure]:
         )
 
     add(numbers.found, "components", FOUND, "solid")
-    add(numbers.null, "random components", NULL, "dot")
+    add(numbers.null, "random", NULL, "dot")
     figure.update_yaxes(rangemode="tozero")
-    figure.update_layout(legend={"y": 0.02, "yanchor": "bottom"})
     return "Where the line is flat, more data would not bring more of them to life.", figure
 
 
 def _by_k(numbers: Numbers, distance: str) -> tuple[str, go.Figure]:
-    figure = _figure("k, active components of a data point", distance)
+    figure = _figure("k, active components", distance)
     for run, name, colour, dash in (
         (numbers.found, "components", FOUND, "solid"),
-        (numbers.null, "random components", NULL, "dot"),
+        (numbers.null, "random", NULL, "dot"),
     ):
         figure.add_scatter(
             x=numbers.ks, y=run.by_k, name=name, mode="lines+markers", line={"color": colour, "dash": dash}
@@ -106,7 +105,7 @@ def _attributions(numbers: Numbers) -> tuple[str, go.Figure]:
     rows = sorted(range(len(sample)), key=lambda i: (columns.index(int(top[i])), i))
     shown = sample / sample.max(1, keepdim=True).values.clamp_min(torch.finfo(sample.dtype).tiny)
     figure = _heatmap(
-        shown[rows][:, columns], "component, sorted by the data points that it serves", "data point", columns
+        shown[rows][:, columns], "components, sorted", "data point", columns
     )
     some = f" {_COLUMNS} of {sample.shape[1]} components." if len(columns) < sample.shape[1] else ""
     return f"{len(sample)} data points drawn at random; each row divided by its largest entry.{some}", figure
@@ -141,7 +140,7 @@ def _layers(numbers: Numbers, alive: list[int], names: list[str]) -> tuple[str, 
     main = numbers.shares.argmax(1)
     order = sorted(alive, key=lambda c: (int(main[c]), -numbers.shares[c, main[c]].item()))[:_COLUMNS]
     shown = numbers.shares[order].T if order else torch.zeros(len(names), 1)
-    figure = _heatmap(shown, "component, sorted by its main matrix", "", order, names)
+    figure = _heatmap(shown, "components, sorted", "", order, names)
     figure.update_yaxes(automargin=True)
     some = f" {_COLUMNS} of {len(alive)} of them." if len(order) < len(alive) else ""
-    return f"Share of squared norm in each matrix, of components that are ever active.{some}", figure
+    return f"Share of squared norm in each matrix, of those ever active, sorted by main matrix.{some}", figure

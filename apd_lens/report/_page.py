@@ -25,6 +25,7 @@ from apd_lens._decomposition import Decomposition
 from apd_lens._errors import ArtifactError, InvalidSetting
 from apd_lens._responses import LossFn, known_distance
 from apd_lens._selection import K
+from apd_lens.compare import weight_map
 from apd_lens.report._collect import Numbers, collect
 from apd_lens.report._examples import Decode, Shower, called, own_decode, tokens_of
 from apd_lens.report._figures import figures
@@ -38,6 +39,7 @@ _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 # Base 85 without "<" and "&".
 _FOR_SCRIPTS = bytes.maketrans(b"<&", b",.")
 _N_TOGETHER = 6
+_N_HEADS = 6
 
 
 def write_report(
@@ -301,6 +303,7 @@ def _data(
         "shares": [_shorts(row) for row in numbers.shares],
         "ranks": [_shorts(row) for row in numbers.ranks],
         "norms": [_shorts(row) for row in numbers.norms],
+        "heads": _heads(decomposition),
         "nDataPoints": responses.n_data_points,
         "components": components,
         "matches": matches.rows,
@@ -309,6 +312,19 @@ def _data(
         "figures": figures(numbers, order, names, distance_name(decomposition)),
         "words": shower.words.strings,
     }
+
+
+def _heads(decomposition: Decomposition) -> list[list[tuple[str, float]]]:
+    """For each component the attention heads with the largest shares of its squared norm, of those that have any."""
+    where = weight_map(decomposition)
+    names = where.nodes("head")
+    if not names:
+        return []
+    top = where.shares("head").topk(min(_N_HEADS, len(names)), dim=1)
+    return [
+        [(names[head], _short(share)) for head, share in zip(heads, shares, strict=True) if share > 0]
+        for heads, shares in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
 
 
 def _output_namer(

@@ -27,15 +27,15 @@ function number(value) {
   const size = Math.abs(value);
   return size >= 1e-4 && size < 1e6 ? String(Number(value.toPrecision(4))) : value.toExponential(3);
 }
-// In a column: as many decimals everywhere.
-function fixed(value) {
-  const size = Math.abs(value);
-  if (value === 0) return "0";
-  if (size < 1e-3 || size >= 1e5) return value.toExponential(1);
-  return value.toFixed(size >= 1000 ? 0 : size >= 10 ? 1 : 3);
+// For a column of numbers: as many decimals for each, so that the largest has three digits.
+function inColumn(values) {
+  const largest = values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+  if (largest === 0) return () => "0";
+  if (largest < 1e-3 || largest >= 1e6) return (value) => value.toExponential(1);
+  const decimals = Math.max(0, 2 - Math.floor(Math.log10(largest)));
+  return (value) => value.toFixed(decimals);
 }
 const percent = (share) => (share === 0 ? "0%" : share < 0.0001 ? "<0.01%" : `${(100 * share).toFixed(share < 0.1 ? 2 : 1)}%`);
-const signed = (value) => `${value > 0 ? "+" : value < 0 ? "−" : ""}${fixed(Math.abs(value))}`;
 
 // What cannot be seen, or turns what follows round, is named. Spaces stay, as the page shows them as they are.
 const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]/u;
@@ -52,10 +52,11 @@ function colourOf(matrix) {
 
 // The list.
 
+// The words at which the component matters most; where it is active, if it ever is.
 function peaks(component) {
   const found = [];
-  for (const [, , , tokens, shades] of data.components[component].inputs) {
-    if (!tokens.length) continue;
+  for (const [, , active, tokens, shades] of data.components[component].inputs) {
+    if (!tokens.length || (data.activity[component] && !active)) continue;
     let peak = 0;
     for (let i = 1; i < shades.length; i++) if (shades[i] > shades[peak]) peak = i;
     const word = visible(words[tokens[shades.length ? peak : 0]]).trim() || "␣";
@@ -65,9 +66,11 @@ function peaks(component) {
   return found.join(" · ");
 }
 
+// The output units that it raises, those by little left out.
 function raised(component) {
-  return data.components[component].promoted
-    .filter(([, by]) => by > 0)
+  const { promoted } = data.components[component];
+  return promoted
+    .filter(([, by]) => by > 0 && by >= promoted[0][1] / 3)
     .slice(0, 3)
     .map(([word]) => visible(words[word]).trim() || "␣")
     .join(" · ");
@@ -75,6 +78,7 @@ function raised(component) {
 
 const largestActivity = Math.max(...data.activity, 1e-12);
 const change = data.ablation.change[0];
+const asAttribution = inColumn(data.attribution), asChange = inColumn(change);
 
 function whereBar(component) {
   let from = 0;
@@ -102,8 +106,8 @@ function rowOf(component) {
   row.append(
     element("td", { class: "num" }, button),
     active,
-    element("td", { class: "num", text: fixed(data.attribution[component]) }),
-    element("td", { class: "num", text: fixed(change[component]) }),
+    element("td", { class: "num", text: asAttribution(data.attribution[component]) }),
+    element("td", { class: "num", text: asChange(change[component]) }),
     element("td", { class: "num", text: rank[component].toFixed(2) }),
     element("td", {}, whereBar(component)),
     element("td", { class: "texts", text: inputs }),
@@ -164,14 +168,26 @@ function fits(component) {
   return textOf(component).includes(wanted);
 }
 
-function show() {
-  const shown = order.filter(fits);
+// Rows come as far as somebody scrolls: a browser takes a second to lay out thousands.
+const AT_ONCE = 150;
+let shown = [], nRows = 0;
+
+function more(n = AT_ONCE) {
   const made = document.createDocumentFragment();
-  for (const component of shown) {
+  for (const component of shown.slice(nRows, nRows + n)) {
     made.append((rows[component] ??= rowOf(component)));
     if (details.has(component)) made.append(details.get(component));
   }
-  tbody.replaceChildren(made);
+  tbody.append(made);
+  nRows = Math.min(nRows + n, shown.length);
+  document.getElementById("more").hidden = nRows === shown.length;
+}
+
+function show() {
+  shown = order.filter(fits);
+  nRows = 0;
+  tbody.replaceChildren();
+  more();
   document.getElementById("none").hidden = shown.length > 0;
   document.getElementById("count").textContent = `${number(shown.length)} of ${number(C)}`;
 }
@@ -198,10 +214,12 @@ function tokensOf(input) {
 }
 
 function examplesOf(component) {
-  const part = element("section", { class: "wide" }, element("h3", { text: "Top examples" }));
-  for (const input of data.components[component].inputs) {
+  const part = element("section", {}, element("h3", { text: "Top examples" }));
+  const { inputs } = data.components[component];
+  const written = inColumn(inputs.map((input) => input[1]));
+  for (const input of inputs) {
     const on = input[2] === 1;
-    const value = element("span", { class: "value", text: fixed(input[1]), title: `example ${input[0]}, ${on ? "active" : "not active"}` });
+    const value = element("span", { class: "value", text: written(input[1]), title: `example ${input[0]}, ${on ? "active" : "not active"}` });
     part.append(element("div", { class: on ? "example on" : "example" }, value, tokensOf(input)));
   }
   const shaded = data.hasTokens ? "Shaded by the attribution of each position." : "Shaded by size.";
@@ -211,9 +229,10 @@ function examplesOf(component) {
 
 function unitsOf(title, units, direction) {
   const largest = Math.max(...units.map(([, by]) => Math.abs(by)), 1e-12);
+  const written = inColumn(units.map(([, by]) => by));
   const list = element("ol");
   for (const [word, by] of units) {
-    const line = element("li", {}, element("span", { class: "unit", text: visible(words[word]) || "∅" }), element("span", { class: `num ${direction}`, text: signed(by) }));
+    const line = element("li", {}, element("span", { class: "unit", text: visible(words[word]) || "∅" }), element("span", { class: `num ${direction}`, text: `${by > 0 ? "+" : "−"}${written(Math.abs(by))}` }));
     const share = (100 * Math.abs(by)) / largest;
     line.style.background = `linear-gradient(90deg, rgba(var(--shade), 0.16) ${share.toFixed(1)}%, transparent ${share.toFixed(1)}%)`;
     list.append(line);
@@ -225,8 +244,9 @@ function unitsOf(title, units, direction) {
 function outputsOf(component) {
   const { promoted, suppressed } = data.components[component];
   const n = data.nExamples[component];
-  const over = data.activity[component] ? `${n} top examples on which it is active` : `its ${n} top examples (it was never active)`;
-  const about = `What the output has more, or less, with the component than without: mean over ${over}${data.centred ? "; the mean over outputs is taken off" : ""}.`;
+  const examples = n === 1 ? "the top example" : `the ${n} top examples`;
+  const over = data.activity[component] ? `${examples} on which it is active` : `${examples} (it was never active)`;
+  const about = `How much higher or lower outputs are with the component than without it, mean over ${over}${data.centred ? "; the mean over outputs is taken off" : ""}.`;
   const lists = element("div", { class: "units" },
     unitsOf("Raises", promoted.filter(([, by]) => by > 0), "up"),
     unitsOf("Lowers", suppressed.filter(([, by]) => by < 0), "down"));
@@ -261,9 +281,9 @@ function whereOf(component) {
   const part = element("section", {}, element("h3", { text: "Where it is" }),
     table([["matrix", false], ["share", true], ["norm", true], ["eff. rank", true]], lines));
   if (of.length > 8) part.append(element("p", { class: "note", text: `and ${of.length - 8} more` }));
-  const heads = (data.heads || {})[component];
-  if (heads && heads.length) {
-    part.append(table([["head", false], ["share", true]], heads.map(([name, share]) => [element("span", { text: name }), percent(share)])));
+  if (data.heads.length && data.heads[component].length) {
+    const heads = data.heads[component].map(([name, share]) => [name, percent(share)]);
+    part.append(table([["attention head", false], ["share", true]], heads));
   }
   return part;
 }
@@ -287,7 +307,7 @@ function togetherOf(component) {
 function matchesOf(component) {
   const found = data.matches[component];
   if (!data.matchColumns.length) return null;
-  const part = element("section", { class: "wide" }, element("h3", { text: "Matches" }));
+  const part = element("section", {}, element("h3", { text: "Matches" }));
   if (!found) {
     part.append(element("p", { class: "note", text: "None." }));
     return part;
@@ -299,8 +319,10 @@ function matchesOf(component) {
 }
 
 function detailOf(component) {
-  const parts = [examplesOf, outputsOf, ablationOf, whereOf, togetherOf, matchesOf].map((make) => make(component));
-  const inside = element("div", { class: "parts" }, ...parts.filter((part) => part !== null));
+  const parts = (...makers) => makers.map((make) => make(component)).filter((part) => part !== null);
+  const inside = element("div", { class: "parts" },
+    element("div", {}, ...parts(examplesOf, outputsOf)),
+    element("div", {}, ...parts(ablationOf, whereOf, togetherOf, matchesOf)));
   const cell = element("td", { colspan: 8 }, inside);
   return element("tr", { class: "detail", id: `detail-${component}`, "aria-label": `component ${component}` }, cell);
 }
@@ -327,6 +349,7 @@ function jump(component) {
   }
   toggle(component, true);
   show();
+  if (shown.indexOf(component) >= nRows) more(shown.indexOf(component) + AT_ONCE - nRows);
   rows[component].querySelector("button").focus({ preventScroll: true });
   rows[component].scrollIntoView({ block: "start" });
 }
@@ -347,6 +370,7 @@ search.addEventListener("input", () => {
   clearTimeout(waiting);
   waiting = setTimeout(show, C > 500 ? 120 : 0);
 });
+new IntersectionObserver((seen) => seen.some((entry) => entry.isIntersecting) && more(), { rootMargin: "1200px" }).observe(document.getElementById("more"));
 alive.addEventListener("change", show);
 matrix.addEventListener("change", show);
 data.matrices.forEach((name, i) => matrix.append(element("option", { value: i, text: visible(name) })));
@@ -399,14 +423,17 @@ async function draw() {
   const packed = document.getElementById("plotly");
   document.head.append(element("script", { text: await unpacked(packed.textContent) }));
   packed.remove();
-  const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  const config = { displayModeBar: false, responsive: true };
   const plots = data.figures.map(({ title, about, figure }) => {
     const plot = element("div", { class: "plot", role: "img", "aria-label": title });
     const caption = element("figcaption", {}, element("h3", { text: title }), element("p", { text: about }));
     document.getElementById("figures").append(element("figure", {}, caption, plot));
     return [plot, figure];
   });
-  for (const [plot, figure] of plots) await Plotly.newPlot(plot, figure.data, themed(figure.layout), config);
+  for (const [plot, figure] of plots) {
+    await Plotly.newPlot(plot, figure.data, themed(figure.layout), config);
+    await new Promise((next) => setTimeout(next)); // so that the list can be used meanwhile
+  }
   dark.addEventListener("change", () => {
     for (const [plot, figure] of plots) Plotly.relayout(plot, themed(figure.layout));
   });
