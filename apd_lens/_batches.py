@@ -92,7 +92,11 @@ def joined(batches: Sequence[Batch]) -> Batch:
         return {key: together([batch[key] for batch in batches]) for key in first}
     if isinstance(first, tuple | list) and tensors(first):
         return type(first)(together(values) for values in zip(*batches, strict=True))
-    return type(first)(item for batch in batches for item in batch) if isinstance(first, list | tuple) else together(batches)
+    return (
+        type(first)(item for batch in batches for item in batch)
+        if isinstance(first, list | tuple)
+        else together(batches)
+    )
 
 
 def replicated(batch: Batch, n: int) -> Batch:

@@ -213,9 +213,10 @@ class Decomposition:
         )
 
     def report(self, batches: Iterable[Batch], path: str | os.PathLike[str], **options: Any) -> Path:
-        """Writes one self-contained HTML page to look at, which opens from disk without network: settings, residuals and
-        null controls, overview figures, and a list of components, each with its top examples, what it does to the
-        output, where it is, what its ablation changes, and what it fires with.
+        """Writes one self-contained HTML page to look at, which opens from disk without network.
+
+        It has settings, residuals and null controls, overview figures, and a list of components, each with its top
+        examples, what it does to the output, where it is, what its ablation changes, and what it fires with.
 
         Goes through the batches once, twice with attributions (the second time those of random components), and once
         more over the examples that are shown. Nothing that is kept grows with the data. The file is moved into place

@@ -203,7 +203,7 @@ class CoActivation:
         return self.counts / (alone[:, None] + alone - self.counts).clamp_min(1)
 
     def strongest(self, n: int) -> Int[Tensor, "C n"]:
-        """For each component the n others with the largest Jaccard; −1 where there are fewer that it ever fires with."""
+        """For each component the n others with the largest Jaccard; −1 where it ever fires with fewer."""
         jaccard = self.jaccard.fill_diagonal_(0)
         values, others = jaccard.sort(dim=1, descending=True, stable=True)
         return others[:, :n].masked_fill(values[:, :n] == 0, -1)
@@ -594,8 +594,9 @@ class _Ablation:
         of_pairs = ParameterComponents(
             {name: A[chosen] for name, A in components.A.items()}, {name: B[chosen] for name, B in components.B.items()}
         ).requires_grad_(False)
-        taken_out = subtract_weights_of_each(of_pairs, slice(None), None, 1) if chosen else subtract_weights(of_pairs, [])
-        return replaced_pass(self.decomposition.target, components.names, taken_out, batch, output)[0].float()
+        of_each = subtract_weights_of_each(of_pairs, slice(None), None, 1)
+        replaced = of_each if chosen else subtract_weights(of_pairs, [])
+        return replaced_pass(self.decomposition.target, components.names, replaced, batch, output)[0].float()
 
     def measured(self, batch: Batch, whole: Tensor, without: Tensor) -> list[Float[Tensor, " pairs"]]:
         """Root mean square of the change, the distance and the rise of the loss, of each pair."""

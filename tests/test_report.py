@@ -66,9 +66,7 @@ def tokens_page(tmp_path_factory) -> Path:
     matches = pd.DataFrame({"latent": [HOSTILE[0], "b"], "component": [2, 2], "cosine": [0.987654321, float("nan")]})
     page = tmp_path_factory.mktemp("tokens") / "sub" / "report.html"
     batches = [torch.randint(0, 12, (8, 6)) for _ in range(3)]
-    assert (
-        decomposition.report(batches, page, decode=HOSTILE.__getitem__, matches=matches, title=HOSTILE[0]) == page
-    )
+    assert decomposition.report(batches, page, decode=HOSTILE.__getitem__, matches=matches, title=HOSTILE[0]) == page
     return page
 
 
@@ -85,7 +83,9 @@ def data_of(page: Path) -> dict:
 
 def rows(driver) -> list[list[str]]:
     """The texts of the list's cells, row by row."""
-    script = "return [...document.querySelectorAll('.row')].map((row) => [...row.cells].map((cell) => cell.textContent))"
+    script = (
+        "return [...document.querySelectorAll('.row')].map((row) => [...row.cells].map((cell) => cell.textContent))"
+    )
     return driver.execute_script(script)
 
 
@@ -94,7 +94,11 @@ def click(driver, selector: str) -> None:
 
 
 def choose(driver, selector: str, value: str, event: str) -> None:
-    script = "const e = document.querySelector(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event(arguments[2]))"
+    script = """
+        const element = document.querySelector(arguments[0]);
+        element.value = arguments[1];
+        element.dispatchEvent(new Event(arguments[2]));
+    """
     driver.execute_script(script, selector, value, event)
 
 

@@ -71,10 +71,12 @@ def own_decode(target: TargetModel) -> Decode | None:
 def tokens_of(batch: Batch, target: TargetModel) -> list[int] | None:
     """The tokens of a batch of one example; None for a model of other inputs."""
     args, kwargs = arguments(batch)
-    if args and isinstance(args[0], list | tuple | str) and hasattr(target.model, "to_tokens"):
-        return target.model.to_tokens(args[0]).flatten().tolist()  # texts for a TransformerLens model
+    to_tokens: Any = getattr(target.model, "to_tokens", None)
+    if args and isinstance(args[0], list | tuple | str) and to_tokens is not None:
+        return to_tokens(args[0]).flatten().tolist()  # texts for a TransformerLens model
     for value in (*args, *(value for name, value in kwargs.items() if name != "attention_mask")):
-        if isinstance(value, Tensor) and value.ndim == 2 and not (value.is_floating_point() or value.dtype == torch.bool):
+        whole = isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+        if whole and value.ndim == 2:
             return value[0].tolist()
     return None
 
@@ -120,11 +122,12 @@ class Shower:
         if tokens is None:
             return self._features(number, batch)
         if len(values) != len(tokens):  # positions of something else
-            values = active = ()
+            values, active = [], []
         real = real_positions(batch)
         if real is not None and real.shape[1] == len(tokens):
             kept = real[0].tolist()
-            tokens, values, active = (list(compress(some, kept)) for some in (tokens, values, active))
+            tokens, values = list(compress(tokens, kept)), list(compress(values, kept))
+            active = list(compress(active, kept))
         centre = max(range(len(values)), key=values.__getitem__, default=0)
         first = max(0, min(centre - self.before, len(tokens) - self.before - self.after - 1))
         window = slice(first, first + self.before + self.after + 1)

@@ -31,8 +31,10 @@ def figures(numbers: Numbers, order: list[int], names: list[str], distance: str)
 
 
 def _figure(x: str, y: str, **layout: Any) -> go.Figure:
-    figure = go.Figure(layout={"template": None, "margin": {"l": 60, "r": 12, "t": 12, "b": 48}, **layout})
-    figure.update_layout(xaxis_title_text=x, yaxis_title_text=y, legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
+    legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
+    margin = {"l": 60, "r": 12, "t": 12, "b": 48}
+    figure = go.Figure(layout={"template": None, "margin": margin, "legend": legend, **layout})
+    figure.update_layout(xaxis_title_text=x, yaxis_title_text=y)
     return figure
 
 
@@ -65,7 +67,11 @@ def _alive(numbers: Numbers) -> tuple[str, go.Figure]:
         y = torch.cat([torch.arange(len(first) + 1), torch.tensor([len(first)])])
         kept = torch.linspace(0, len(x) - 1, min(len(x), 300)).round().long()
         figure.add_scatter(
-            x=x[kept].numpy(), y=y[kept].numpy(), name=name, mode="lines", line={"color": colour, "dash": dash, "shape": "hv"}
+            x=x[kept].numpy(),
+            y=y[kept].numpy(),
+            name=name,
+            mode="lines",
+            line={"color": colour, "dash": dash, "shape": "hv"},
         )
 
     add(numbers.found, "components", FOUND, "solid")
@@ -104,9 +110,7 @@ def _attributions(numbers: Numbers) -> tuple[str, go.Figure]:
     columns = sorted(range(sample.shape[1]), key=lambda c: (held.get(c, len(sample)), -peak[c]))[:_COLUMNS]
     rows = sorted(range(len(sample)), key=lambda i: (columns.index(int(top[i])), i))
     shown = sample / sample.max(1, keepdim=True).values.clamp_min(torch.finfo(sample.dtype).tiny)
-    figure = _heatmap(
-        shown[rows][:, columns], "components, sorted", "data point", columns
-    )
+    figure = _heatmap(shown[rows][:, columns], "components, sorted", "data point", columns)
     some = f" {_COLUMNS} of {sample.shape[1]} components." if len(columns) < sample.shape[1] else ""
     return f"{len(sample)} data points drawn at random; each row divided by its largest entry.{some}", figure
 

@@ -331,20 +331,18 @@ def _output_namer(
     decomposition: Decomposition, numbers: Numbers, shower: Shower, decode: Decode | None, output_names: Names | None
 ) -> Callable[[int], int]:
     """Output unit -> the number of its name among the words."""
-    top, target = numbers.responses.top, decomposition.target
+    top, target, n_outputs = numbers.responses.top, decomposition.target, numbers.responses.effects.n_outputs
     if output_names is None:
         seen = [tokens_of(batch, target) for batch in top.inputs.values()]
         largest = max((max(tokens, default=0) for tokens in seen if tokens is not None), default=None)
         # As many outputs as there are tokens: a language model.
-        if decode is not None and largest is not None and largest < numbers.responses.effects.n_outputs:
+        if decode is not None and largest is not None and largest < n_outputs:
             return shower.word
         return lambda unit: shower.words.number(f"output {unit}")
     if callable(output_names):
         return lambda unit: shower.words.number(called(output_names, unit, "output_names"))
-    if len(output_names) != numbers.responses.effects.n_outputs:
-        raise InvalidSetting(
-            f"Expected {numbers.responses.effects.n_outputs} output_names, one for each output unit, got {len(output_names)}."
-        )
+    if len(output_names) != n_outputs:
+        raise InvalidSetting(f"Expected {n_outputs} output_names, one for each output unit, got {len(output_names)}.")
     return lambda unit: shower.words.number(output_names[unit])
 
 
