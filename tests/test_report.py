@@ -207,7 +207,7 @@ def test_what_is_shown_of_a_diagonal_matrix(driver, features_page: Path):
     shown = rows(driver)
     assert [row[0] for row in shown] == ["1", "0", "2"]  # 3 is dead
     assert [row[1] for row in shown] == ["50.0%", "33.3%", "16.7%"]
-    assert [row[6] for row in shown] == ["x[1] -4 · x[1] 3", "x[0] 5", "x[1] -4"]
+    assert [row[6] for row in shown] == ["x[1] · x[2]", "x[0]", "x[1] · x[2]"]
     assert [row[7] for row in shown] == ["", "a", "c"]
     click(driver, "#component-2 button")
     text = detail(driver, 2)
@@ -257,10 +257,13 @@ def test_a_row_opens_by_keyboard_and_closes(driver, features_page: Path):
     assert driver.find_elements("css selector", "#detail-0") == []
 
 
-def test_six_figures_are_drawn(driver, features_page: Path):
+def test_figures_are_drawn(driver, features_page: Path, tokens_page: Path):
     browser.open_page(driver, features_page)
+    assert len(driver.find_elements("css selector", "figure")) == 5  # one matrix: nothing to share out
+    browser.open_page(driver, tokens_page)
     assert len(driver.find_elements("css selector", "figure .plot .main-svg")) >= 6
     assert len(driver.find_elements("css selector", "figure .plot .heatmaplayer image")) == 2
+    assert len(driver.find_elements("css selector", "figure")) == 6
     titles = [caption.text for caption in driver.find_elements("css selector", "figcaption h3")]
     assert titles[0] == "How often components are active"
     assert driver.find_elements("css selector", "figure a") == []

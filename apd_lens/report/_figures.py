@@ -25,8 +25,9 @@ def figures(numbers: Numbers, order: list[int], names: list[str], distance: str)
         ("Output on k components alone", *_by_k(numbers, distance)),
         ("Attribution of each component", *_attributions(numbers)),
         ("Effective rank", *_ranks(numbers, alive)),
-        ("Where components are", *_layers(numbers, alive, names)),
     ]
+    if len(names) > 1:
+        made.append(("Where components are", *_layers(numbers, alive, names)))
     return [{"title": title, "about": about, "figure": figure.to_plotly_json()} for title, about, figure in made]
 
 
@@ -54,7 +55,8 @@ def _activity(numbers: Numbers) -> tuple[str, go.Figure]:
     )
     figure.update_xaxes(type="log", tickformat="~%", dtick=1)
     n_dead = int((shares == 0).sum())
-    return f"{n_dead} components that are never active are not drawn.", figure
+    never = f"The {n_dead} that are never active are not drawn." if n_dead else "None is never active."
+    return never, figure
 
 
 def _alive(numbers: Numbers) -> tuple[str, go.Figure]:
@@ -108,7 +110,8 @@ def _attributions(numbers: Numbers) -> tuple[str, go.Figure]:
     held = {int(c): i for i, c in reversed(list(enumerate(top)))}
     peak = sample.max(0).values.tolist()
     columns = sorted(range(sample.shape[1]), key=lambda c: (held.get(c, len(sample)), -peak[c]))[:_COLUMNS]
-    rows = sorted(range(len(sample)), key=lambda i: (columns.index(int(top[i])), i))
+    place = {c: i for i, c in enumerate(columns)}
+    rows = sorted(range(len(sample)), key=lambda i: (not sample[i].any(), place[int(top[i])], i))
     shown = sample / sample.max(1, keepdim=True).values.clamp_min(torch.finfo(sample.dtype).tiny)
     figure = _heatmap(shown[rows][:, columns], "components, sorted", "data point", columns)
     some = f" {_COLUMNS} of {sample.shape[1]} components." if len(columns) < sample.shape[1] else ""

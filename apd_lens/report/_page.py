@@ -167,10 +167,10 @@ def _rows(decomposition: Decomposition, numbers: Numbers) -> list[tuple[str, str
          found.sparse, null.sparse),
         ("one component taken out", "change of the output, root mean square, on the component's top examples",
          mean(found.effects.change), mean(null.effects.change)),
-        ("", f"the same as {unit}", mean(found.effects.distance), mean(null.effects.distance)),
+        (f"as {unit}", "the same change", mean(found.effects.distance), mean(null.effects.distance)),
     ]  # fmt: skip
     if found.effects.loss is not None:
-        rows.append(("", "the same as rise of the loss", mean(found.effects.loss), mean(null.effects.loss)))
+        rows.append(("as rise of the loss", "the same change", mean(found.effects.loss), mean(null.effects.loss)))
     return rows
 
 

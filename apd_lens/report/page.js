@@ -54,6 +54,7 @@ function colourOf(matrix) {
 
 // The words at which the component matters most; where it is active, if it ever is.
 function peaks(component) {
+  if (!data.hasTokens) return features(component);
   const found = [];
   for (const [, , active, tokens, shades] of data.components[component].inputs) {
     if (!tokens.length || (data.activity[component] && !active)) continue;
@@ -64,6 +65,19 @@ function peaks(component) {
     if (found.length === 4) break;
   }
   return found.join(" · ");
+}
+
+// The features, without their values, that are largest where it is active.
+function features(component) {
+  const sizes = new Map();
+  for (const [, , active, found, shades] of data.components[component].inputs) {
+    if (data.activity[component] && !active) continue;
+    found.forEach((word, i) => {
+      const name = words[word].slice(0, words[word].lastIndexOf(" "));
+      sizes.set(name, (sizes.get(name) || 0) + Number(shades[i]));
+    });
+  }
+  return [...sizes].sort((a, b) => b[1] - a[1]).slice(0, 3).map(([name]) => visible(name)).join(" · ");
 }
 
 // The output units that it raises, those by little left out.
