@@ -322,3 +322,17 @@ def test_what_cannot_work_is_said(tmp_path: Path):
         assert message.startswith(start)
     assert [path.name for path in tmp_path.iterdir()] == ["old.html"]
     assert (tmp_path / "old.html").read_text() == "old"
+
+
+def test_one_of_everything(driver, tmp_path: Path):
+    """One component of one matrix with one output, on one example."""
+    decomposition = decomposition_of(torch.nn.Linear(3, 1), n_components=1, rank=1, selection=apd.BatchTopK(1.0))
+    browser.open_page(driver, decomposition.report([torch.randn(1, 3)], tmp_path / "report.html"))
+    assert (
+        "1 parameter component of 1 weight matrix, seen on 1 example."
+        in driver.find_element("css selector", ".lead").text
+    )
+    assert [row[1] for row in rows(driver)] == ["100%"]
+    driver.execute_script("jump(0)")
+    assert "output 0" in detail(driver, 0)
+    assert_quiet(driver)

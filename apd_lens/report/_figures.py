@@ -43,7 +43,7 @@ def _activity(numbers: Numbers) -> tuple[str, go.Figure]:
     n = numbers.responses.n_data_points
     shares = numbers.responses.active
     figure = _figure("active, share of data points", "components", bargap=0.06)
-    edges = np.linspace(np.floor(np.log10(1 / n)), 0, 25)
+    edges = np.linspace(min(-1, np.floor(np.log10(1 / n))), 0, 25)
     counts, _ = np.histogram(shares[shares > 0].log10().clamp_max(-1e-9).numpy(), edges)
     middle = 10 ** ((edges[1:] + edges[:-1]) / 2)
     figure.add_bar(

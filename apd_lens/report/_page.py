@@ -86,7 +86,11 @@ def write_report(
     decode = own_decode(decomposition.target) if decode is None else decode
     shower = Shower(decomposition.target, decode, input_names, before=context, after=context // 2)
     data = _data(decomposition, numbers, shower, decode, output_names, of_components)
-    title = f"{type(decomposition.target.model).__name__} in {n_components} components" if title is None else title
+    title = (
+        f"{type(decomposition.target.model).__name__} in {n_components} component{'s' * (n_components > 1)}"
+        if title is None
+        else title
+    )
     page = _template().render(
         title=title,
         rows=_rows(decomposition, numbers),

@@ -35,7 +35,7 @@ function inColumn(values) {
   const decimals = Math.max(0, 2 - Math.floor(Math.log10(largest)));
   return (value) => value.toFixed(decimals);
 }
-const percent = (share) => (share === 0 ? "0%" : share < 0.0001 ? "<0.01%" : `${(100 * share).toFixed(share < 0.1 ? 2 : 1)}%`);
+const percent = (share) => (share === 0 || share >= 0.9995 ? `${Math.round(100 * share)}%` : share < 0.0001 ? "<0.01%" : `${(100 * share).toFixed(share < 0.1 ? 2 : 1)}%`);
 
 // What cannot be seen, or turns what follows round, is named. Spaces stay, as the page shows them as they are.
 const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]/u;
