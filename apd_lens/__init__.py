@@ -7,7 +7,7 @@
 Types and shapes of arguments are checked here, at the edge, and not inside.
 """
 
-from apd_lens import _components, _decompose, _losses, _product, _seeds, _selection
+from apd_lens import _components, _decompose, _losses, _product, _responses, _seeds, _selection
 from apd_lens import metrics as metrics
 from apd_lens import watch as watch
 from apd_lens._attribution import AblationAttribution as AblationAttribution
@@ -41,6 +41,10 @@ from apd_lens._errors import UnknownWeight as UnknownWeight
 from apd_lens._errors import UnsupportedModel as UnsupportedModel
 from apd_lens._losses import Losses as Losses
 from apd_lens._moves import SplitMoves as SplitMoves
+from apd_lens._responses import CoActivation as CoActivation
+from apd_lens._responses import Effects as Effects
+from apd_lens._responses import Responses as Responses
+from apd_lens._responses import TopExamples as TopExamples
 from apd_lens._schedules import HoldThenDecay as HoldThenDecay
 from apd_lens._schedules import Ramp as Ramp
 from apd_lens._selection import BatchTopK as BatchTopK
@@ -60,6 +64,8 @@ from apd_lens._wrap import wrap as wrap
 decompose = _checked(_decompose.decompose, InvalidSetting)
 decompose_seeds = _checked(_seeds.decompose_seeds, InvalidSetting)
 init = _checked(_decompose.init, InvalidSetting)
+
+responses = _checked(_responses.responses, InvalidSetting)
 
 faithfulness_loss = _checked(_losses.faithfulness_loss)
 minimality_loss = _checked(_losses.minimality_loss)

@@ -1,6 +1,6 @@
 """Batches: what a model is called with."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,58 @@ def n_examples(batch: Batch) -> int:
 def some_examples(batch: Batch, examples: slice) -> Batch:
     """The batch of those examples alone: tensors are cut that have an entry for each, all else stays."""
     return _with_examples(batch, lambda value: value[examples])
+
+
+def picked_examples(batch: Batch, indices: Sequence[int]) -> Batch:
+    """The batch of those examples, in that order; an example may come several times.
+
+    >>> picked_examples((torch.tensor([[1], [2]]), 0.5), [1, 1, 0])
+    (tensor([[2],
+            [2],
+            [1]]), 0.5)
+    """
+    return _with_examples(
+        batch,
+        lambda value: value[list(indices)] if isinstance(value, Tensor) else type(value)(value[i] for i in indices),
+    )
+
+
+def same_but_for_examples(batch: Batch) -> Hashable:
+    """Equal for batches of one example each that `joined` can join: alike in all that an example does not change."""
+
+    def of_value(value: Any) -> Hashable:
+        if isinstance(value, Tensor):
+            return (value.shape, value.dtype) if value.ndim > 0 and len(value) == 1 else id(value)
+        return value if isinstance(value, Hashable) else id(value)
+
+    args, kwargs = arguments(batch)
+    if args and isinstance(args[0], list | tuple):  # of texts
+        return "texts"
+    return tuple(map(of_value, args)), tuple((name, of_value(value)) for name, value in kwargs.items())
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Several batches of one example each, as one; they are alike by `same_but_for_examples`.
+
+    >>> joined([(torch.tensor([[1]]), 0.5), (torch.tensor([[2]]), 0.5)])
+    (tensor([[1],
+            [2]]), 0.5)
+    """
+    first = batches[0]
+
+    def together(values: Sequence[Any]) -> Any:
+        of_examples = isinstance(values[0], Tensor) and values[0].ndim > 0 and len(values[0]) == 1
+        return torch.cat(list(values)) if of_examples else values[0]
+
+    if isinstance(first, Mapping):
+        return {key: together([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, tuple | list) and tensors(first):
+        return type(first)(together(values) for values in zip(*batches, strict=True))
+    return (
+        type(first)(item for batch in batches for item in batch)
+        if isinstance(first, list | tuple)
+        else together(batches)
+    )
 
 
 def replicated(batch: Batch, n: int) -> Batch:
@@ -121,23 +173,24 @@ def check_finite(batch: Batch, where: str) -> None:
             )
 
 
-def each(batches: Iterable[Batch]) -> Iterator[Batch]:
+def one_pass(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Every batch, once.
 
     Raises:
-        InvalidBatches: not iterable, empty, or a bare tensor.
+        InvalidBatches: not iterable, empty, or a bare tensor or mapping.
     """
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         came = f"one tensor of shape {tuple(batches.shape)}" if isinstance(batches, Tensor) else type(batches).__name__
         raise InvalidBatches(
-            f"Expected an iterable of batches (a list, a DataLoader), got {came}. Of one batch: [batch]."
+            f"Expected batches, an iterable that ends (a list, a DataLoader), got {came}. Of one batch give [batch], "
+            "of a function step -> batch some: [function(step) for step in range(20)]."
         )
-    n_batches = 0
+    empty = True
     for batch in batches:
-        n_batches += 1
+        empty = False
         yield batch
-    if n_batches == 0:
-        raise InvalidBatches("There are no batches: the iterable is empty, or was used up before.")
+    if empty:
+        raise InvalidBatches("The stream of batches is empty, or was used up before: expected at least one batch.")
 
 
 def stream(batches: Iterable[Batch] | Callable[[int], Batch], first_step: int = 0) -> Iterator[Batch]:

@@ -209,6 +209,44 @@ class Decomposition:
             dead_share=dead_share,
         )
 
+    def report(self, batches: Iterable[Batch], path: str | os.PathLike[str], **options: Any) -> Path:
+        """Writes one self-contained HTML page to look at, which opens from disk without network.
+
+        It has settings, residuals and null controls, overview figures, and a list of components, each with its top
+        examples, what it does to the output, where it is, what its ablation changes, and what it fires with.
+
+        Goes through the batches once, twice with attributions (the second time those of random components), and once
+        more over the examples that are shown. Nothing that is kept grows with the data. The file is moved into place
+        when it is complete.
+
+        Args:
+            batches: as many as are to be seen; a list, a DataLoader.
+            path: of the file; folders above it are made.
+            **options: all may be left out.
+                decode: token id -> what is shown for it; default: the model's own tokenizer's, else the number.
+                output_names: one for each output unit, or a function of the unit; default: `decode` for a model with as
+                    many outputs as tokens.
+                input_names: one for each number of an input that has no tokens.
+                matches: a pandas table of what components were matched with, such as latents of an SAE: a column
+                    "component", any others are shown. A component may have several rows.
+                examples, outputs, k, centred, loss, memory: as of `apd_lens.responses`.
+                context: positions that are shown before the most attributed one of a long example; half as many behind.
+                title: of the page.
+                seed: of the random components.
+
+        Returns:
+            The path.
+
+        Raises:
+            MissingExtra: plotly, jinja2 or pandas is not installed.
+            ArtifactError: the path is a folder.
+            InvalidBatches: no batches.
+            InvalidSetting: names that are not one for each, or no examples.
+        """
+        from apd_lens.report import write_report
+
+        return write_report(self, batches, path, **options)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a folder: the factors as safetensors, and JSON with all settings, the versions of the libraries and a
         fingerprint of the decomposed weights. Functions of the user's are not saved. See `apd_lens.load`.

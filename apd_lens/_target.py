@@ -149,7 +149,7 @@ class WeightMatrix:
         """SHA-256 of the matrix as `d_in d_out`: dtype, shape and bytes."""
         value = self.value()
         digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def to_host(self, value: Float[Tensor, "inputs d_out"]) -> Tensor:

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apd_lens._artifact import decode_settings, encode_settings
-from apd_lens._batches import Batch, each
+from apd_lens._batches import Batch, one_pass
 from apd_lens._checks import checked
 from apd_lens._components import ParameterComponents
 from apd_lens._decomposition import Decomposition, ready
@@ -149,7 +149,7 @@ def fit(decomposition: Decomposition, batches: Iterable[Batch], *, k: K | None =
     together = torch.zeros(n_components, n_components, dtype=torch.float64)
     n_data_points, n_empty, thresholds, distances = 0, 0, [], []
     selection = with_k(decomposition.settings.selection, k)
-    for batch in each(batches):
+    for batch in one_pass(batches):
         at_batch = selection.at(1.0, decomposition.target.prepare(batch))
         attributions, real = _attributed(decomposition, batch)
         mask = at_batch(attributions, real)
@@ -325,7 +325,7 @@ def mahalanobis(activations: Iterable[Float[Tensor, "_ d"]], ridge: float = 1e-6
     Source: Lee et al. 2018, "A simple unified framework for detecting out-of-distribution samples", with one class.
     """
     n, total, squares = 0, torch.tensor(0.0), torch.tensor(0.0)
-    for some in each(activations):
+    for some in one_pass(activations):
         rows = some.detach().double()
         n, total, squares = n + len(rows), total + rows.sum(0).cpu(), squares + (rows.mT @ rows).cpu()
     mean = total / n

@@ -1,9 +1,9 @@
 """Do the components that matter for induction live in the heads that do induction?
 
-A two-layer attention-only HookedTransformer learns repeated random sequences of any period, so it has to look for the
-token that came before. Two heads are trained, one in each layer; the six others stay random, as large as ever, and write
-into the same residual stream. TransformerLens's head detector says which two they are. Then all heads of both layers are
-decomposed together, with a mask for each position, and nothing says to the decomposition which heads were trained.
+A two-layer attention-only HookedTransformer learns random sequences that repeat with any period, so it has to look for
+the token that came before. Two heads are trained, one in each layer; the six others stay random, as large as ever, and
+write into the same residual stream. TransformerLens's head detector says which two they are. Then all heads of both
+layers are decomposed together, with a mask for each position, and nothing tells which heads were trained.
 
     python examples/induction.py
 """
@@ -108,16 +108,19 @@ def detected_heads(model: HookedTransformer, n: int = 32) -> dict[str, Float[Ten
     }
 
     def score(layer: int, head: int, pattern: Callable[[Tensor], Tensor]) -> float:
-        return sum(
-            head_detector.compute_head_attention_similarity_score(
-                cache["pattern", layer][example, head],
-                pattern(tokens[example : example + 1]).float(),
-                exclude_bos=False,
-                exclude_current_token=False,
-                error_measure="abs",
+        return (
+            sum(
+                head_detector.compute_head_attention_similarity_score(
+                    cache["pattern", layer][example, head],
+                    pattern(tokens[example : example + 1]).float(),
+                    exclude_bos=False,
+                    exclude_current_token=False,
+                    error_measure="abs",
+                )
+                for example in range(n)
             )
-            for example in range(n)
-        ) / n
+            / n
+        )
 
     return {
         name: torch.tensor([[score(layer, head, pattern) for head in range(N_HEADS)] for layer in range(N_LAYERS)])

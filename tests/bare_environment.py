@@ -1,5 +1,6 @@
 """Run by `make wheel` in an environment that has apd_lens and what it requires, and no extra."""
 
+import importlib.resources
 import importlib.util
 
 import torch
@@ -15,8 +16,16 @@ x = torch.randn(16, 4)
 optimization = apd.Optimization(steps=20, lr=1e-2)
 decomposition = apd.decompose(model, [x], n_components=5, rank=2, optimization=optimization, progress=False)
 print(decomposition.summary(x))
+print(apd.responses(decomposition, [x]).effects.change)
+assert (importlib.resources.files("apd_lens") / "report" / "page.html").is_file()
 
-for module, extra in {"apd_transformer_lens": "transformer-lens", "apd_lens.plots": "plots"}.items():
+extras = {
+    "apd_transformer_lens": "transformer-lens",
+    "apd_lens.compare": "compare",
+    "apd_lens.plots": "plots",
+    "apd_lens.report": "report",
+}
+for module, extra in extras.items():
     try:
         importlib.import_module(module)
     except apd.MissingExtra as error:

@@ -57,3 +57,11 @@ def test_the_papers_systems(tmp_path):
     assert "best cosine between seeds" in valley
     assert len(list((tmp_path / "valley").glob("*.png"))) == 2
     assert len(drawn.splitlines()) == len(list((tmp_path / "figures").glob("*.png"))) > 12
+
+
+def test_the_report(tmp_path):
+    printed = run(
+        "report.py", "--saved", str(tmp_path / "none"), "--steps", "5", "--out", str(tmp_path / "report.html")
+    )
+    assert "decomposing in 5 steps" in printed
+    assert "64 facts in an MLP of 48 neurons" in (tmp_path / "report.html").read_text()

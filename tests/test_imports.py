@@ -53,6 +53,8 @@ def test_the_check_above_can_fail():
         ("apd_lens.plots", "matplotlib", "plots"),
         ("apd_lens.compare", "pandas", "compare"),
         ("apd_lens.compare", "scipy", "compare"),
+        ("apd_lens.report", "jinja2", "report"),
+        ("apd_lens.report", "plotly", "report"),
     ],
 )
 def test_a_missing_extra_is_named(module: str, needs: str, extra: str):
@@ -73,7 +75,7 @@ def test_a_missing_extra_is_named(module: str, needs: str, extra: str):
 
 def test_the_extras_that_are_named_exist():
     extras = importlib.metadata.metadata("apd-lens").get_all("Provides-Extra")
-    assert set(extras) == {"transformer-lens", "nnsight", "sae-lens", "plots", "dev"}
+    assert set(extras) == {"transformer-lens", "nnsight", "sae-lens", "plots", "compare", "report", "dev"}
 
 
 def test_an_adapter_is_found_by_the_package_of_the_models_class():

@@ -22,10 +22,10 @@ from apd_lens._attribution import (
     mean_over_outputs,
     metric_gradients,
 )
-from apd_lens._batches import Batch
+from apd_lens._batches import Batch, one_pass
 from apd_lens._components import ParameterComponents, column_squares
 from apd_lens._decomposition import Decomposition
-from apd_lens._errors import InvalidBatches, InvalidSetting
+from apd_lens._errors import InvalidSetting
 from apd_lens._jacobian import jacobians_in_parts
 from apd_lens._passes import Call, WatchedPass
 from apd_lens._product import inner_activations
@@ -241,7 +241,7 @@ def attribution_map(
     known = units_by_name(decomposition.target, decomposition.components.names, units)
     totals: dict[str, tuple[Tensor, Tensor | None]] = {}
     n_data = 0
-    for batch in each(batches):
+    for batch in one_pass(batches):
         n_some, some = _squared_attributions(decomposition, batch, metric, known)
         n_data += n_some
         for name, (total, of_units) in some.items():
@@ -259,22 +259,6 @@ def attribution_map(
             of_units = of_units[:, :-1]
         matrices.append(MatrixAmounts(name, known[name], total, of_units))
     return ArchitectureMap("attribution", tuple(matrices))
-
-
-def each(batches: Iterable[Batch]) -> Iterable[Batch]:
-    """The batches, which must be several.
-
-    Raises:
-        InvalidBatches: a tensor in the place of a list, or none.
-    """
-    if isinstance(batches, Tensor):
-        raise InvalidBatches(f"Expected batches, such as [tensor], got one tensor of shape {tuple(batches.shape)}.")
-    empty = True
-    for batch in batches:
-        empty = False
-        yield batch
-    if empty:
-        raise InvalidBatches("Expected at least one batch, got none.")
 
 
 @torch.inference_mode(False)

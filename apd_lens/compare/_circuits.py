@@ -19,13 +19,13 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
-from apd_lens._batches import Batch
+from apd_lens._batches import Batch, one_pass
 from apd_lens._components import ParameterComponents, random_components
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import ApdError, ArtifactError, InvalidSetting, ShapeMismatch
 from apd_lens._padding import real_positions, without_padding
 from apd_lens._target import Units
-from apd_lens.compare._architecture import Level, attribution_map, each, node_name, weight_map
+from apd_lens.compare._architecture import Level, attribution_map, node_name, weight_map
 
 _HEAD = re.compile(r"[al]?(\d+)(?:\.h?|h)(\d+)", re.IGNORECASE)
 _MLP = re.compile(r"m(?:lp)?_?(\d+)(?:\.(\d+))?", re.IGNORECASE)
@@ -613,7 +613,7 @@ def _what_matters(
 ) -> tuple[Float[Tensor, " C"], list[int], Float[Tensor, "C nodes"]]:
     """Importance, the components that matter, and the shares of their attribution."""
     total, n_data = torch.zeros(decomposition.components.n_components, dtype=torch.float64), 0
-    for batch in each(batches):
+    for batch in one_pass(batches):
         attributions = decomposition.attributions(batch, metric)
         sizes = without_padding(attributions, real_positions(decomposition.target.prepare(batch))).abs().flatten(0, -2)
         total += sizes.double().sum(0).cpu()

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from apd_lens._batches import Batch, each
+from apd_lens._batches import Batch, one_pass
 from apd_lens._checks import checked
 from apd_lens._components import ParameterComponents, random_components, singular_values, sum_of_components
 from apd_lens._decomposition import Chosen, Decomposition, numbers_of, ready
@@ -191,7 +191,7 @@ def _measured(
     parts: list[Tensor] = []
     before: list[Tensor] = []
     after: list[Tensor] = []
-    for batch in each(batches):
+    for batch in one_pass(batches):
         run = _runner(decomposition, batch)
         full, real = run(None), real_positions(decomposition.target.prepare(batch))
         check_finite_output(full, "edit_effects")
@@ -355,7 +355,7 @@ def _second_moments(decomposition: Decomposition, batches: Iterable[Batch]) -> d
     turned = {name: all(use.transposed for use in weights[name].uses) for name in names}
     sums: dict[str, Tensor] = {}
     n_rows = dict.fromkeys(names, 0)
-    for batch in each(batches):
+    for batch in one_pass(batches):
         real = real_positions(target.prepare(batch))
 
         def keep(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None, real: Real = real) -> Tensor:

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from apd_lens._ascent import ascend, harder
 from apd_lens._attribution import metric_scalars
-from apd_lens._batches import Batch, check_finite, n_examples, on_device
+from apd_lens._batches import Batch, check_finite, n_examples, on_device, one_pass
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting, ShapeMismatch, UnsupportedModel
 from apd_lens._padding import real_positions, without_padding
 from apd_lens._passes import OutputFn, replace_weights, replaced_pass
 from apd_lens._target import Intercept, TargetModel, Units, Use, evaluating
-from apd_lens.compare._architecture import each, layer_of, node_name, unit_numbers, units_by_name
+from apd_lens.compare._architecture import layer_of, node_name, unit_numbers, units_by_name
 
 UnitKind = Literal["component", "head", "neuron"]
 # Of all units, MIB's sizes of circuits.
@@ -161,7 +161,7 @@ def faithfulness_curve(
     generator = torch.Generator().manual_seed(seed)
     shuffles = [torch.rand(n_units, generator=generator) for _ in range(n_draws)]
     n_data = 0
-    for batch in each(batches):
+    for batch in one_pass(batches):
         batch = gates.prepared(batch)
         given = mean_scores if scores is None else scores(batch) if callable(scores) else scores
         order = _order(given, n_examples(batch), n_units, gates.device)
@@ -239,7 +239,7 @@ def _whole(gates: "_Gates", batches: Iterable[Batch], metric: Metric, score: boo
     """The metric with all units on, as the model is, and with all off; and how much each unit matters, if asked."""
     model, none, n_data = 0.0, 0.0, 0
     scores = torch.zeros(len(gates.names), device=gates.device)
-    for batch in each(batches):
+    for batch in one_pass(batches):
         batch, n = gates.prepared(batch), n_examples(batch)
         off = torch.zeros(n, len(gates.names), device=gates.device)
         with torch.no_grad():
@@ -351,7 +351,7 @@ def _means(gates: _Gates, batches: Iterable[Batch]) -> dict[str, Float[Tensor, "
     sums = {name: torch.zeros(gates.target.weights[name].d_in, device=gates.device) for name in gates.matrices}
     counts = {name: torch.zeros_like(some) for name, some in sums.items()}
 
-    for batch in each(batches):
+    for batch in one_pass(batches):
         batch = gates.prepared(batch)
         real = real_positions(batch)
 

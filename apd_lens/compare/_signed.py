@@ -9,13 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from apd_lens._attribution import metric_effects, metric_scalars, sum_as_one_component
-from apd_lens._batches import Batch
+from apd_lens._batches import Batch, one_pass
 from apd_lens._components import ParameterComponents
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting
 from apd_lens._passes import WatchedPass, replaced_pass, subtract_weights
 from apd_lens._target import evaluating
-from apd_lens.compare._architecture import each
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +100,7 @@ def signed_attributions(
     ablation, change, n_data = torch.zeros(n_components, dtype=torch.float64), 0.0, 0
     by_position, counts = torch.zeros(0, n_components, dtype=torch.float64), torch.zeros(0, 1)
     has_positions = True
-    for batch in each(batches):
+    for batch in one_pass(batches):
         with evaluating(decomposition.target.model):
             watched = decomposition._watch(batch)
             has_positions = has_positions and _on_positions(watched)

@@ -1,0 +1,219 @@
+"""The numbers of a report: one pass over the data with the components, and beside them with random ones."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from apd_lens._batches import Batch
+from apd_lens._components import effective_rank, random_components, singular_values
+from apd_lens._decomposition import Decomposition
+from apd_lens._passes import sparse_pass
+from apd_lens._responses import (
+    Effects,
+    LossFn,
+    Observed,
+    Responses,
+    ablation_effects,
+    distances,
+    known_distance,
+    observe,
+    observed,
+    respond,
+)
+from apd_lens._selection import K, with_k
+from apd_lens._target import evaluating
+
+# Data points in the figures that need a number for each: the attribution matrix, and the loss by k.
+_IN_MATRIX, _IN_CURVE = 200, 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What one set of components does on the data.
+
+    Attributes:
+        sparse: distance of the output on the selected components alone from the target's, mean over examples.
+        n_active: mean number of active components of a data point.
+        first_active: number of the first data point on which each was active; that of data points if on none.
+        by_k: distances at each of `Numbers.ks`, on the first data points.
+        residuals: as of `Decomposition.residuals`.
+        effects: of taking each component out on the top examples of the real one.
+    """
+
+    sparse: float
+    n_active: float
+    first_active: Int[Tensor, " C"]
+    by_k: list[float]
+    residuals: dict[str, float]
+    effects: Effects
+
+    def n_alive(self, n_data_points: int) -> int:
+        return int((self.first_active < n_data_points).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Numbers:
+    """All numbers of a report.
+
+    Attributes:
+        found, null: of the components, and of random ones with the same singular values in every matrix.
+        nothing: distance with no component on, mean over examples.
+        ks: numbers of active components of a data point.
+        n_in_curve: data points that the distances by k are means over.
+        sample: attributions of some data points, drawn at random.
+        shares: of a component's squared norm that lies in each matrix.
+        ranks: effective rank in each matrix.
+        norms: Frobenius norm in each matrix.
+    """
+
+    responses: Responses
+    found: Run
+    null: Run
+    nothing: float
+    ks: list[int]
+    n_in_curve: int
+    sample: Float[Tensor, "data C"]
+    shares: Float[Tensor, "C matrices"]
+    ranks: Float[Tensor, "C matrices"]
+    norms: Float[Tensor, "C matrices"]
+
+
+@dataclass(eq=False)
+class _Running:
+    """Sums of one set of components, batch after batch."""
+
+    decomposition: Decomposition
+    ks: list[int]
+    first_active: Tensor
+    n_data_points: int = 0
+    n_examples: int = 0
+    n_active: int = 0
+    sparse: float = 0.0
+    nothing: float = 0.0
+    by_k: list[float] = field(default_factory=list)
+    examples_in_curve: int = 0
+    points_in_curve: int = 0
+
+    @staticmethod
+    def of(decomposition: Decomposition, ks: list[int]) -> "_Running":
+        never = torch.full((decomposition.components.n_components,), torch.iinfo(torch.long).max)
+        return _Running(decomposition, ks, never, by_k=[0.0] * len(ks))
+
+    def add(self, some: Observed, with_nothing: bool = False) -> None:
+        mask = some.data(some.mask).cpu()
+        first = mask.int().argmax(0) + self.n_data_points
+        self.first_active = torch.where(mask.any(0), first.minimum(self.first_active), self.first_active)
+        self.n_active += int(mask.sum())
+        self.sparse += self.distance(some, some.mask)
+        if with_nothing:
+            self.nothing += self.distance(some, torch.zeros_like(some.attributions))
+        if self.points_in_curve < _IN_CURVE:
+            selection = self.decomposition.settings.selection
+            for i, k in enumerate(self.ks):
+                mask_k = with_k(selection, k).at(1.0, some.batch)(some.attributions, some.real)
+                self.by_k[i] += self.distance(some, mask_k)
+            self.examples_in_curve += len(some.mask)
+            self.points_in_curve += len(mask)
+        self.n_data_points += len(mask)
+        self.n_examples += len(some.mask)
+
+    @torch.inference_mode(False)
+    def distance(self, some: Observed, mask: Tensor) -> float:
+        """Of the output on these components alone from the target's, summed over examples."""
+        target, output = self.decomposition.target, self.decomposition.output
+        assert output is not None  # or nothing had been observed
+        with torch.no_grad(), evaluating(target.model):
+            sparse, _ = sparse_pass(target, self.decomposition.components, some.batch, mask, output)
+        distance = known_distance(self.decomposition)
+        return distances(some.output.float(), sparse.float(), distance, some.real).sum().item()
+
+    def run(self, effects: Effects) -> Run:
+        return Run(
+            sparse=self.sparse / self.n_examples,
+            n_active=self.n_active / max(1, self.n_data_points),
+            first_active=self.first_active.clamp_max(self.n_data_points),
+            by_k=[total / self.examples_in_curve for total in self.by_k],
+            residuals=self.decomposition.residuals(),
+            effects=effects,
+        )
+
+
+def collect(
+    decomposition: Decomposition,
+    batches: Iterable[Batch],
+    *,
+    examples: int,
+    outputs: int,
+    k: K | None,
+    centred: bool | None,
+    loss: LossFn | None,
+    memory: int,
+    seed: int,
+) -> Numbers:
+    """All numbers; arguments as of `apd_lens.responses`."""
+    components = decomposition.components
+    ks = _numbers_of_components(components.n_components)
+    null = replace(decomposition, components=random_components(components, seed))
+    running, running_null = _Running.of(decomposition, ks), _Running.of(null, ks)
+    sample = _Sample(torch.Generator().manual_seed(seed))
+
+    def watched() -> Iterator[Observed]:
+        for some in observe(decomposition, batches, k):
+            running.add(some, with_nothing=True)
+            running_null.add(observed(null, some.batch, k))
+            sample.add(some.data(some.attributions))
+            yield some
+
+    found = respond(
+        decomposition, watched(), examples=examples, outputs=outputs, centred=centred, loss=loss, memory=memory
+    )
+    null_effects = ablation_effects(
+        decomposition,
+        found.top,
+        components=null.components,
+        outputs=outputs,
+        centred=centred,
+        loss=loss,
+        memory=memory,
+    )
+    spectra = [singular_values(components, name).cpu() for name in components.names]
+    norms = torch.stack([spectrum.norm(dim=1) for spectrum in spectra], 1)
+    squares = norms.square()
+    return Numbers(
+        responses=found,
+        found=running.run(found.effects),
+        null=running_null.run(null_effects),
+        nothing=running.nothing / running.n_examples,
+        ks=ks,
+        n_in_curve=running.points_in_curve,
+        sample=sample.rows,
+        shares=squares / squares.sum(1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny),
+        ranks=torch.stack([effective_rank(spectrum) for spectrum in spectra], 1),
+        norms=norms,
+    )
+
+
+def _numbers_of_components(n: int) -> list[int]:
+    """Nine from 1 to n, each about as many times larger than the one before."""
+    return sorted({round(n ** (i / 8)) for i in range(9)})
+
+
+@dataclass(eq=False)
+class _Sample:
+    """Rows drawn at random from a stream: those with the largest of random keys, in the order in which they came."""
+
+    generator: torch.Generator
+    rows: Tensor = field(default_factory=lambda: torch.zeros(0))
+    keys: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def add(self, rows: Float[Tensor, "data C"]) -> None:
+        keys = torch.cat([self.keys, torch.rand(len(rows), generator=self.generator)])
+        kept = keys.topk(min(_IN_MATRIX, len(keys))).indices.sort().values
+        n_before = len(self.keys)
+        old, new = kept[kept < n_before], kept[kept >= n_before] - n_before
+        added = rows[new.to(rows.device)].float().cpu()
+        self.rows = torch.cat([self.rows[old], added]) if n_before else added
+        self.keys = keys[kept]

@@ -1,0 +1,182 @@
+"""What is shown of an input: its tokens in words, or the features that are on."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apd_lens._batches import Batch, arguments
+from apd_lens._errors import InvalidSetting
+from apd_lens._padding import real_positions
+from apd_lens._responses import TopExamples
+from apd_lens._target import TargetModel
+
+# Token id -> what is shown for it.
+Decode = Callable[[int], str]
+
+# Features of an input without tokens that are shown, the largest.
+_N_FEATURES = 12
+# Characters of a token that are shown; a longer one is cut in the page.
+_LONGEST = 200
+
+
+@dataclass(eq=False)
+class Words:
+    """Distinct strings, each with a number, so that the page holds each once."""
+
+    strings: list[str] = field(default_factory=list)
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    def number(self, string: str) -> int:
+        string = string if len(string) <= _LONGEST else f"{string[:_LONGEST]}…"
+        if string not in self.numbers:
+            self.numbers[string] = len(self.strings)
+            self.strings.append(string)
+        return self.numbers[string]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is shown of one example for one component.
+
+    Attributes:
+        number: of the example.
+        words: its tokens, or features.
+        shades: of each from 0 to 9, by attribution, or of features by size; empty if nothing is known of them.
+        active: whether the component was active at each; empty where data points are examples.
+        first: position of the first word, in the example; 0 for features.
+        cut: whether more comes behind the last.
+    """
+
+    number: int
+    words: tuple[int, ...]
+    shades: tuple[int, ...]
+    active: tuple[bool, ...]
+    first: int
+    cut: bool
+
+
+def own_decode(target: TargetModel) -> Decode | None:
+    """What the model's own tokenizer says; None without one."""
+    tokenizer = getattr(target.model, "tokenizer", None)
+    if tokenizer is None:
+        return None
+    return lambda token: tokenizer.decode([token])
+
+
+def tokens_of(batch: Batch, target: TargetModel) -> list[int] | None:
+    """The tokens of a batch of one example; None for a model of other inputs."""
+    args, kwargs = arguments(batch)
+    to_tokens: Any = getattr(target.model, "to_tokens", None)
+    if args and isinstance(args[0], list | tuple | str) and to_tokens is not None:
+        return to_tokens(args[0]).flatten().tolist()  # texts for a TransformerLens model
+    for value in (*args, *(value for name, value in kwargs.items() if name != "attention_mask")):
+        whole = isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+        if whole and value.ndim == 2:
+            return value[0].tolist()
+    return None
+
+
+class Shower:
+    """Shows examples of one target; words are put into `words`."""
+
+    def __init__(
+        self, target: TargetModel, decode: Decode | None, input_names: Sequence[str] | None, before: int, after: int
+    ):
+        self.target, self.decode, self.input_names = target, decode, input_names
+        self.before, self.after = before, after
+        self.words = Words()
+        self._tokens: dict[int, list[int] | None] = {}
+        self._decoded: dict[int, int] = {}
+
+    def word(self, token: int) -> int:
+        """The number of a token's word."""
+        if token not in self._decoded:
+            self._decoded[token] = self.words.number(called(self.decode, token, "decode"))
+        return self._decoded[token]
+
+    def shown(self, top: TopExamples, component: int) -> list[Shown]:
+        """The examples of one component; shades are relative to the largest of them all."""
+        numbers = top.example[component].tolist()
+        values: list[list[float]] = [[]] * len(numbers)
+        active: list[list[bool]] = [[]] * len(numbers)
+        largest = 0.0
+        if top.positions is not None:
+            largest = top.positions[component].nan_to_num(0).max().item()
+            rows = top.positions[component].tolist()
+            values = [[value for value in row if not math.isnan(value)] for row in rows]
+        if top.active_positions is not None:
+            active = top.active_positions[component].tolist()
+        return [self._shown(top.inputs[n], n, values[i], active[i], largest) for i, n in enumerate(numbers)]
+
+    def _shown(
+        self, batch: Batch, number: int, values: Sequence[float], active: Sequence[bool], largest: float
+    ) -> Shown:
+        if number not in self._tokens:
+            self._tokens[number] = tokens_of(batch, self.target)
+        tokens = self._tokens[number]
+        if tokens is None:
+            return self._features(number, batch)
+        if len(values) != len(tokens):  # positions of something else
+            values, active = [], []
+        real = real_positions(batch)
+        if real is not None and real.shape[1] == len(tokens):
+            kept = real[0].tolist()
+            tokens, values = list(compress(tokens, kept)), list(compress(values, kept))
+            active = list(compress(active, kept))
+        centre = max(range(len(values)), key=values.__getitem__, default=0)
+        first = max(0, min(centre - self.before, len(tokens) - self.before - self.after - 1))
+        window = slice(first, first + self.before + self.after + 1)
+        return Shown(
+            number=number,
+            words=tuple(self.word(token) for token in tokens[window]),
+            shades=_shades(values[window], largest),
+            active=tuple(active[: len(values)][window]),
+            first=first,
+            cut=window.stop < len(tokens),
+        )
+
+    def _features(self, number: int, batch: Batch) -> Shown:
+        """The largest entries of the first tensor, in their order, each as "name value"."""
+        args, kwargs = arguments(batch)
+        tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if tensor is None:
+            return Shown(number, (self.words.number(str(args[0] if args else kwargs)),), (), (), 0, False)
+        flat = tensor[0].flatten().float().cpu()
+        on = flat.abs().topk(min(_N_FEATURES, len(flat))).indices.sort().values
+        on = on[flat[on] != 0]
+        words = tuple(self.words.number(f"{self._input_name(i, tensor)} {flat[i]:.3g}") for i in on.tolist())
+        return Shown(number, words, _shades(flat[on].abs().tolist(), flat.abs().max().item()), (), 0, False)
+
+    def _input_name(self, index: int, tensor: Tensor) -> str:
+        if self.input_names is not None:
+            if len(self.input_names) != tensor[0].numel():
+                raise InvalidSetting(
+                    f"Expected {tensor[0].numel()} input_names, one for each number of an input, got "
+                    f"{len(self.input_names)}."
+                )
+            return self.input_names[index]
+        place = torch.unravel_index(torch.tensor(index), tensor.shape[1:])
+        return f"x[{','.join(str(int(i)) for i in place)}]"
+
+
+def _shades(values: Sequence[float], largest: float) -> tuple[int, ...]:
+    return tuple(round(9 * min(1.0, value / largest)) if largest > 0 else 0 for value in values)
+
+
+def called(decode: Decode | None, token: int, name: str) -> str:
+    """What the user's function gives for a number; the number itself without a function.
+
+    Raises:
+        InvalidSetting: no string.
+    """
+    if decode is None:
+        return str(token)
+    word: Any = decode(token)
+    if not isinstance(word, str):
+        raise InvalidSetting(f"Expected {name} to give a string, got {word!r} for {token}.")
+    return word
