@@ -308,6 +308,8 @@ def test_bad_data_and_settings_are_refused():
     refused(apd.InvalidSetting, "No latent of 6 latents .* is above 99", least=99.0)
     refused(apd.InvalidSetting, "no submodule 'acts'.*'act'", some=compare.Dictionary.neurons("acts", 6))
     refused(apd.NonFinite, "NaN or infinite", data=[torch.full((4, 6), torch.nan)])
+    with pytest.raises(apd.InvalidBatches, match="can be only once"):
+        compare.direction_match(decomposition, dictionary, "last.weight", batches=iter(batches))
     with interrupted_in_forward(model.act, 1), pytest.raises(KeyboardInterrupt):
         compare.activation_match(decomposition, batches, dictionary)
     before.assert_unchanged(model)

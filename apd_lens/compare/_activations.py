@@ -16,7 +16,7 @@ from apd_lens._padding import Real, padded, without_padding
 from apd_lens._selection import K
 from apd_lens.compare._dictionaries import Dictionary, Latents, moved
 from apd_lens.compare._matching import Matching, matching, side_by_side, with_null
-from apd_lens.compare._sites import reading
+from apd_lens.compare._sites import check_batches, reading
 
 Measure = Literal["f1", "jaccard", "precision", "recall", "correlation"]
 Pool = Literal["max", "mean", "last"]
@@ -171,12 +171,13 @@ def activation_match(
         seed: of the null, in which no data point keeps its own latents.
 
     Raises:
-        InvalidBatches: no batches, or one with a single data point.
+        InvalidBatches: no batches, one with a single data point, or one tensor in the place of batches.
         ShapeMismatch: the dictionary's place has other positions than the decomposition's data points.
         InvalidSetting: no such measure or pool, or no such place in the model.
     """
     if by not in _MEASURES:
         raise InvalidSetting(f"Matches can be looked for by one of {', '.join(_MEASURES)}, got {by!r}.")
+    check_batches(batches)
     dictionary = moved(dictionary, next(decomposition.components.parameters()).device)
     generator = torch.Generator().manual_seed(seed)
     sums: ActivationSums | None = None

@@ -31,6 +31,7 @@ from apd_lens._product import Inputs
 from apd_lens._target import Use, evaluating
 from apd_lens.compare._dictionaries import Dictionary
 from apd_lens.compare._matching import Matching, matching, side_by_side, with_null
+from apd_lens.compare._sites import check_batches
 
 # Numbers in a temporary of `direction_cosines`.
 _AT_ONCE = 2**24
@@ -130,12 +131,15 @@ def direction_match(
     Raises:
         UnknownWeight: the matrix is none of the decomposed ones.
         ShapeMismatch: no use of the matrix has the dictionary's width on that side.
+        InvalidBatches: an iterator, which can be gone through once only, or one tensor in the place of batches.
 
     Random directions are as many as the latents and spread evenly over all directions; where activations lie in few
     dimensions, random components are the fairer null.
     """
     directions = dictionary.decoder if side == "write" else dictionary.encoder.mT
     use = _use(decomposition, matrix, side, directions.shape[1])
+    if batches is not None:
+        check_batches(batches, times=2)
     generator = torch.Generator().manual_seed(seed)
     others = random_components(decomposition.components, seed) if untrained is None else untrained
     random = torch.randn(directions.shape, generator=generator)

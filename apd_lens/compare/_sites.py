@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from apd_lens._errors import InvalidSetting, SiteNotCalled
+from apd_lens._batches import Batch
+from apd_lens._errors import InvalidBatches, InvalidSetting, SiteNotCalled
 
 
 def site_module(model: nn.Module, site: str) -> nn.Module:
@@ -83,3 +84,15 @@ def _check_called(sites: Iterable[str], called: Iterable[str]) -> None:
                 f"The forward pass did not call {site!r}. Choose a place that it goes through, or switch on the option "
                 "that does so."
             )
+
+
+def check_batches(batches: Iterable[Batch], times: int = 1) -> None:
+    """Raises InvalidBatches if they cannot be gone through so many times, or are one tensor."""
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        came = f"one tensor of shape {tuple(batches.shape)}" if isinstance(batches, Tensor) else type(batches).__name__
+        raise InvalidBatches(f"Expected an iterable of batches, got {came}. For one batch, give [batch].")
+    if times > 1 and isinstance(batches, Iterator):
+        raise InvalidBatches(
+            f"The batches are gone through {times} times, but this {type(batches).__name__} can be only once. Give a "
+            "list or a DataLoader."
+        )

@@ -30,7 +30,7 @@ from apd_lens._selection import Selection, TopK, with_k
 from apd_lens._target import evaluating
 from apd_lens.compare._activations import Pool, pooled
 from apd_lens.compare._dictionaries import Dictionary, Latents, moved, random_dictionary, rewritten_latents, spliced
-from apd_lens.compare._sites import reading
+from apd_lens.compare._sites import check_batches, reading
 
 # Between the target's output and another; or "ce", of labels.
 Loss = Literal["mse", "kl", "ce"] | Callable[[Tensor, Tensor], Tensor]
@@ -132,13 +132,14 @@ def sparsity(
         seed: of nulls and projections.
 
     Raises:
-        InvalidBatches: no batches.
+        InvalidBatches: no batches, or one tensor in the place of batches.
         InvalidSetting: a k below 0, "ce" without labels, or a loaded decomposition that lacks its output function.
         ShapeMismatch: a dictionary of another width, or without the positions that data points are.
         NonFinite: a batch, or the target's output, holds NaN or infinity.
     """
     loss = decomposition.settings.losses.distance if loss is None else loss
-    _check(decomposition, ks, loss, labels, by)
+    check_batches(batches)
+    _check(decomposition, ks, dictionaries, loss, labels, by)
     device = next(decomposition.components.parameters()).device
     models: dict[str, _Components | _Spliced] = {"components": _Components.of(decomposition)}
     if nulls:
@@ -395,6 +396,7 @@ def _loss(
 def _check(
     decomposition: Decomposition,
     ks: Sequence[float],
+    dictionaries: Mapping[str, Dictionary | Sequence[Dictionary]],
     loss: Loss,
     labels: Callable[[Batch], Tensor] | None,
     by: Scores,
@@ -404,8 +406,10 @@ def _check(
             "This decomposition was made with an output function of your own, which is not saved. Give it again: "
             "apd_lens.load(path, model, output=...)."
         )
-    if not ks or min(ks) < 0:
-        raise InvalidSetting(f"ks are numbers of units a data point, from 0 on, got {list(ks)}.")
+    if not isinstance(ks, Sequence) or not ks or min(ks) < 0:
+        raise InvalidSetting(f"ks are numbers of units a data point, from 0 on, such as (1, 2, 4); got {ks}.")
+    if not isinstance(dictionaries, Mapping):
+        raise InvalidSetting(f"Give each dictionary a name: {{'SAE': dictionary}}, got {dictionaries}.")
     if (loss == "ce") != (labels is not None):
         raise InvalidSetting('loss="ce" and labels= go together: a function batch -> classes.')
     if not callable(loss) and loss not in ("mse", "kl", "ce"):
