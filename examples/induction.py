@@ -23,7 +23,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig, head_detector
 
 import apd_lens as apd
-from apd_lens import compare
+from apd_lens import compare, plots
 
 warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 
@@ -226,14 +226,43 @@ def roles(decomposition: apd.Decomposition, batch: Sequences) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("component")
 
 
+def right_logit(batch: Sequences) -> Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, " batch"]]:
+    """Mean logit of the next token, where it can be known."""
+    weights = batch.known.float() / batch.known.sum(1, keepdim=True)
+    return lambda logits: (logits.gather(2, batch.next[..., None])[..., 0] * weights).sum(1)
+
+
 def located(decomposition: apd.Decomposition, batch: Sequences, circuit: list[str]) -> compare.Location:
-    """Where the components are that matter for the logit of the next token, where it can be known."""
-    chosen = batch.known.float() / batch.known.sum(1, keepdim=True)
+    """Where the components are that matter for the next token, where it can be known."""
+    return compare.locate(decomposition, [batch.tokens], circuit, right_logit(batch))
 
-    def right_logit(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
-        return (logits.gather(2, batch.next[..., None])[..., 0] * chosen).sum(1)
 
-    return compare.locate(decomposition, [batch.tokens], circuit, right_logit)
+def kept_curves(decomposition: apd.Decomposition, batch: Sequences) -> dict[str, compare.FaithfulnessCurve]:
+    """How much of the right logit comes back with so many components on at each position; and so many heads."""
+    metric = right_logit(batch)
+    few = (0, 1, 2, 4, 6, 8, 12, 60)
+    return {
+        "component": compare.faithfulness_curve(
+            decomposition, [batch.tokens], metric, scores=decomposition.attributions, sizes=few
+        ),
+        "head": compare.faithfulness_curve(decomposition, [batch.tokens], metric, unit="head"),
+    }
+
+
+def draw(
+    decomposition: apd.Decomposition,
+    often: list[int],
+    curve: compare.FaithfulnessCurve,
+    circuit: list[str],
+    path: Path,
+) -> None:
+    """In which heads the active components lie, beside how many of them are needed."""
+    figure, (left, right) = plots.plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained", width_ratios=(3, 2))
+    where = compare.weight_map(decomposition)
+    plots.component_nodes(where.shares("head"), where.nodes("head"), known=circuit, order=often, ax=left)
+    plots.faithfulness(curve.kept, curve.curves(), ax=right)
+    figure.savefig(path, dpi=120)
+    plots.plt.close(figure)
 
 
 def main() -> None:
@@ -260,14 +289,20 @@ def main() -> None:
     start = time.perf_counter()
     decomposition = decompose(model, arguments.steps, arguments.seed)
     print(f"\ndecomposed in {time.perf_counter() - start:.0f} s, residual {decomposition.residuals()['all']:.3f}\n")
+    decomposition.save(arguments.out / "induction")
     print(located(decomposition, batch, nodes))
     print(f"\n{measure(decomposition, batch, circuit).round(3)}")
-    print(f"\n{roles(decomposition, batch).round(2).to_string()}")
+    of_each = roles(decomposition, batch)
+    print(f"\n{of_each.round(2).to_string()}")
+    curves = kept_curves(decomposition, sequences(16, seed=3))
+    for unit, curve in curves.items():
+        print(f"\nshare of the right logit that comes back with so many {unit}s\n{curve}")
+    draw(decomposition, of_each.index.tolist(), curves["component"], nodes, arguments.out / "induction.png")
 
     null = decompose(untrained_target(arguments.seed), arguments.steps, arguments.seed)
     print("\nThe same of an untrained model, whose heads do nothing in particular:\n")
     print(located(null, batch, nodes).nulls().round(3))
-    decomposition.save(arguments.out / "induction")
+    print(f"\nwrote {arguments.out / 'induction'} and {arguments.out / 'induction.png'}")
 
 
 if __name__ == "__main__":

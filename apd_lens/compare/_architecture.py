@@ -120,7 +120,9 @@ class ArchitectureMap:
         largest = shares.max(1)
         table.insert(0, f"largest {level}", [nodes[node] for node in largest.indices.tolist()])
         table.insert(1, "its share", largest.values.numpy())
-        table.insert(2, f"{level}s, effectively", self.spread(level).cpu().numpy())
+        table.insert(
+            2, f"{'matrices' if level == 'matrix' else level + 's'}, effectively", self.spread(level).cpu().numpy()
+        )
         return table.rename_axis("component")
 
     def _amounts(self, level: Level) -> dict[str, Float[Tensor, " C"]]:
