@@ -26,8 +26,8 @@ import apd_lens as apd
 from apd_lens import compare, plots, toys, watch
 
 N_FEATURES, N_TESTED = 40, 1000
-# Active components of a data point, where 2 features are on. Chosen by looking: of 2, a fourth are active by interference
-# alone and the scores fall; 1 does about as well.
+# Active components of a data point, where 2 features are on. Chosen by looking: of 2, a fourth is on by
+# interference alone and the scores fall; 1 does about as well.
 K = 1.25
 
 
