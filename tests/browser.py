@@ -52,7 +52,7 @@ def open_page(driver: Any, page: Path) -> None:
     for log in ("browser", "performance"):
         driver.get_log(log)  # forgotten
     driver.get(page.as_uri())
-    wait_for(driver, "return document.documentElement.dataset.ready === 'true'")
+    wait_for(driver, "return document.documentElement.dataset.drawn === 'true'")
 
 
 def wait_for(driver: Any, script: str, seconds: float = 60) -> Any:
@@ -62,6 +62,14 @@ def wait_for(driver: Any, script: str, seconds: float = 60) -> Any:
         assert time.monotonic() < end, f"not within {seconds} seconds: {script}"
         time.sleep(0.05)
     return value
+
+
+def work(driver: Any) -> float:
+    """Seconds of processor time that the page's thread has taken, however busy the machine is; counted from the first
+    call on, and anew for each page."""
+    driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+    metrics = driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+    return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
 
 
 def requests(driver: Any) -> list[str]:

@@ -276,11 +276,15 @@ def test_two_thousand_components_open_in_three_seconds(driver, tmp_path: Path):
     batches = [torch.randint(0, 100, (16, 16))]
     page = decomposition.report(batches, tmp_path / "report.html")
     assert page.stat().st_size < 8_000_000
-    times = []
+    listed, worked = [], []
+    browser.work(driver)
     for _ in range(3):
         browser.open_page(driver, page)
-        times.append(driver.execute_script("return performance.getEntriesByName('ready')[0].startTime / 1000"))
-    assert min(times) < 3
+        worked.append(browser.work(driver))  # with all figures drawn
+        listed.append(driver.execute_script("return performance.getEntriesByName('list')[0].startTime / 1000"))
+    print(f"seconds to the list: {listed}, of processor time with all figures: {worked}")
+    assert min(listed) < 3
+    assert 0.1 < min(worked) < 3
     assert driver.execute_script("return order.length") == 2000
     choose(driver, "#alive", "all", "change")
     click(driver, "[data-sort='number']")

@@ -288,8 +288,8 @@ function ablationOf(component) {
 function whereOf(component) {
   const of = data.shares[component].map((share, i) => [i, share]).sort((a, b) => b[1] - a[1]);
   const lines = of.slice(0, 8).map(([i, share]) => {
-    const name = element("span", {}, element("span", { class: "bar" }), visible(data.matrices[i]));
-    name.firstChild.style.cssText = `width:0.6rem;background:${colourOf(i)};opacity:1`;
+    const name = element("span", { class: "matrix" }, element("span", { class: "key" }), visible(data.matrices[i]));
+    name.firstChild.style.background = colourOf(i);
     return [name, percent(share), data.norms[component][i], Number(data.ranks[component][i].toFixed(2))];
   });
   const part = element("section", {}, element("h3", { text: "Where it is" }),
@@ -454,11 +454,18 @@ async function draw() {
   state.remove();
 }
 
-performance.mark("list");
-draw().catch((error) => {
-  document.getElementById("figures-state").textContent = `The figures could not be drawn: ${error.message}`;
-  throw error;
-}).finally(() => {
-  performance.mark("ready");
-  document.documentElement.dataset.ready = "true";
-});
+// The list first: figures are drawn when it has been painted.
+async function drawBehindTheList() {
+  await new Promise((next) => requestAnimationFrame(() => setTimeout(next)));
+  performance.mark("list");
+  try {
+    await draw();
+  } catch (error) {
+    document.getElementById("figures-state").textContent = `The figures could not be drawn: ${error.message}`;
+    throw error;
+  } finally {
+    performance.mark("drawn");
+    document.documentElement.dataset.drawn = "true";
+  }
+}
+drawBehindTheList();
