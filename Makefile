@@ -30,8 +30,9 @@ paper: .venv/installed
 	{ $(BIN)/python -u examples/paper/paper.py $(ARGS) && $(BIN)/python examples/paper/valley.py && \
 		$(BIN)/python examples/paper/figures.py; } 2>&1 | tee -a out/paper/log
 
+# In as many processes as there are cores, each on one thread.
 test: .venv/installed
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 .venv-tl4/installed: pyproject.toml constraints-tl4.txt
 	$(PYTHON) -m venv .venv-tl4

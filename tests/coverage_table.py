@@ -8,6 +8,7 @@ import inspect
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from adapter_contract import AdapterContract
@@ -33,33 +34,44 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class CoverageTable:
-    """Collects the outcomes of the contract's tests, class by class."""
+    """Collects the outcomes of the contract's tests, class by class, from all processes in which they run."""
 
     def __init__(self, config: pytest.Config):
         self.config = config
-        self.classes: dict[str, type[AdapterContract]] = {}
+        self.classes: dict[str, type[AdapterContract]] = {}  # of tests that run in this process
+        self.lines: dict[str, tuple[str, str]] = {}  # class -> host and row
         self.failed: set[str] = set()
         self.refused: list[tuple[str, str, str]] = []
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        for item in items:
-            cls = getattr(item, "cls", None)
-            if cls is not None and issubclass(cls, AdapterContract):
-                self.classes[item.nodeid.rpartition("::")[0]] = cls
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        cls = getattr(item, "cls", None)
+        if cls is not None and issubclass(cls, AdapterContract):
+            self.classes[class_of(item)] = cls
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self.failed.add(report.nodeid.rpartition("::")[0])
+            self.failed.add(class_of(report))
         if report.when == "call" and report.passed:
             self.refused += [value for name, value in report.user_properties if name == "refused"]
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.lines |= getattr(node, "workeroutput", {}).get("coverage", {})
+
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if not self.classes or self.config.option.collectonly:
-            return
-        rows: dict[str, list[str]] = {}
         for node, cls in self.classes.items():
             if node not in self.failed:
-                rows.setdefault(cls.host, []).append(row(cls()))
+                self.lines[node] = cls.host, row(cls())
+        if hasattr(self.config, "workeroutput"):
+            self.config.workeroutput["coverage"] = self.lines
+        elif self.lines:
+            self.write_or_compare(session)
+
+    def write_or_compare(self, session: pytest.Session) -> None:
+        rows: dict[str, list[str]] = {}
+        for node, (host, line) in self.lines.items():
+            if node not in self.failed:
+                rows.setdefault(host, []).append(line)
         for host, variant_, reason in self.refused:
             line = f"| {variant_} | – | {reason} |"
             if line not in rows.setdefault(host, []):
@@ -76,6 +88,10 @@ class CoverageTable:
         if stale:
             print("\ndocs/coverage.md is stale: run `make coverage-table`. Differing lines:", *stale, sep="\n")
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def class_of(test: pytest.Item | pytest.TestReport) -> str:
+    return test.nodeid.rpartition("::")[0]
 
 
 def row(contract: AdapterContract) -> str:
