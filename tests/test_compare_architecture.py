@@ -9,6 +9,7 @@ import torch
 from test_bridge import bridge
 from test_hooked_transformer import MIXTURE, tokens
 from test_hooked_transformer import hooked_transformer as one_layer
+from test_padding import alone, gpt2, padded
 from torch import Tensor, nn
 from torch.testing import assert_close
 from toy_models import decomposition_of, tiny_gpt2
@@ -182,7 +183,7 @@ def test_what_is_no_list_of_batches():
     decomposition = decomposition_of(nn.Linear(3, 2), n_components=2)
     with pytest.raises(apd.InvalidBatches, match="one tensor"):
         compare.attribution_map(decomposition, torch.eye(3))
-    with pytest.raises(apd.InvalidBatches, match="none"):
+    with pytest.raises(apd.InvalidBatches, match="empty"):
         compare.attribution_map(decomposition, [])
 
 
@@ -200,3 +201,23 @@ def test_adapters_know_heads_and_neurons():
     mixture = apd.wrap(hooked_transformer(**MIXTURE)).weights
     assert mixture["blocks.0.mlp.W_gate"].units is None  # the router
     assert all(matrix.units is None for matrix in apd.wrap(tiny_gpt2()).weights.values())
+
+
+@pytest.mark.parametrize("granularity", ["example", "position"])
+def test_padding_counts_for_nothing(granularity):
+    """A padded batch gives what its examples give on their own."""
+    batch, model = padded(), gpt2()
+    each = [alone(batch, index) for index in range(3)]
+    selection = apd.BatchTopK(2, granularity=granularity)
+    decomposition = decomposition_of(model, "transformer.h.0.mlp.*", n_components=3, selection=selection)
+    units = {"*.mlp.c_proj.weight": apd.Units("neuron", "in", 32)}
+    for level in ("matrix", "neuron"):
+        together, apart = (compare.attribution_map(decomposition, some, units=units) for some in ([batch], each))
+        assert_close(together.amounts(level), apart.amounts(level), rtol=1e-4, atol=1e-8)
+    options = {"unit": "neuron", "ablation": "mean", "sizes": [3], "units": units, "n_draws": 1, "ascent_steps": 1}
+    together, apart = (
+        compare.faithfulness_curve(decomposition, some, lambda logits: logits[:, 1, 4], **options)
+        for some in ([batch], each)
+    )
+    assert together.none == pytest.approx(apart.none, abs=1e-6)
+    assert_close(together.own, apart.own, rtol=1e-3, atol=1e-3)

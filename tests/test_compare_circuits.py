@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_compare_architecture import only_head
+from test_compare_faithfulness import additive
 from test_hooked_transformer import hooked_transformer as one_layer
 from test_hooked_transformer import tokens
 from torch import Tensor, nn
@@ -289,3 +290,22 @@ def test_a_torch_module():
     assert found.shares() == (pytest.approx(1), pytest.approx(1))
     other = replace(decomposition, components=apd.random_components(decomposition.components))
     assert compare.weight_map(other, units).shares("head").max() < 0.95
+
+
+def test_a_metric_may_depend_on_the_batch():
+    """The size of output x, said by the batch: so is that of the component that writes it."""
+    decomposition = additive()
+    batches = [torch.tensor([[1.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 1.0, 0.0]])]
+    found = compare.locate(decomposition, batches, ["a0"], of_the_input, n_null=0, units=ROWS)
+    assert_close(found.importance, torch.tensor([0.5, 0.0, 1.5, 0.0]))
+    signed = compare.signed_attributions(decomposition, batches, of_the_input, steps=1)
+    assert_close(signed.attribution, found.importance)
+    curve = compare.faithfulness_curve(decomposition, batches, of_the_input)
+    assert_close(curve.own, torch.tensor([0.0, 0.75, 1.0, 1.0, 1.0]))
+
+
+ROWS = {"weight": apd.Units("head", "in", 4)}
+
+
+def of_the_input(y: Tensor, x: Tensor) -> Tensor:
+    return (y * x).sum(1)

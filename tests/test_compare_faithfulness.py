@@ -94,7 +94,15 @@ def test_heads_are_ablated_as_hooks_do_it(ablation, option):
     scores = torch.tensor([3.0, 1.0, 0.0, 2.0])  # of a0.0 a0.1 a1.0 a1.1
     batches = [tokens(3), tokens(2)]
     curve = compare.faithfulness_curve(
-        decomposition, batches, logit_difference, unit="head", scores=scores, sizes=[0, 2, 4], ablation=ablation
+        decomposition,
+        batches,
+        logit_difference,
+        unit="head",
+        scores=scores,
+        sizes=[0, 2, 4],
+        ablation=ablation,
+        n_draws=2,
+        ascent_steps=2,
     )
     before.assert_unchanged(model)
     z_0 = {}

@@ -190,7 +190,9 @@ def test_what_cannot_work_is_said():
             "apd.responses(decomposition, [x], loss=lambda batch, y: y)",
         ],
     )
-    assert came[0].startswith("InvalidBatches: Expected batches, got one tensor of shape (4, 2)")
+    assert came[0].startswith(
+        "InvalidBatches: Expected batches, an iterable that ends (a list, a DataLoader), got one tensor"
+    )
     assert came[1].startswith("InvalidBatches: The stream of batches is empty")
     assert came[2].startswith("InvalidSetting: Expected at least one example and one output")
     assert came[3].startswith("ShapeMismatch: Expected loss to give one scalar an example")

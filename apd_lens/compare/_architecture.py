@@ -4,9 +4,10 @@ MLP and neuron; and back: which components make up a head.
 Nodes are named as circuits are: head 7 of layer 3 is "a3.7", the MLP "m3", neuron 12 of it "m3.12".
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -30,6 +31,10 @@ from apd_lens._jacobian import jacobians_in_parts
 from apd_lens._passes import Call, WatchedPass
 from apd_lens._product import inner_activations
 from apd_lens._target import TargetModel, Units, evaluating
+
+# The explained output -> one scalar an example, `batch`; or (output, batch) -> that, where the scalar depends on the
+# batch too, such as the logit of the right token. The batch is what the model is called with, on its device.
+Metric = Callable[[Tensor], Tensor] | Callable[[Tensor, Any], Tensor]
 
 Level = Literal["matrix", "layer", "head", "mlp", "neuron"]
 
@@ -221,7 +226,7 @@ def unit_numbers(units: Units, width: int) -> Int[Tensor, " width"]:
 def attribution_map(
     decomposition: Decomposition,
     batches: Iterable[Batch],
-    metric: Callable[[Tensor], Tensor] | None = None,
+    metric: Metric | None = None,
     units: Mapping[str, Units] | None = None,
 ) -> ArchitectureMap:
     """Where each component has its effect on the output: its squared attribution by matrix, layer, head and neuron.
@@ -233,7 +238,7 @@ def attribution_map(
 
     Args:
         batches: what the model is called with, several times; gone through once, nothing is kept.
-        metric: attribute to this scalar of the explained output, output -> `batch`, and not to the whole output.
+        metric: attribute to this scalar, output -> `batch` or (output, batch) -> `batch`, and not to the whole output.
         units: as in `weight_map`.
 
     Raises as `weight_map` does, and:
@@ -263,11 +268,23 @@ def attribution_map(
     return ArchitectureMap("attribution", tuple(matrices))
 
 
+def metric_on(metric: Metric, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """The metric as a function of the output alone; one that takes two arguments is given the batch too."""
+    parameters = inspect.signature(metric).parameters.values()
+    needed = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
+    return (lambda output: metric(output, batch)) if len(needed) > 1 else metric  # pyright: ignore[reportReturnType, reportCallIssue]
+
+
+def as_text(table: pd.DataFrame) -> str:
+    """All columns, numbers with four digits."""
+    return table.to_string(float_format=lambda number: f"{number:.4g}")
+
+
 @torch.inference_mode(False)
 def _squared_attributions(
     decomposition: Decomposition,
     batch: Batch,
-    metric: Callable[[Tensor], Tensor] | None,
+    metric: Metric | None,
     units: Mapping[str, Units | None],
 ) -> tuple[int, dict[str, tuple[Float[Tensor, " C"], Float[Tensor, "C units_and_rest"] | None]]]:
     """Number of data points; and for each matrix Σ a_l² over them, and Σ a_lu²."""
@@ -295,7 +312,7 @@ def _squared_attributions(
             cotangents = attribution.cotangents(watched.output, torch.Generator(watched.output.device).manual_seed(0))
             parts, scale = jacobians_in_parts(watched, cotangents, attribution.memory), cotangents.scale
         else:
-            parts, scale = [(watched, iter([metric_gradients(watched, metric)]))], 1
+            parts, scale = [(watched, iter([metric_gradients(watched, metric_on(metric, watched.run.batch))]))], 1
         with torch.no_grad():
             for part, chunks in parts:
                 for jacobians in chunks:

@@ -8,7 +8,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +19,21 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
-from apd_lens._batches import Batch, one_pass
+from apd_lens._batches import Batch, on_device, one_pass
 from apd_lens._components import ParameterComponents, random_components
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import ApdError, ArtifactError, InvalidSetting, ShapeMismatch
 from apd_lens._padding import real_positions, without_padding
 from apd_lens._target import Units
-from apd_lens.compare._architecture import Level, attribution_map, node_name, weight_map
+from apd_lens.compare._architecture import (
+    Level,
+    Metric,
+    as_text,
+    attribution_map,
+    metric_on,
+    node_name,
+    weight_map,
+)
 
 _HEAD = re.compile(r"[al]?(\d+)(?:\.h?|h)(\d+)", re.IGNORECASE)
 _MLP = re.compile(r"m(?:lp)?_?(\d+)(?:\.(\d+))?", re.IGNORECASE)
@@ -375,7 +383,7 @@ class Overlap:
     def __str__(self) -> str:
         found = [name for name, is_found in zip(self.nodes, self.found.tolist(), strict=True) if is_found]
         known = [name for name, is_known in zip(self.nodes, self.known.tolist(), strict=True) if is_known]
-        return f"found {', '.join(found)}; known {', '.join(known)}; of {len(self.nodes)}\n{self.table().round(3)}"
+        return f"found {', '.join(found)}; known {', '.join(known)}; of {len(self.nodes)}\n{as_text(self.table())}"
 
 
 def overlap(
@@ -537,7 +545,7 @@ class Location:
         known = ", ".join(name for name, is_known in zip(self.nodes, self.known.tolist(), strict=True) if is_known)
         return (
             f"{len(self.top)} of {len(self.importance)} components matter; circuit: {known}, of {len(self.nodes)}\n"
-            f"{self.table().round(3)}\n\n{self.nulls().round(3)}\n\n{self.overlap()}"
+            f"{as_text(self.table())}\n\n{as_text(self.nulls())}\n\n{self.overlap()}"
         )
 
 
@@ -545,7 +553,7 @@ def locate(
     decomposition: Decomposition,
     batches: Iterable[Batch],
     known: Iterable[str] | Circuit,
-    metric: Callable[[Tensor], Tensor] | None = None,
+    metric: Metric | None = None,
     *,
     top: int | None = None,
     level: Level = "head",
@@ -558,7 +566,7 @@ def locate(
     Args:
         batches: a list of batches or another iterable that can be gone through again.
         known: the circuit's nodes, such as ["a0.3", "a1.6"].
-        metric: matter for this scalar of the explained output, output -> `batch`; default: for all outputs.
+        metric: matter for this scalar, output -> `batch` or (output, batch) -> `batch`; default: for all outputs.
         top: how many components matter; default: the fewest that hold 90 % of the importance.
         level: what the nodes are.
         units: as in `weight_map`.
@@ -606,7 +614,7 @@ def locate(
 def _what_matters(
     decomposition: Decomposition,
     batches: Iterable[Batch],
-    metric: Callable[[Tensor], Tensor] | None,
+    metric: Metric | None,
     top: int | None,
     level: Level,
     units: Mapping[str, Units] | None,
@@ -614,8 +622,9 @@ def _what_matters(
     """Importance, the components that matter, and the shares of their attribution."""
     total, n_data = torch.zeros(decomposition.components.n_components, dtype=torch.float64), 0
     for batch in one_pass(batches):
-        attributions = decomposition.attributions(batch, metric)
-        sizes = without_padding(attributions, real_positions(decomposition.target.prepare(batch))).abs().flatten(0, -2)
+        ready = on_device(decomposition.target.prepare(batch), next(decomposition.components.parameters()).device)
+        attributions = decomposition.attributions(batch, None if metric is None else metric_on(metric, ready))
+        sizes = without_padding(attributions, real_positions(ready)).abs().flatten(0, -2)
         total += sizes.double().sum(0).cpu()
         n_data += len(sizes)
     importance = (total / n_data).float()

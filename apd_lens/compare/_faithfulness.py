@@ -22,13 +22,20 @@ from apd_lens._errors import InvalidSetting, ShapeMismatch, UnsupportedModel
 from apd_lens._padding import real_positions, without_padding
 from apd_lens._passes import OutputFn, replace_weights, replaced_pass
 from apd_lens._target import Intercept, TargetModel, Units, Use, evaluating
-from apd_lens.compare._architecture import layer_of, node_name, unit_numbers, units_by_name
+from apd_lens.compare._architecture import (
+    Metric,
+    as_text,
+    layer_of,
+    metric_on,
+    node_name,
+    unit_numbers,
+    units_by_name,
+)
 
 UnitKind = Literal["component", "head", "neuron"]
 # Of all units, MIB's sizes of circuits.
 _SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
-Metric = Callable[[Tensor], Tensor]
 # How much each unit matters: `units` for all data, or a function of the batch -> `batch units` or `batch pos units`.
 Scores = Float[Tensor, " units"] | Callable[[Batch], Tensor]
 
@@ -77,7 +84,7 @@ class FaithfulnessCurve:
     def __str__(self) -> str:
         return (
             f"{self.unit}s kept, of {len(self.names)}; metric {self.model:.4g} of the model, {self.none:.4g} of none\n"
-            f"{self.table().round(3)}\n{self.areas().round(3)}"
+            f"{as_text(self.table())}\n{as_text(self.areas())}"
         )
 
 
@@ -123,7 +130,8 @@ def faithfulness_curve(
 
     Args:
         batches: a list of batches or another iterable that can be gone through again.
-        metric: the explained output -> one scalar an example, `batch`, such as a logit difference.
+        metric: the explained output -> one scalar an example, `batch`, such as a logit difference; or (output, batch)
+            -> that.
         unit: components of the decomposition, or heads or neurons of the model (of all its layers, decomposed or not).
         scores: the largest are kept first: `units`, or a function of the batch that gives them for each example (or
             position, where the model has positions). Default: the mean over the batches of |attribution to the metric|;
@@ -279,7 +287,7 @@ class _Gates:
         replaced = _pass if gamma is None else self.replaced(gamma)
         with evaluating(self.target.model):
             output, _ = replaced_pass(self.target, self.matrices, replaced, batch, self.output)
-        return metric_scalars(metric, output)
+        return metric_scalars(metric_on(metric, batch), output)
 
     def attributions(self, batch: Batch, metric: Metric) -> Float[Tensor, "batch units"]:
         """∂metric/∂γ with all units on."""

@@ -15,6 +15,7 @@ from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting
 from apd_lens._passes import WatchedPass, replaced_pass, subtract_weights
 from apd_lens._target import evaluating
+from apd_lens.compare._architecture import Metric, as_text, metric_on
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ class SignedAttributions:
 
     def __str__(self) -> str:
         return (
-            f"{self.table().round(4)}\nsum {self.attribution.sum().item():.4g}, metric lost without all components "
+            f"{as_text(self.table())}\nsum {self.attribution.sum().item():.4g}, metric lost without all components "
             f"{self.change:.4g}; each alone: correlation {self.correlation:.3f}, slope {self.slope:.3f}"
         )
 
@@ -70,19 +71,20 @@ class SignedAttributions:
 def signed_attributions(
     decomposition: Decomposition,
     batches: Iterable[Batch],
-    metric: Callable[[Tensor], Tensor],
+    metric: Metric,
     *,
-    steps: int = 8,
+    steps: int = 16,
 ) -> SignedAttributions:
     """Integrated gradients of a metric along the path W − t Σ_c P_c, split over components and positions:
 
         a_c = mean_t Σ_l Σ_uses <∂m/∂y_l(t) , x_l(t) P_c,l>,  t = (i + 1/2) / steps
 
-    so that Σ_c a_c is m(W) − m(W − Σ_c P_c) up to the error of the midpoint rule, which `error` says. With one metric
-    a batch of examples costs `steps` forward and backward passes, and a forward pass for each component.
+    so that Σ_c a_c is m(W) − m(W − Σ_c P_c) up to the error of the midpoint rule, which `error` says; more steps make
+    it smaller. A batch costs `steps` forward and backward passes, and a forward pass for each component.
 
     Args:
-        metric: the explained output -> one scalar an example, `batch`, such as a logit difference.
+        metric: the explained output -> one scalar an example, `batch`, such as a logit difference; or (output, batch)
+            -> that.
         steps: points on the path.
 
     Raises:
@@ -104,8 +106,9 @@ def signed_attributions(
         with evaluating(decomposition.target.model):
             watched = decomposition._watch(batch)
             has_positions = has_positions and _on_positions(watched)
-            effects = _integrated(watched, decomposition.components, metric, steps, has_positions).double().cpu()
-            lost, lost_with_all = _lost(watched, decomposition, metric)
+            of_output = metric_on(metric, watched.run.batch)
+            effects = _integrated(watched, decomposition.components, of_output, steps, has_positions).double().cpu()
+            lost, lost_with_all = _lost(watched, decomposition, of_output)
         ablation += lost
         change += lost_with_all
         n_data += len(effects)

@@ -23,10 +23,10 @@ from apd_lens.plots._draw import (
 )
 
 _MASKINGS = {
-    "own": ("the rest off", {"color": SPARSE, "marker": "s", "markersize": 4}),
+    "own": ("the rest off", {"color": SPARSE, "marker": "s", "markersize": 4, "linestyle": "--", "zorder": 3}),
     "random": ("the rest at random", {"color": SCRUBBED, "marker": "o", "markersize": 4}),
-    "worst": ("the rest where it does most harm", {"color": ANTI_SCRUBBED, "marker": "^", "markersize": 5}),
-    "shuffled": ("units in random order, the rest off", {"color": NULL, "linestyle": "--"}),
+    "worst": ("the rest where it does most harm", {"color": ANTI_SCRUBBED, "marker": "^", "markersize": 8}),
+    "shuffled": ("units in random order, the rest off", {"color": NULL, "linestyle": ":"}),
 }
 
 
