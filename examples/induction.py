@@ -260,7 +260,7 @@ def draw(
     figure, (left, right) = plots.plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained", width_ratios=(3, 2))
     where = compare.weight_map(decomposition)
     plots.component_nodes(where.shares("head"), where.nodes("head"), known=circuit, order=often, ax=left)
-    plots.faithfulness(curve.kept, curve.curves(), ax=right)
+    plots.faithfulness(curve.kept, curve.curves(), ax=right, unit=curve.unit)
     figure.savefig(path, dpi=120)
     plots.plt.close(figure)
 

@@ -2,7 +2,7 @@
 
     python examples/walkthrough.py
 
-Needs the extras transformer-lens, sae-lens, compare and report. Three minutes on one core.
+Needs the extras transformer-lens, sae-lens, compare and report. Five minutes on one core.
 """
 
 import argparse
