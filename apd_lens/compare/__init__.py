@@ -25,12 +25,8 @@ from apd_lens.compare._architecture import attribution_map as attribution_map
 from apd_lens.compare._architecture import layer_of as layer_of
 from apd_lens.compare._architecture import weight_map as weight_map
 from apd_lens.compare._circuits import Circuit as Circuit
-from apd_lens.compare._circuits import Location as Location
-from apd_lens.compare._circuits import Overlap as Overlap
 from apd_lens.compare._circuits import circuit_of_edges as circuit_of_edges
 from apd_lens.compare._circuits import circuit_of_scores as circuit_of_scores
-from apd_lens.compare._circuits import locate as locate
-from apd_lens.compare._circuits import overlap as overlap
 from apd_lens.compare._circuits import read_circuit as read_circuit
 from apd_lens.compare._dictionaries import Dictionary as Dictionary
 from apd_lens.compare._dictionaries import random_dictionary as random_dictionary
@@ -44,6 +40,10 @@ from apd_lens.compare._faithfulness import FaithfulnessCurve as FaithfulnessCurv
 from apd_lens.compare._faithfulness import cmd as cmd
 from apd_lens.compare._faithfulness import cpr as cpr
 from apd_lens.compare._faithfulness import faithfulness_curve as faithfulness_curve
+from apd_lens.compare._location import Location as Location
+from apd_lens.compare._location import Overlap as Overlap
+from apd_lens.compare._location import locate as locate
+from apd_lens.compare._location import overlap as overlap
 from apd_lens.compare._matching import Matching as Matching
 from apd_lens.compare._matching import matching as matching
 from apd_lens.compare._signed import SignedAttributions as SignedAttributions
