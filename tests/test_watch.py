@@ -192,9 +192,9 @@ def test_save_and_load(tmp_path):
 
 def test_what_cannot_be_a_reference_is_refused():
     decomposition = known_parts(apd.TopK(1))
-    with pytest.raises(apd.InvalidBatches, match=r"Of one batch: \[batch\]"):
+    with pytest.raises(apd.InvalidBatches, match=r"Of one batch give \[batch\]"):
         watch.fit(decomposition, torch.rand(5, 4))
-    with pytest.raises(apd.InvalidBatches, match="There are no batches"):
+    with pytest.raises(apd.InvalidBatches, match="The stream of batches is empty"):
         watch.fit(decomposition, [])
     with pytest.raises(apd.InvalidBatches, match="at least 2 data points"):
         watch.fit(decomposition, [torch.rand(1, 4)])

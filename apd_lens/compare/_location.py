@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from scipy import stats
+from torch import Tensor
 
 from apd_lens._batches import Batch, on_device, one_pass
 from apd_lens._components import ParameterComponents, random_components
