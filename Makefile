@@ -40,7 +40,8 @@ test: .venv/installed
 	touch $@
 
 test-tl4: .venv-tl4/installed
-	.venv-tl4/bin/python -m pytest tests/test_bridge.py tests/test_imports.py tests/test_unsupported_hosts.py $(ARGS)
+	OMP_NUM_THREADS=1 .venv-tl4/bin/python -m pytest -n auto --dist worksteal tests/test_bridge.py \
+		tests/test_imports.py tests/test_unsupported_hosts.py $(ARGS)
 
 coverage-table: .venv/installed
 	$(BIN)/python -m pytest --coverage-table -q tests/test_torch_modules.py tests/test_hooked_transformer.py \

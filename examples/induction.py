@@ -6,6 +6,9 @@ write into the same residual stream. TransformerLens's head detector says which 
 layers are decomposed together, with a mask for each position, and nothing tells which heads were trained.
 
     python examples/induction.py
+
+A minute to train the target, eight on one core for each decomposition, of the target and of an untrained model. Not
+every seed of the target learns the circuit: of 0, 1 and 2 only 0 does.
 """
 
 import argparse
