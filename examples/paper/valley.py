@@ -8,6 +8,7 @@ import argparse
 import json
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,16 @@ def with_factor(losses: apd.Losses, coefficient: str, factor: float) -> apd.Loss
     return replace(losses, **{coefficient: factor * value})
 
 
+@cache
+def make_target(name: str) -> paper.Target:
+    """One for all cells."""
+    return paper.make_target(name, 0, None)
+
+
 def run(name: str, coefficient: str, factor: float, n_seeds: int, steps: int | None) -> dict[str, Any]:
     """One cell of the grid: how many of the seeds meet the goal, and their numbers."""
     system, start = paper.SYSTEMS[name], time.perf_counter()
-    target = system.make(seed=0)
+    target = make_target(name)
     decompositions = apd.decompose_seeds(
         target.model,
         target.batches(system.batch_size, seed=1000),
