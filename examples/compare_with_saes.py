@@ -4,7 +4,7 @@ SAEs are trained by SAELens's own SAETrainer on the hidden layer of TMS 40-10 (4
 MLP of facts_in_an_mlp.py (64 facts in 48 neurons), saved, loaded back, and compared with decompositions of the same
 models: which directions match, which units are active together, and how much of the model a few units give back.
 
-    python examples/compare_with_saes.py               # both models, tables and figures; ten minutes on one core
+    python examples/compare_with_saes.py               # both models, tables and figures; five minutes on one core
     python examples/compare_with_saes.py --models tms  # one of them
 
 Decompositions are kept in --out and read from there the next time.
