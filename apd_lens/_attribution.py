@@ -383,10 +383,11 @@ def metric_scalars(
 ) -> Float[Tensor, " batch"]:
     """The metric of each example, checked. Raises as `metric_effects` does."""
     scalars = metric(output)
-    if scalars.shape != output.shape[:1]:
+    if not isinstance(scalars, Tensor) or scalars.shape != output.shape[:1]:
+        came = tuple(scalars.shape) if isinstance(scalars, Tensor) else type(scalars).__name__
         raise ShapeMismatch(
-            f"Expected the metric to give one scalar an example, shape ({len(output)},), got "
-            f"{tuple(scalars.shape)} from an output of shape {tuple(output.shape)}."
+            f"Expected the metric to give one scalar an example, shape ({len(output)},), got {came} from an output of "
+            f"shape {tuple(output.shape)}."
         )
     return scalars
 

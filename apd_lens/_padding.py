@@ -3,7 +3,7 @@
 `real` is True elsewhere, and None where a batch has no attention_mask. Only values `batch pos *rest` have padding.
 """
 
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from apd_lens._batches import Batch, arguments
@@ -34,3 +34,15 @@ def without_padding(values: Shaped[Tensor, "batch *rest"], real: Real) -> Shaped
     """The values of the real positions, `data *rest`."""
     real = padded(values, real)
     return values if real is None else values[real]
+
+
+def one_row(values: Float[Tensor, "batch *pos"], real: Real) -> Float[Tensor, " data"]:
+    """One value of each data point, in one row; those at padding left out."""
+    return values[real] if real is not None and values.shape == real.shape else values.flatten()
+
+
+def mean_over_positions(values: Float[Tensor, "batch *pos"], real: Real) -> Float[Tensor, " batch"]:
+    """Of each example, its padding not counted."""
+    if real is not None and values.shape == real.shape:
+        return (values * real).sum(1) / real.sum(1).clamp_min(1)
+    return values.reshape(len(values), -1).mean(1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from apd_lens._artifact import UserFunction
@@ -29,8 +29,8 @@ from apd_lens._batches import (
 from apd_lens._components import ParameterComponents
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting, MissingExtra, ShapeMismatch
-from apd_lens._losses import Distance, kl_divergence
-from apd_lens._padding import Real, padded, real_positions
+from apd_lens._losses import Distance, distance_of_each
+from apd_lens._padding import Real, mean_over_positions, padded, real_positions, without_padding
 from apd_lens._passes import WatchedPass, replaced_pass, subtract_weights, subtract_weights_of_each
 from apd_lens._selection import K
 from apd_lens._target import evaluating
@@ -60,8 +60,7 @@ class Observed:
 
     def data(self, values: Tensor) -> Tensor:
         """`batch *pos C` as `data C`, without padding."""
-        real = padded(values, self.real)
-        return values.flatten(0, -2) if real is None else values[real]
+        return without_padding(values, self.real).flatten(0, -2)
 
 
 def observe(decomposition: Decomposition, batches: Iterable[Batch], k: K | None = None) -> Iterator[Observed]:
@@ -348,7 +347,7 @@ def respond(
     )
 
 
-def add_coactivation(counts: Int[Tensor, "C C"], mask: Bool[Tensor, "data C"]) -> None:
+def add_coactivation(counts: Num[Tensor, "C C"], mask: Bool[Tensor, "data C"]) -> None:
     """counts += maskᵀ mask, over the components that are active at all; in place."""
     active = mask.any(0).nonzero()[:, 0]
     fired = mask[:, active].float()
@@ -604,7 +603,7 @@ class _Ablation:
         change = whole - without
         if self.centred:
             change = change - change.mean(-1, keepdim=True)
-        squares = _mean_of_positions(change.square().mean(-1), real)
+        squares = mean_over_positions(change.square().mean(-1), real)
         distance = distances(whole, without, self.distance, real)
         rise = torch.zeros_like(distance)
         if self.loss is not None:
@@ -638,16 +637,7 @@ def distances(
     real: Real,
 ) -> Float[Tensor, " batch"]:
     """D of each example, mean over its positions, those at padding not counted."""
-    if distance == "mse":
-        return _mean_of_positions((output - target_output).square().mean(-1), real)
-    values = kl_divergence(target_output, output) if distance == "kl" else distance(target_output, output)
-    return _mean_of_positions(values, real)
-
-
-def _mean_of_positions(values: Float[Tensor, "batch *pos"], real: Real) -> Float[Tensor, " batch"]:
-    if real is not None and values.shape == real.shape:
-        return (values * real).sum(1) / real.sum(1).clamp_min(1)
-    return values.reshape(len(values), -1).mean(1)
+    return mean_over_positions(distance_of_each(target_output, output, distance), real)
 
 
 def frame(columns: Mapping[str, Tensor | Sequence[Any]]) -> "DataFrame":

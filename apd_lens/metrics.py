@@ -22,7 +22,7 @@ from apd_lens._components import effective_rank as _effective_rank
 from apd_lens._decomposition import Decomposition, ready
 from apd_lens._errors import InvalidSetting, ShapeMismatch
 from apd_lens._losses import distance_of_each, kl_divergence
-from apd_lens._padding import Real
+from apd_lens._padding import Real, mean_over_positions
 from apd_lens._passes import check_finite_output, sparse_pass, watched_pass
 from apd_lens._product import Mask
 from apd_lens._stability import Stability as Stability
@@ -362,10 +362,7 @@ def _errors_under(
     with evaluating(target.model):
         output, _ = sparse_pass(target, decomposition.components, batch, gamma, decomposition.output)
     output, target_output = output.to(gamma.dtype), target_output.to(gamma.dtype)  # float32 or better
-    errors = distance_of_each(target_output, output, distance)
-    if real is not None and errors.shape == real.shape:
-        return (errors * real).sum(1) / real.sum(1).clamp_min(1)
-    return errors.reshape(len(errors), -1).mean(1)
+    return mean_over_positions(distance_of_each(target_output, output, distance), real)
 
 
 def _half(like: Bool[Tensor, "batch *pos C"], generator: torch.Generator | None) -> Bool[Tensor, "batch *pos C"]:

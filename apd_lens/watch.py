@@ -28,8 +28,9 @@ from apd_lens._components import ParameterComponents
 from apd_lens._decomposition import Decomposition, ready
 from apd_lens._errors import ArtifactError, InvalidBatches, InvalidSetting, NonFinite
 from apd_lens._losses import distance_of_each
-from apd_lens._padding import Real, real_positions, without_padding, zero_at_padding
+from apd_lens._padding import Real, mean_over_positions, one_row, real_positions, without_padding, zero_at_padding
 from apd_lens._passes import check_finite_output, replaced_pass, sparse_pass, subtract_weights
+from apd_lens._responses import add_coactivation
 from apd_lens._selection import BatchTopK, K, Lp, TopK, with_k
 from apd_lens._target import evaluating
 
@@ -157,10 +158,10 @@ def fit(decomposition: Decomposition, batches: Iterable[Batch], *, k: K | None =
         active = without_padding(mask, real).flatten(0, -2)
         n_data_points += len(active)
         n_empty += int((~active.any(1)).sum())
-        together += (active.float().mT @ active.float()).to(together)
+        add_coactivation(together, active)
         if isinstance(at_batch, BatchTopK) and bool(mask.any()):
             thresholds.append(attributions[mask].min().item())
-        distances.append(_of_real(distance, real).cpu())
+        distances.append(one_row(distance, real).cpu())
     if n_data_points < 2:
         raise InvalidBatches(f"A monitor needs at least 2 data points of reference, got {n_data_points}.")
     if isinstance(selection, BatchTopK):
@@ -269,16 +270,10 @@ def _distances(
     if not bool(distance.isfinite().all()):
         raise NonFinite("watch: the distance between the sparse output and the target's is NaN or infinite.")
     if distance.ndim > mask.ndim - 1:  # outputs at positions of examples that are one data point each
-        if real is not None and distance.shape == real.shape:
-            return (distance * real).sum(1) / real.sum(1).clamp_min(1)
-        return distance.flatten(1).mean(1)
+        return mean_over_positions(distance, real)
     while distance.ndim < mask.ndim - 1:  # one output for all positions
         distance = distance[..., None]
     return distance.expand(mask.shape[:-1]).clone()
-
-
-def _of_real(values: Float[Tensor, "batch *pos"], real: Real) -> Float[Tensor, " data"]:
-    return values[real] if real is not None and values.shape == real.shape else values.flatten()
 
 
 def _without_padding(values: Float[Tensor, "batch *pos"], real: Real) -> Float[Tensor, "batch *pos"]:

@@ -23,14 +23,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from apd_lens._attribution import metric_scalars
 from apd_lens._batches import Batch, one_pass
 from apd_lens._checks import checked
 from apd_lens._components import ParameterComponents, random_components, singular_values, sum_of_components
 from apd_lens._decomposition import Chosen, Decomposition, numbers_of, ready
 from apd_lens._edited import check_unedited
-from apd_lens._errors import InvalidSetting, ShapeMismatch
+from apd_lens._errors import InvalidSetting
 from apd_lens._losses import Distance, distance_of_each
-from apd_lens._padding import Real, real_positions, without_padding
+from apd_lens._padding import Real, one_row, real_positions, without_padding
 from apd_lens._passes import check_finite_output, replaced_pass, subtract_weights
 from apd_lens._table import table
 from apd_lens._target import Use, evaluating
@@ -198,12 +199,12 @@ def _measured(
         outputs = (run(edit) for edit in edits)
         distances, metrics = [], []
         for output in outputs:
-            distances.append(_of_data_points(distance_of_each(full, output, distance), real).cpu())
+            distances.append(one_row(distance_of_each(full, output, distance), real).cpu())
             if metric is not None:
-                metrics.append(_of_examples(metric(output), len(full)).cpu())
+                metrics.append(metric_scalars(metric, output).float().cpu())
         parts.append(torch.stack(distances))
         if metric is not None:
-            before.append(_of_examples(metric(full), len(full)).cpu())
+            before.append(metric_scalars(metric, full).float().cpu())
             after.append(torch.stack(metrics))
     return _Measured(
         distances=torch.cat(parts, 1),
@@ -225,17 +226,6 @@ def _runner(decomposition: Decomposition, batch: Batch) -> Callable[[_Edit | Non
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
     return run
-
-
-def _of_data_points(distances: Float[Tensor, "batch *pos"], real: Real) -> Float[Tensor, " data"]:
-    return distances[real] if real is not None and distances.shape == real.shape else distances.flatten()
-
-
-def _of_examples(values: Tensor, n: int) -> Float[Tensor, " batch"]:
-    if not isinstance(values, Tensor) or values.shape != (n,):
-        came = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ShapeMismatch(f"Expected the metric to give one scalar an example, shape ({n},), got {came}.")
-    return values.float()
 
 
 def _named(chosen: list[int]) -> str:
