@@ -47,6 +47,12 @@ class ParameterComponents(nn.Module):
         """P_c of one matrix for every component, as full matrices."""
         return self.A[name] @ self.B[name]
 
+    def picked(self, numbers: Sequence[int]) -> "ParameterComponents":
+        """These components alone, in that order, without gradients; one may come several times."""
+        numbers = list(numbers)
+        A, B = ({name: side[numbers] for name, side in sides.items()} for sides in (self.A, self.B))
+        return ParameterComponents(A, B).requires_grad_(False)
+
     def summed(
         self, name: str, mask: Float[Tensor, " C"] | Bool[Tensor, " C"] | None = None
     ) -> Float[Tensor, "d_in d_out"]:

@@ -590,9 +590,7 @@ class _Ablation:
         """The explained output without the chosen component of each example; with none chosen, of the target."""
         components, output = self.components, self.decomposition.output
         assert output is not None  # `_watch` has said so
-        of_pairs = ParameterComponents(
-            {name: A[chosen] for name, A in components.A.items()}, {name: B[chosen] for name, B in components.B.items()}
-        ).requires_grad_(False)
+        of_pairs = components.picked(chosen)
         of_each = subtract_weights_of_each(of_pairs, slice(None), None, 1)
         replaced = of_each if chosen else subtract_weights(of_pairs, [])
         return replaced_pass(self.decomposition.target, components.names, replaced, batch, output)[0].float()

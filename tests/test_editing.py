@@ -285,11 +285,9 @@ def test_not_inside_a_context(decomposition: apd.Decomposition):
         apd.apply_edit(model, decomposition, 5)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("where", range(1, 12))
-def test_all_or_nothing(decomposition: apd.Decomposition, monkeypatch, error: type[BaseException], where: int):
-    """Stopped at every use of a matrix's values on the way."""
-    model, state, n_calls = decomposition.target.model, WeightMatrix.state, 0
+def stop_at(monkeypatch: pytest.MonkeyPatch, where: int, error: type[BaseException]) -> None:
+    """The error comes at that use of a matrix's values."""
+    state, n_calls = WeightMatrix.state, 0
 
     def stopped(self: WeightMatrix, value: Tensor) -> dict[str, Tensor]:
         nonlocal n_calls
@@ -298,8 +296,16 @@ def test_all_or_nothing(decomposition: apd.Decomposition, monkeypatch, error: ty
             raise error
         return state(self, value)
 
-    before = Snapshot.of(model)
     monkeypatch.setattr(WeightMatrix, "state", stopped)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("where", range(1, 12))
+def test_all_or_nothing(decomposition: apd.Decomposition, monkeypatch, error: type[BaseException], where: int):
+    """Stopped at every use of a matrix's values on the way."""
+    model = decomposition.target.model
+    before = Snapshot.of(model)
+    stop_at(monkeypatch, where, error)
     with pytest.raises(error):
         apd.apply_edit(model, decomposition, [1, 2])
     monkeypatch.undo()
@@ -309,18 +315,10 @@ def test_all_or_nothing(decomposition: apd.Decomposition, monkeypatch, error: ty
 
 @pytest.mark.parametrize("where", range(1, 5))
 def test_an_interrupted_undo_is_finished(decomposition: apd.Decomposition, monkeypatch, where: int):
-    model, state, n_calls = decomposition.target.model, WeightMatrix.state, 0
-
-    def stopped(self: WeightMatrix, value: Tensor) -> dict[str, Tensor]:
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls == where:
-            raise KeyboardInterrupt
-        return state(self, value)
-
+    model = decomposition.target.model
     before = Snapshot.of(model)
     edit = apd.apply_edit(model, decomposition, [1, 2])
-    monkeypatch.setattr(WeightMatrix, "state", stopped)
+    stop_at(monkeypatch, where, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         edit.undo()
     assert edit.undone

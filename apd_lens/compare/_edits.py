@@ -243,10 +243,7 @@ def _norm(decomposition: Decomposition, edit: _Edit) -> float:
 
 def _random_edits(components: ParameterComponents, chosen: list[int], n: int, seed: int) -> Iterator[_Edit]:
     for draw in range(n):
-        some = ParameterComponents(
-            {name: A[chosen] for name, A in components.A.items()}, {name: B[chosen] for name, B in components.B.items()}
-        )
-        twins = random_components(some, seed * 1_000_003 + draw)
+        twins = random_components(components.picked(chosen), seed * 1_000_003 + draw)
         yield _Edit("random components", f"draw {draw}", twins, list(range(len(chosen))))
 
 
