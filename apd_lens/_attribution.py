@@ -32,6 +32,10 @@ Granularity = Literal["example", "position"]
 EXACT_UP_TO = 128
 AUTO_PROJECTIONS = 8
 
+# On a CPU, what is summed over outputs at once stays in the cache, unless it would be of too few examples.
+_CACHE = 2**22
+_FEWEST_EXAMPLES = 32
+
 
 @dataclass(frozen=True)
 class GradientAttribution:
@@ -426,8 +430,11 @@ def effects_of_calls(
             "output= and weights=."
         )
     numbers = max(_numbers_per_example(jacobian, call, components) for jacobian, call in used)
-    itemsize = torch.finfo(next(components.parameters()).dtype).bits // 8
+    factor = next(components.parameters())
+    itemsize = torch.finfo(factor.dtype).bits // 8
     chunk = max(1, memory // (numbers * itemsize))
+    if not factor.is_cuda:
+        chunk = min(chunk, max(_FEWEST_EXAMPLES, _CACHE // (numbers * itemsize)))
     effects = [_effects_of_call(jacobian, call, components, granularity, memory) for jacobian, call in used]
     n_examples = len(used[0][1].x)
     for first in range(0, n_examples, chunk):

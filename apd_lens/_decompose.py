@@ -22,19 +22,17 @@ from apd_lens._components import (
     initial_components,
     normalize_columns,
     remove_parallel_gradients,
-    sum_of_components,
 )
 from apd_lens._decomposition import Decomposition
 from apd_lens._division_moves import DivisionMoves, make_division_moves, start_as_a_whole
 from apd_lens._errors import InvalidSetting, NonFinite, UnsupportedModel
 from apd_lens._losses import (
     Losses,
-    faithfulness_loss,
     hidden_activation_loss,
     lp_of_squares,
     minimality_loss,
     path_mask,
-    simplicity_loss,
+    weight_losses,
 )
 from apd_lens._moves import make_splits
 from apd_lens._padding import padded, without_padding
@@ -464,11 +462,10 @@ def _terms(
     with torch.autocast(minimality.device.type, enabled=False):  # sums of weights, not a pass of the model
         faithfulness, simplicity = minimality.new_zeros(()), minimality.new_zeros(())
         for name in A:
-            summed = sum_of_components(A[name], B[name])
-            faithfulness = faithfulness + faithfulness_loss(weights[name], summed)
-            simplicity = simplicity + simplicity_loss(
-                A[name], B[name], activity, losses.schatten_p, losses.simplicity_floor
+            error, norms = weight_losses(
+                weights[name], A[name], B[name], activity, losses.schatten_p, losses.simplicity_floor
             )
+            faithfulness, simplicity = faithfulness + error, simplicity + norms
     return {
         "faithfulness": faithfulness / scales.faithfulness,
         "minimality": minimality,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -167,31 +168,77 @@ def simplicity_loss(
         mask: s_c, or what has its place: A_c^p in the Lp form.
         floor: added to how often each component was active, as a share of the mean over components.
     """
-    activity = mask.to(A.dtype).flatten(0, -2).mean(0)
+    return _simplicity(_squared_norms(A, -2), _squared_norms(B, -1), mask, p, floor)
+
+
+def _simplicity(
+    squares_A: Float[Tensor, "C m"], squares_B: Float[Tensor, "C m"], mask: Tensor, p: float, floor: float
+) -> Float[Tensor, ""]:
+    activity = mask.to(squares_A.dtype).flatten(0, -2).mean(0)
     activity = activity + floor * activity.mean()
-    parts = _SquaredNorm.apply(A, 1) * _SquaredNorm.apply(B, 2)
-    return (activity * (parts + _EPS).pow(p / 2).sum(1)).sum()
+    return (activity * (squares_A * squares_B + _EPS).pow(p / 2).sum(1)).sum()
 
 
-class _SquaredNorm(torch.autograd.Function):
-    """`x.square().sum(dim)`, with one multiplication in the backward pass, where autograd makes three."""
+def weight_losses(
+    weight: Float[Tensor, "d_in d_out"],
+    A: Float[Tensor, "C d_in m"],
+    B: Float[Tensor, "C m d_out"],
+    mask: Float[Tensor, "batch *pos C"] | Bool[Tensor, "batch *pos C"],
+    p: float,
+    floor: float = 0.0,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """`faithfulness_loss` of Σ_c A_c B_c and `simplicity_loss`, for one matrix, in one pass over the factors."""
+    rest, squares_A, squares_B = _RestAndSquaredNorms.apply(weight, A, B)
+    return rest.square().sum(), _simplicity(squares_A, squares_B, mask, p, floor)
 
-    generate_vmap_rule = True
+
+def _squared_norms(x: Float[Tensor, "*seeds C d_1 d_2"], dim: int) -> Float[Tensor, "*seeds C m"]:
+    blocks = x.split(max(1, 2**21 * len(x) // x.numel()))  # small enough for memory to be used again
+    return torch.cat([block.square().sum(dim) for block in blocks])
+
+
+class _RestAndSquaredNorms(torch.autograd.Function):
+    """W − Σ_c A_c B_c, ‖A_c[:, m]‖² and ‖B_c[m, :]‖²; where seeds are mapped over, with an axis for them in front.
+
+    Factors, and so their gradients, are often the largest tensors of a step: the backward pass makes one of each, where
+    autograd would make one for each result, and add them up.
+    """
 
     @staticmethod
-    def forward(x: Tensor, dim: int) -> Tensor:
-        blocks = x.split(max(1, 2**21 * len(x) // x.numel()))  # small enough for memory to be used again
-        return torch.cat([block.square().sum(dim) for block in blocks])
+    def forward(weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if _one_by_one(weight, A) and A.ndim == 3:
+            rest = torch.addbmm(weight, A, B, alpha=-1)
+        else:
+            rest = weight - einsum(A, B, "... C d_in m, ... C m d_out -> ... d_in d_out")
+        return rest, _squared_norms(A, -2), _squared_norms(B, -1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
-        x, ctx.dim = inputs
-        ctx.save_for_backward(x)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        in_front = [
+            tensor[None] if dim is None else tensor.movedim(dim, 0) for tensor, dim in zip(inputs, in_dims, strict=True)
+        ]
+        return _RestAndSquaredNorms.apply(*in_front), (0, 0, 0)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (x,) = ctx.saved_tensors
-        return (2 * gradient).unsqueeze(ctx.dim) * x, None
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        A, B = ctx.saved_tensors
+        of_sum, of_squares_A, of_squares_B = -gradients[0], 2 * gradients[1], 2 * gradients[2]
+        if _one_by_one(of_sum, A):
+            for_A, for_B = of_sum[..., None, :, :] @ B.mT, A.mT @ of_sum[..., None, :, :]
+        else:
+            for_A = einsum(of_sum, B, "... d_in d_out, ... C m d_out -> ... C d_in m").contiguous()
+            for_B = einsum(A, of_sum, "... C d_in m, ... d_in d_out -> ... C m d_out")
+        return None, for_A.addcmul_(of_squares_A[..., None, :], A), for_B.addcmul_(of_squares_B[..., None], B)
+
+
+def _one_by_one(weight: Tensor, A: Tensor) -> bool:
+    """Whether it is cheaper to multiply component by component, which takes no copy of the factors in another layout:
+    on a CPU whose cache holds the matrix, and with ranks that are large enough for a matrix product."""
+    return not A.is_cuda and weight.numel() <= 2**16 and A.shape[-1] >= 16
 
 
 def lp_sparsity(attributions: Float[Tensor, "batch *pos C"], p: float) -> Float[Tensor, "batch *pos C"]:

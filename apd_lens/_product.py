@@ -41,7 +41,7 @@ def inner_activations_of_many(x: Inputs, A: Float[Tensor, "C d_in m"]) -> Float[
     n_components, d_in, m = A.shape
     n_rows = x.numel() // d_in
     plain, reduced = n_rows * d_in, FEW * (n_rows + d_in)
-    if x.dtype == A.dtype and n_components * m >= 8 * FEW and plain >= 4 * reduced:
+    if x.dtype == A.dtype and n_components * m >= 8 * FEW and plain >= 1.5 * reduced:
         found = in_few_dimensions(x)
         if found is not None:
             z, Q = found
