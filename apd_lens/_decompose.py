@@ -22,6 +22,7 @@ from apd_lens._components import (
     initial_components,
     normalize_columns,
     remove_parallel_gradients,
+    start_with_matrices,
 )
 from apd_lens._decomposition import Decomposition
 from apd_lens._division_moves import DivisionMoves, make_division_moves, start_as_a_whole
@@ -164,8 +165,8 @@ def init(
 
     Raises:
         UnknownWeight, UnsupportedModel: see `TargetModel.match`.
-        InvalidSetting: n_components, rank, or a selection that asks for more components than there are; or `Lp` with
-            what needs gradients or masks that there are not.
+        InvalidSetting: n_components, rank, or a selection that asks for more components than there are; `Lp` with
+            what needs gradients or masks that there are not; or a start that there are too few components for.
         NonFinite: a weight matrix holds NaN or infinity.
     """
     target = wrap(model)
@@ -179,6 +180,7 @@ def init(
         seed=seed,
     )
     _check_selection(settings, n_components)
+    _check_start(settings, n_components, len(names))
     for name in names:
         value = target.weights[name].value()
         if not bool(value.isfinite().all()):
@@ -193,6 +195,8 @@ def init(
     originals = {name: target.weights[name].value().to(components.A[name].dtype).clone() for name in names}
     if isinstance(moves, DivisionMoves):
         start_as_a_whole(components, originals)
+    if settings.optimization.start == "matrices":
+        start_with_matrices(components, originals)
     if settings.optimization.unit_norm:
         normalize_columns(components)
     device = next(iter(originals.values())).device
@@ -558,6 +562,21 @@ def _check_selection(settings: Settings, n_components: int) -> None:
         raise InvalidSetting(
             f"{selection} needs 0 < k <= n_components: at least one and at most all of the {n_components} components "
             "can be active."
+        )
+
+
+def _check_start(settings: Settings, n_components: int, n_matrices: int) -> None:
+    if settings.optimization.start == "random":
+        return
+    if isinstance(settings.moves, DivisionMoves):
+        raise InvalidSetting(
+            "DivisionMoves start with component 0 as the whole of all matrices, Optimization(start='matrices') with "
+            "a component for each; use one of them."
+        )
+    if n_components <= n_matrices:
+        raise InvalidSetting(
+            f"Optimization(start='matrices') takes a component for each of the {n_matrices} matrices and needs others "
+            f"beside them; got n_components={n_components}."
         )
 
 

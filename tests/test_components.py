@@ -99,3 +99,31 @@ def test_sizes_that_cannot_be_are_refused(options: dict, message: str):
     with pytest.raises(apd.InvalidSetting) as error:
         apd.init(torch.nn.Linear(5, 3), **{"n_components": 2, **options})
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_matrices_can_start_whole_in_components_of_their_own(rank: int | None):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+    options = {"n_components": 5, "rank": rank, "seed": 1}
+    random, state = (
+        apd.init(model, **options, optimization=apd.Optimization(start=start)) for start in ("random", "matrices")
+    )
+    for number, (name, weight) in enumerate(state.weights.items()):
+        parts = state.components.component_weights(name).detach()
+        U, singular_values, Vh = torch.linalg.svd(weight)
+        m = rank or len(singular_values)
+        assert_close(parts[number], (U[:, :m] * singular_values[:m]) @ Vh[:m])
+        assert not parts[1 - number].any()
+        assert_close(parts[2:], random.components.component_weights(name)[2:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_components": 1}, "takes a component for each of the 1 matrices and needs others beside them"),
+        ({"n_components": 4, "moves": apd.DivisionMoves()}, "DivisionMoves start with component 0 as the whole"),
+    ],
+)
+def test_starts_that_cannot_be_are_refused(options: dict, message: str):
+    with pytest.raises(apd.InvalidSetting, match=message):
+        apd.init(torch.nn.Linear(5, 3), optimization=apd.Optimization(start="matrices"), **options)
