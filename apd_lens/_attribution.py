@@ -261,7 +261,7 @@ def sum_as_one_component(components: ParameterComponents) -> ParameterComponents
     for name in components.names:
         summed = components.summed(name)
         d_in, d_out = summed.shape
-        identity = torch.eye(min(d_in, d_out)).to(summed)
+        identity = torch.eye(min(d_in, d_out), dtype=summed.dtype, device=summed.device)
         A[name], B[name] = (summed[None], identity[None]) if d_out < d_in else (identity[None], summed[None])
     return ParameterComponents(A, B).requires_grad_(False)
 
