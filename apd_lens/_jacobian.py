@@ -205,7 +205,8 @@ _Edge = tuple[Node, int]
 
 def _edge(tensor: Tensor) -> _Edge:
     """Where autograd takes the gradient of a tensor from: an operation, and which of its results."""
-    return tuple(get_gradient_edge(tensor)[:2])
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
 
 
 def _reached(output: Tensor, ys: set[_Edge], without: _Edge | None = None) -> tuple[set[_Edge], set[_Edge]]:

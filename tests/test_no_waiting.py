@@ -261,9 +261,9 @@ def run(wrong: str, at: int, **changes: Any) -> tuple[BaseException, list[int]]:
         seen.append(step)
 
     few = {"n_components": 5, "rank": 2, "optimization": apd.Optimization(N_STEPS, lr=1e-2, unit_norm=True)}
+    settings = {**few, "losses": apd.Losses(distance=distance), "on_step": on_step, **changes}
     torch.manual_seed(0)
     with pytest.raises((apd.NonFinite, KeyboardInterrupt)) as error:
-        settings = {**few, "losses": apd.Losses(distance=distance), "on_step": on_step, **changes}
         apd.decompose(Exponential(), batches, progress=False, **settings)
     return error.value, seen
 
