@@ -362,7 +362,8 @@ def decompose(
         output: picks the tensor `batch *pos n_outputs` that is explained from what the model returns; the default takes
             a tensor as it is and `.logits` of a Hugging Face output.
         seed: the same seed on the same machine with the same number of threads gives the same factors bit for bit.
-        on_step: called as on_step(step, info) after every step.
+        on_step: called as on_step(step, info) after every step. On a GPU also after one that failed: NaN and infinity
+            are looked at a step late there, see `step`.
         progress: whether to show a bar with the losses, the components alive and the time left.
 
     Raises:

@@ -21,10 +21,12 @@ import apd_lens as apd
 from apd_lens import _attribution, _decompose, _passes
 from apd_lens._attribution import component_effects
 from apd_lens._components import sum_of_components
+from apd_lens._losses import faithfulness_loss, simplicity_loss
+from apd_lens._product import inner_activations, masked_product
 
 
 def of_weights(weight: Tensor, A: Tensor, B: Tensor, mask: Tensor) -> Tensor:
-    return apd.faithfulness_loss(weight, sum_of_components(A, B)) + apd.simplicity_loss(A, B, mask, 0.9)
+    return faithfulness_loss(weight, sum_of_components(A, B)) + simplicity_loss(A, B, mask, 0.9)
 
 
 def with_gradients(part: Callable[..., Tensor], factors: tuple[Tensor, Tensor]) -> Callable[[], object]:
@@ -43,10 +45,10 @@ def parts(case: Case) -> dict[str, Callable[[Callable], Callable[[], object]]]:
     x = torch.randn(len(batch), A.shape[1], generator=torch.Generator().manual_seed(0))
     mask = torch.rand(len(batch), len(A), generator=torch.Generator().manual_seed(1)) < 0.02
     jacobian = torch.randn(16, len(batch), B.shape[2], generator=torch.Generator().manual_seed(2))
-    inner = apd.inner_activations(x, A).detach()
+    inner = inner_activations(x, A).detach()
 
     def product(how: Callable) -> Callable[[], object]:
-        part = how(apd.masked_product)
+        part = how(masked_product)
         return with_gradients(lambda A, B: part(x, A, B, mask), (A, B))
 
     def losses(how: Callable) -> Callable[[], object]:
@@ -109,8 +111,8 @@ def main() -> None:
             for part, row in results[str(case)].items():
                 saved = row["eager"] - row["compiled"]
                 after = f"{row['first'] / saved:12.0f}" if saved > 0 else f"{'never':>12}"
-                print(f"  {part:26}{1000 * row['eager']:9.1f}{1000 * row['compiled']:10.1f}"
-                      f"{row['eager'] / row['compiled']:8.2f}{1000 * row['first']:9.0f}{after}", flush=True)  # fmt: skip
+                eager, compiled, first = (1000 * row[column] for column in ("eager", "compiled", "first"))
+                print(f"  {part:26}{eager:9.1f}{compiled:10.1f}{eager / compiled:8.2f}{first:9.0f}{after}", flush=True)
     save("compiled", results)
 
 
