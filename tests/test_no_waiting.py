@@ -135,11 +135,6 @@ CASES: dict[str, Case] = {
         },
     ),
     "Lp": (residual_mlp, batch, {"selection": apd.Lp(0.9, threshold=0.01)}),
-    "few active of many": (
-        residual_mlp,
-        batch,
-        {"weights": "layers.*", "n_components": 400, "rank": 4, "selection": apd.BatchTopK(0.5)},
-    ),
     "the same batch": (residual_mlp, lambda step: BATCH, {}),
     "integrated gradients": (residual_mlp, batch, {"attribution": apd.IntegratedGradients(steps=2, start="zero")}),
     "ablations": (residual_mlp, batch, {"attribution": apd.AblationAttribution()}),
@@ -180,6 +175,16 @@ READ_LATE = {"_finite.read: tolist"}  # of numbers that were sent to the host a 
 def test_no_step_waits_on_a_gpu(name):
     with as_on_a_gpu():
         assert waits_of_steps(CASES[name]) == [set(), READ_LATE, READ_LATE]
+
+
+@pytest.mark.parametrize("way", ["grouped", "gathered"])
+def test_no_pairwise_product_waits_on_a_gpu(way: str, monkeypatch):
+    monkeypatch.setattr(_product, "cheapest_way", lambda *arguments: way)
+    case = (residual_mlp, batch, {"weights": "layers.*", "rank": 1})
+    at_once = waits_of_steps(case)
+    assert all(("_product._groups: tolist" in places) == (way == "grouped") for places in at_once)
+    with as_on_a_gpu():
+        assert waits_of_steps(case) == [set(), READ_LATE, READ_LATE]
 
 
 def test_what_waits_is_found():
@@ -223,9 +228,8 @@ def test_the_numbers_are_those_of_a_cpu(name):
                     progress=False,
                 )
             )
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if name == "few active of many" else {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(losses[1], losses[0], **tolerance)
-    torch.testing.assert_close(factors(results[1]), factors(results[0]), **tolerance)
+    assert all(torch.equal(one, same) for one, same in zip(*losses, strict=True))
+    assert all(torch.equal(one, same) for one, same in zip(*map(factors, results), strict=True))
 
 
 # NaN, a step late.
