@@ -20,6 +20,7 @@ from torch import Tensor
 from apd_lens._checks import check_fields
 from apd_lens._components import ParameterComponents
 from apd_lens._errors import InvalidSetting, ShapeMismatch
+from apd_lens._finite import on_gpu
 from apd_lens._jacobian import Cotangents, Jacobians, jacobians_in_parts, one_hot_cotangents, random_cotangents
 from apd_lens._padding import zero_at_padding
 from apd_lens._passes import Call, WatchedPass, replace_weights, subtract_weights, subtract_weights_of_each
@@ -265,7 +266,7 @@ def sum_as_one_component(components: ParameterComponents) -> ParameterComponents
     for name in components.names:
         summed = components.summed(name)
         d_in, d_out = summed.shape
-        identity = torch.eye(min(d_in, d_out)).to(summed)
+        identity = torch.eye(min(d_in, d_out), dtype=summed.dtype, device=summed.device)
         A[name], B[name] = (summed[None], identity[None]) if d_out < d_in else (identity[None], summed[None])
     return ParameterComponents(A, B).requires_grad_(False)
 
@@ -433,7 +434,7 @@ def effects_of_calls(
     factor = next(components.parameters())
     itemsize = torch.finfo(factor.dtype).bits // 8
     chunk = max(1, memory // (numbers * itemsize))
-    if not factor.is_cuda:
+    if not on_gpu(factor.device):
         chunk = min(chunk, max(_FEWEST_EXAMPLES, _CACHE // (numbers * itemsize)))
     effects = [_effects_of_call(jacobian, call, components, granularity, memory) for jacobian, call in used]
     n_examples = len(used[0][1].x)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apd_lens._errors import InvalidBatches, NonFinite
+from apd_lens._errors import InvalidBatches
+from apd_lens._finite import Reading, count_not_finite, on_gpu, raise_first
 
 # A tensor, a tuple or list of tensors (positional arguments), a mapping (keyword arguments), or whatever else the
 # model takes as its one argument (a list of strings for a HookedTransformer with a tokenizer).
@@ -151,6 +152,9 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        if on_gpu(device) and not on_gpu(value.device):
+            # From pinned memory the host need not wait; its own, so that the user's may be written to meanwhile.
+            return torch.empty_like(value, pin_memory=True).copy_(value).to(device, non_blocking=True)
         # A tensor made in inference mode cannot be part of a graph, but a copy can.
         return value.clone().to(device) if value.is_inference() else value.to(device)
 
@@ -163,14 +167,24 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     return move(batch)
 
 
+def readings_of_batch(batch: Batch, where: str) -> list[Reading]:
+    """How many values of each floating-point input are NaN or infinite."""
+
+    def reading(index: int, value: Tensor) -> Reading:
+        return Reading(
+            count_not_finite(value),
+            lambda count: (
+                f"{where}: input tensor {index} of the batch (shape {tuple(value.shape)}) holds {count:.0f} values "
+                "that are NaN or infinite. Nothing was computed from it."
+            ),
+        )
+
+    return [reading(index, value) for index, value in enumerate(tensors(batch)) if value.is_floating_point()]
+
+
 def check_finite(batch: Batch, where: str) -> None:
     """Raises NonFinite if an input holds NaN or infinity."""
-    for index, value in enumerate(tensors(batch)):
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise NonFinite(
-                f"{where}: input tensor {index} of the batch (shape {tuple(value.shape)}) holds "
-                f"{int((~value.isfinite()).sum())} values that are NaN or infinite. Nothing was computed from it."
-            )
+    raise_first(readings_of_batch(batch, where))
 
 
 def one_pass(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -152,14 +152,19 @@ def start_with_matrices(components: ParameterComponents, weights: Mapping[str, F
 
 
 @torch.no_grad()
-def normalize_columns(components: ParameterComponents, keep_products: bool = True) -> None:
+def normalize_columns(
+    components: ParameterComponents, keep_products: bool = True, unless: Float[Tensor, ""] | None = None
+) -> None:
     """Divides every column A_c[:, i] by its norm, in place; columns of zeros stay.
 
     Args:
         keep_products: multiply the row B_c[i, :] by it, so that P_c stays as it was.
+        unless: leave all as it is if this is not 0.
     """
     for A, B in zip(components.A.values(), components.B.values(), strict=True):
         norms = A.norm(dim=1, keepdim=True)
+        if unless is not None:
+            norms.masked_fill_(unless != 0, 1)
         A.div_(norms.masked_fill(norms == 0, 1))
         if keep_products:
             B.mul_(norms.mT)

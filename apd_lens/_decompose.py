@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointError
 from tqdm.auto import tqdm
 
 from apd_lens._attribution import Attribution, GradientAttribution
-from apd_lens._batches import Batch, check_finite, on_device, same_arguments, stream, tensors, versions
+from apd_lens._batches import Batch, on_device, readings_of_batch, same_arguments, stream, tensors, versions
 from apd_lens._cluster_moves import ClusterMoves, make_cluster_moves
 from apd_lens._components import (
     ParameterComponents,
@@ -27,6 +27,7 @@ from apd_lens._components import (
 from apd_lens._decomposition import Decomposition
 from apd_lens._division_moves import DivisionMoves, make_division_moves, start_as_a_whole
 from apd_lens._errors import InvalidSetting, NonFinite, UnsupportedModel
+from apd_lens._finite import LateChecks, Reading, on_gpu, raise_first
 from apd_lens._losses import (
     Losses,
     hidden_activation_loss,
@@ -40,8 +41,8 @@ from apd_lens._padding import padded, without_padding
 from apd_lens._passes import (
     OutputFn,
     WatchedPass,
-    check_finite_output,
     default_output,
+    reading_of_output,
     sparse_pass,
     watched_pass,
 )
@@ -62,12 +63,16 @@ class Seen:
 
     The target never changes, so when the same batch comes again (training on all the data at once), its pass and the
     Jacobian need not be computed again.
+
+    Attributes:
+        readings: of the batch and the target's output; looked at already where checks are not late.
     """
 
     batch: Batch
     versions: list[int]
     on_device: Batch
     watched: WatchedPass
+    readings: list[Reading]
 
 
 @dataclass(frozen=True)
@@ -80,13 +85,14 @@ class Scales:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What the next step needs. The factors and the optimizer's moments are changed in place by `step`.
+    """What the next step needs. The factors, the optimizer's moments and `late` are changed in place by `step`.
 
     Attributes:
         step: number of steps done.
         weights, fingerprints: the decomposed matrices, in the dtype of the factors, and digests of the originals.
         scales: what the sums of squared errors and of Schatten norms are divided by.
         last_active: for every component the step in which it was last active.
+        late: on a GPU, checks for NaN and infinity that are looked at a step later; None where they are made at once.
         seen: the last batch, and what the target made of it.
     """
 
@@ -101,15 +107,27 @@ class State:
     fingerprints: dict[str, str]
     scales: Scales
     last_active: Tensor
+    late: LateChecks | None = None
     step: int = 0
     seen: Seen | None = None
 
     def decomposition(self) -> Decomposition:
-        """The decomposition as it is now: a copy that further steps do not change."""
+        """The decomposition as it is now: a copy that further steps do not change.
+
+        Raises:
+            NonFinite: on a GPU, of the last step; see `step`. Asked again, it gives the components before that step.
+        """
+        if self.late is not None:
+            self.late.read()
         A = {name: factor.detach().clone() for name, factor in self.components.A.items()}
         B = {name: factor.detach().clone() for name, factor in self.components.B.items()}
         components = ParameterComponents(A, B).requires_grad_(False)
         return Decomposition(self.target, components, self.settings, self.output, self.fingerprints)
+
+    def updates(self) -> int:
+        """Number of steps that changed the components; less than `step` where one failed that was looked at late."""
+        moments = next(iter(self.optimizer.state.values()), None)
+        return 0 if moments is None else int(moments["step"])
 
 
 @dataclass(frozen=True)
@@ -200,18 +218,23 @@ def init(
     if settings.optimization.unit_norm:
         normalize_columns(components)
     device = next(iter(originals.values())).device
+    optimizer = torch.optim.Adam(components.parameters(), lr=settings.optimization.lr, fused=True)
+    late = LateChecks(device) if on_gpu(device) else None
+    if late is not None:
+        optimizer.found_inf = late.failed  # type: ignore[attr-defined]
     return State(
         target=target,
         components=components,
         settings=settings,
         output=output,
-        optimizer=torch.optim.Adam(components.parameters(), lr=settings.optimization.lr, fused=True),
+        optimizer=optimizer,
         host_generator=host_generator,
         device_generator=torch.Generator(device).manual_seed(seed),
         weights=originals,
         fingerprints={name: target.weights[name].fingerprint() for name in names},
         scales=_scales(settings.losses, list(originals.values())),
         last_active=torch.full((n_components,), -ALIVE_WINDOW, device=device),
+        late=late,
     )
 
 
@@ -220,10 +243,10 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
 
     Raises:
         NonFinite: NaN or infinity in the batch, the target's output or a loss term; the components are as they were
-            before the step.
+            before the step. On a GPU, which is not waited for, the next step raises it at its end, or
+            `state.decomposition()` does, or moves that are due; no step since then has changed the components.
     """
     settings = state.settings
-    where = f"step {state.step}"
     progress = state.step / settings.optimization.steps
 
     with evaluating(state.target.model):
@@ -241,15 +264,21 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
             n_active = selection.n_active(mask[..., 0].numel()) if padded(mask, watched.real) is None else None
             terms = _loss_terms(state, moved, watched, mask, n_active)
         loss = weighted_sum(settings.losses, terms, progress)
-        check_finite_terms(terms, where)
-
+        readings = readings_of_terms(terms, f"step {state.step}")
+        if state.late is None:
+            raise_first(readings)
+        else:
+            state.late.add([*seen.readings, *readings])
         rate = update(state.optimizer, state.components, loss, settings.optimization, state.step, state.target.model)
 
     last_active, mean_active = state.last_active, None
     if mask is not None:
         last_active = torch.where(mask.flatten(0, -2).any(0), state.step, last_active)
         mean_active = without_padding(mask, watched.real).sum(-1).float().mean()
-    n_moves = make_moves(state, watched, attributions, mask) if moves_are_due(settings, state.step) else 0
+    due = moves_are_due(settings, state.step)
+    if state.late is not None:
+        state.late.read(but=0 if due else 1)
+    n_moves = make_moves(state, watched, attributions, mask) if due else 0
     info = StepInfo(
         step=state.step,
         loss=loss.detach(),
@@ -292,7 +321,7 @@ def update(
         remove_parallel_gradients(components)
     optimizer.step()
     if optimization.unit_norm:
-        normalize_columns(components, keep_products=False)
+        normalize_columns(components, keep_products=False, unless=getattr(optimizer, "found_inf", None))
     return rate
 
 
@@ -335,7 +364,8 @@ def decompose(
         output: picks the tensor `batch *pos n_outputs` that is explained from what the model returns; the default takes
             a tensor as it is and `.logits` of a Hugging Face output.
         seed: the same seed on the same machine with the same number of threads gives the same factors bit for bit.
-        on_step: called as on_step(step, info) after every step.
+        on_step: called as on_step(step, info) after every step. On a GPU also after one that failed: NaN and infinity
+            are looked at a step late there, see `step`.
         progress: whether to show a bar with the losses, the components alive and the time left.
 
     Raises:
@@ -366,12 +396,17 @@ def decompose(
                     bar.set_postfix_str(_postfix(info))
                 if state.step == n_steps:
                     break
+        return state.decomposition()
     except BaseException as error:
-        if state.step > 0:
+        if state.late is not None:
+            try:
+                state.late.read()
+            except NonFinite as before:
+                error.add_note(f"Before that: {before}")
+        if updates := state.updates():
             error.decomposition = state.decomposition()  # type: ignore[attr-defined]
-            error.add_note(f"The components after {state.step} steps are in this error's attribute `decomposition`.")
+            error.add_note(f"The components after {updates} steps are in this error's attribute `decomposition`.")
         raise
-    return state.decomposition()
 
 
 def watch(state: State, batch: Batch) -> Seen:
@@ -385,13 +420,16 @@ def watch(state: State, batch: Batch) -> Seen:
     ):
         return last
     where = f"step {state.step}"
-    prepared = state.target.prepare(batch)
-    check_finite(prepared, where)
-    moved = on_device(prepared, state.last_active.device)
+    moved = on_device(state.target.prepare(batch), state.last_active.device)
+    readings = readings_of_batch(moved, where)
+    if state.late is None:
+        raise_first(readings)
     hidden = state.settings.losses.hidden_at
     watched = watched_pass(state.target, state.components.names, moved, state.output, hidden=hidden)
-    check_finite_output(watched.output, where)
-    return Seen(batch, versions(batch), moved, watched)
+    readings.append(reading_of_output(watched.output, where))
+    if state.late is None:
+        raise_first(readings[-1:])
+    return Seen(batch, versions(batch), moved, watched, readings)
 
 
 def _loss_terms(
@@ -599,13 +637,19 @@ def _check_lp(settings: Settings, selection: Lp) -> None:
         )
 
 
-def check_finite_terms(terms: dict[str, Tensor], where: str) -> None:
-    for name, term in terms.items():
-        if not bool(term.isfinite()):
-            raise NonFinite(
-                f"{where}: the {name} is {term.item()}; nothing before it was. The components are as they were before "
-                "this step."
-            )
+def readings_of_terms(terms: Mapping[str, Tensor], where: str) -> list[Reading]:
+    """Every loss term that is NaN or infinite, and 0 for the others."""
+
+    def reading(name: str, term: Tensor) -> Reading:
+        return Reading(
+            torch.where(term.isfinite(), 0.0, term),
+            lambda value: (
+                f"{where}: the {name} is {value}; nothing before it was. The components are as they were before this "
+                "step."
+            ),
+        )
+
+    return [reading(name, term.detach()) for name, term in terms.items()]
 
 
 def _postfix(info: StepInfo) -> str:

@@ -11,11 +11,24 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 
+from apd_lens._finite import on_gpu
 from apd_lens._passes import WatchedPass
 
 # Gradients count as the same for all examples if they differ by no more than so many roundings.
 _ROUNDINGS = 64
+
+# Operations that only move numbers, each to one place, or change their dtype; as autograd calls their backward.
+_MOVES = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "Alias", "Clone", "Permute", "ReshapeAlias", "Squeeze", "T", "ToCopy", "Transpose", "UnsafeView", "Unsqueeze",
+        "View",
+    )
+)  # fmt: skip
+_SUMS = frozenset({"AddBackward0", "AddBackward1", "SubBackward0"})
+_PRODUCTS = frozenset({"AddmmBackward0", "MmBackward0"})
 
 # ∂(v · f)/∂y of each call of a watched pass, `v examples *pos d_out`, `examples` being 1 where it is the same for all;
 # None where the output does not depend on y.
@@ -95,7 +108,8 @@ def jacobians_in_parts(
         yield watched, iter([watched.jacobians])
         return
     probe = cotangents.count > 2 and len(watched.output) > 1
-    readout = find_readout(watched) if probe else Readout((False,) * len(watched.calls), None)
+    find = readout_of_graph if on_gpu(watched.output.device) else find_readout
+    readout = find(watched) if probe else Readout((False,) * len(watched.calls), None)
     n_examples = len(watched.output)
     bytes_per_example = cotangents.count * _bytes_per_cotangent(watched, readout) / n_examples
     examples_at_once = max(1, int(memory / bytes_per_example)) if bytes_per_example else n_examples
@@ -166,6 +180,64 @@ def find_readout(watched: WatchedPass) -> Readout:
             if all(equal(whole, part) for whole, part in zip(own.values(), through_x, strict=True)):
                 return Readout(shared, index)
     return Readout(shared, None)
+
+
+def readout_of_graph(watched: WatchedPass) -> Readout:
+    """What `find_readout` finds, as far as the autograd graph says it without a look at any number: no device is waited
+    for.
+
+    ∂f/∂y is the same for all examples if only additions, products with constant matrices, and what moves numbers are
+    on all ways from y to the output. What is not known to be one of these counts as not linear.
+    """
+    ys, xs = [_edge(call.y) for call in watched.calls], [_edge(x) for x in _inputs(watched)]
+    linear, others = _reached(watched.output, set(ys))
+    is_shared = linear - others
+    shared = tuple(y in is_shared for y in ys)
+    own = (linear | others).intersection(ys) - is_shared
+    for index, x in enumerate(xs):
+        if own and x in is_shared and not own & set().union(*_reached(watched.output, set(ys), without=x)):
+            return Readout(shared, index)
+    return Readout(shared, None)
+
+
+_Edge = tuple[Node, int]
+
+
+def _edge(tensor: Tensor) -> _Edge:
+    """Where autograd takes the gradient of a tensor from: an operation, and which of its results."""
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+def _reached(output: Tensor, ys: set[_Edge], without: _Edge | None = None) -> tuple[set[_Edge], set[_Edge]]:
+    """All edges of the graph behind the output that are reached on linear ways, and those reached on others.
+
+    Args:
+        without: the edge that no way may go through.
+    """
+    reached: tuple[set[_Edge], set[_Edge]] = (set(), set())
+    todo = [(_edge(output), False)]
+    while todo:
+        edge, is_other = todo.pop()
+        if edge == without or edge in reached[is_other]:
+            continue
+        reached[is_other].add(edge)
+        is_other = is_other or not _is_linear(edge[0], ys)
+        todo += [((node, number), is_other) for node, number in edge[0].next_functions if node is not None]
+    return reached
+
+
+def _is_linear(node: Node, ys: set[_Edge]) -> bool:
+    if node.name() not in _PRODUCTS:
+        return node.name() in _MOVES or node.name() in _SUMS
+    return any(_is_constant(factor, ys) for factor, _ in node.next_functions[-2:])
+
+
+def _is_constant(node: Node | None, ys: set[_Edge]) -> bool:
+    """Whether nothing is behind a node but one tensor that is no y."""
+    while node is not None and node.name() in _MOVES:
+        node = node.next_functions[0][0]
+    return node is None or (not node.next_functions and (node, 0) not in ys)
 
 
 def _inputs(watched: WatchedPass) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from apd_lens._checks import check_fields
 from apd_lens._errors import InvalidSetting, ShapeMismatch
+from apd_lens._finite import on_gpu
 from apd_lens._padding import Real, without_padding
 from apd_lens._schedules import Schedule
 
@@ -238,7 +239,7 @@ class _RestAndSquaredNorms(torch.autograd.Function):
 def _one_by_one(weight: Tensor, A: Tensor) -> bool:
     """Whether it is cheaper to multiply component by component, which takes no copy of the factors in another layout:
     on a CPU whose cache holds the matrix, and with ranks that are large enough for a matrix product."""
-    return not A.is_cuda and weight.numel() <= 2**16 and A.shape[-1] >= 16
+    return not on_gpu(A.device) and weight.numel() <= 2**16 and A.shape[-1] >= 16
 
 
 def lp_sparsity(attributions: Float[Tensor, "batch *pos C"], p: float) -> Float[Tensor, "batch *pos C"]:

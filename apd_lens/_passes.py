@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from apd_lens._batches import Batch, call, n_examples, replicated, some_examples
 from apd_lens._components import ParameterComponents
-from apd_lens._errors import InvalidOutput, InvalidSetting, NonFinite, ShapeMismatch, SiteNotCalled
+from apd_lens._errors import InvalidOutput, InvalidSetting, ShapeMismatch, SiteNotCalled
+from apd_lens._finite import Reading, count_not_finite, raise_first
 from apd_lens._padding import Real, padded, real_positions, zero_at_padding
 from apd_lens._patch import outside_traces
 from apd_lens._product import Mask, active_pairs, masked_product
@@ -49,13 +50,20 @@ def explained_output(output: OutputFn, value: Any, examples: int) -> Tensor:
     return picked
 
 
+def reading_of_output(output: Tensor, where: str) -> Reading:
+    """How many values of the target's output are NaN or infinite."""
+    return Reading(
+        count_not_finite(output),
+        lambda count: (
+            f"{where}: the target output holds {count:.0f} values that are NaN or infinite; its input did not. Nothing "
+            "was computed from it."
+        ),
+    )
+
+
 def check_finite_output(output: Tensor, where: str) -> None:
     """Raises NonFinite if the target's output holds NaN or infinity."""
-    if not bool(output.isfinite().all()):
-        raise NonFinite(
-            f"{where}: the target output holds {int((~output.isfinite()).sum())} values that are NaN or infinite; its "
-            "input did not. Nothing was computed from it."
-        )
+    raise_first([reading_of_output(output, where)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +141,7 @@ class WatchedPass:
         """Number of outputs of each example, those at padding not counted."""
         real = padded(self.output, self.real)
         if real is None:
-            return torch.full((len(self.output),), self.output[0].numel()).to(self.output)
+            return self.output.new_full((len(self.output),), self.output[0].numel())
         return (real.sum(1).clamp_min(1) * self.output[0, 0].numel()).to(self.output)
 
 

@@ -10,6 +10,7 @@ of the module's forward (its `.source`) stays what it was.
 """
 
 import inspect
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from apd_lens._errors import InvalidSetting
@@ -196,6 +198,21 @@ def outside_traces(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         interleaver.interleaving = True
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Inside, a model of which torch.compile has compiled all or a part runs as it was written: what was compiled does
+    not see what stands in for a forward, and cannot be compiled with it."""
+    modules = model.modules() if "torch._dynamo" in sys.modules else ()
+    if any(
+        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+        for module in modules
+    ):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
 
 
 def is_patched(model: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apd_lens._errors import ShapeMismatch
+from apd_lens._finite import on_gpu
 
 Inputs = Float[Tensor, "batch *pos d_in"] | Int[Tensor, "batch *pos"]
 Mask = Float[Tensor, "examples *mask_pos C"] | Bool[Tensor, "examples *mask_pos C"]
@@ -58,7 +59,7 @@ def in_few_dimensions(
     residual MLP. Q is an orthonormal basis of random mixtures of the vectors; whether it spans all is checked. Not on a
     GPU, which would have to be waited for.
     """
-    if vectors.is_cuda:
+    if on_gpu(vectors.device):
         return None
     flat = vectors.reshape(-1, vectors.shape[-1])
     mixtures = torch.randn(FEW, len(flat), generator=torch.Generator().manual_seed(0), dtype=flat.dtype) @ flat
@@ -235,7 +236,7 @@ def _rows_by_rows(rows: Tensor, others: Tensor, ends: Tensor) -> Float[Tensor, "
 
 def _has_grouped_kernel(rows: Tensor) -> bool:
     """On a CPU grouped_mm (torch 2.13) is itself a loop over groups, a slower one than ours, and not for float64."""
-    return rows.is_cuda
+    return on_gpu(rows.device)
 
 
 def _groups(ends: Int[Tensor, " C"]) -> Iterator[tuple[int, slice]]:

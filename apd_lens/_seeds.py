@@ -23,17 +23,18 @@ from apd_lens._decompose import (
     Seen,
     State,
     StepInfo,
-    check_finite_terms,
     init,
     loss_terms,
     make_moves,
     moves_are_due,
+    readings_of_terms,
     update,
     watch,
     weighted_sum,
 )
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting, UnsupportedModel
+from apd_lens._finite import raise_first
 from apd_lens._losses import Losses, path_mask
 from apd_lens._padding import without_padding
 from apd_lens._passes import OutputFn, WatchedPass, default_output, replace_weights_of_each, replaced_pass
@@ -91,7 +92,7 @@ def init_seeds(singles: Sequence[State]) -> SeedsState:
     )
     views = [_some_components(components, _own(i, first.components.n_components)) for i in range(len(singles))]
     return SeedsState(
-        singles=tuple(replace(single, components=view) for single, view in zip(singles, views, strict=True)),
+        singles=tuple(replace(single, components=view, late=None) for single, view in zip(singles, views, strict=True)),
         components=components,
         optimizer=torch.optim.Adam(components.parameters(), lr=first.settings.optimization.lr, fused=True),
         last_active=torch.stack([single.last_active for single in singles]),
@@ -365,7 +366,7 @@ def _check_finite(state: SeedsState, terms: Mapping[str, Float[Tensor, " S"]]) -
     if bool(torch.stack(list(terms.values())).isfinite().all()):
         return
     for index, single in enumerate(state.singles):
-        check_finite_terms(_at(terms, index), f"step {state.step}, seed {single.settings.seed}")
+        raise_first(readings_of_terms(_at(terms, index), f"step {state.step}, seed {single.settings.seed}"))
 
 
 def _postfix(infos: Sequence[StepInfo]) -> str:

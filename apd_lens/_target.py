@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from apd_lens._errors import AlreadyActive, ApdError, SiteNotCalled, UnknownWeight, UnsupportedModel
-from apd_lens._patch import PatchedForward, in_nnsight_trace, is_patched, patched
+from apd_lens._patch import PatchedForward, in_nnsight_trace, is_patched, patched, uncompiled
 from apd_lens._table import table
 
 
@@ -324,6 +324,8 @@ class TargetModel:
     def intercepted(self, names: Iterable[str], intercept: Intercept, observed: Iterable[str] = ()) -> Iterator[None]:
         """Inside, every use of the named matrices in a forward of the user's model goes through `intercept`.
 
+        What torch.compile has compiled of the model runs inside as it was written, which rounds otherwise.
+
         Args:
             observed: further matrices whose uses do, but which a forward may go past.
 
@@ -383,6 +385,7 @@ class TargetModel:
             return output
 
         with ExitStack() as stack:
+            stack.enter_context(uncompiled(self.model))
             for module, forward in self.adapter.patches(self.model, matrices, at_use):
                 stack.enter_context(patched(module, forward))
             stack.enter_context(patched(self.model, at_root))

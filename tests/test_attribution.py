@@ -11,7 +11,7 @@ from toy_models import TMS, ResidualMLP, TinyGPT, decomposition_of, linear_of_kn
 import apd_lens as apd
 from apd_lens._attribution import component_effects
 from apd_lens._decomposition import Decomposition
-from apd_lens._jacobian import Readout, find_readout
+from apd_lens._jacobian import Readout, find_readout, readout_of_graph
 from apd_lens._passes import watched_pass
 from apd_lens._selection import AttributionError
 
@@ -145,7 +145,7 @@ def test_readouts_are_found_and_change_nothing(name, granularity):
     model, x, weights, expected = models()[name]
     decomposition = decomposition_of(model, weights, selection=apd.TopK(1, granularity=granularity))
     watched = watched_pass(decomposition.target, decomposition.components.names, x, decomposition.output)
-    assert find_readout(watched) == expected
+    assert readout_of_graph(watched) == find_readout(watched) == expected
     assert_close(decomposition.attributions(x), by_brute_force(decomposition, x), rtol=1e-4, atol=1e-6)
 
 

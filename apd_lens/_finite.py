@@ -1,0 +1,74 @@
+"""NaN and infinity, reported where they first appear: at once on a CPU; on a GPU a step late, so that it need not be
+waited for, with the optimizer told on the device not to learn from them."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from apd_lens._errors import NonFinite
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A number that is 0 if all is well, and what there is to say if it is not."""
+
+    value: Float[Tensor, ""] | Int[Tensor, ""]
+    message: Callable[[float], str]
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether work on a device is only queued there, and whoever looks at a result has to wait for it."""
+    return device.type == "cuda"
+
+
+def count_not_finite(values: Tensor) -> Int[Tensor, ""]:
+    """How many values are NaN or infinite."""
+    return (~values.isfinite()).sum()
+
+
+def raise_first(readings: Sequence[Reading]) -> None:
+    """Raises NonFinite for the first reading that is not 0. Waits for the device."""
+    for reading in readings:
+        if value := reading.value.item():
+            raise NonFinite(reading.message(value))
+
+
+class LateChecks:
+    """Readings of the steps of a training that the host has not looked at yet.
+
+    Attributes:
+        failed: on the device, 1 from the first reading on that is not 0, until it is raised. Torch's fused optimizers
+            take it for their `found_inf` and change nothing while it is 1, so a late look is early enough.
+    """
+
+    def __init__(self, device: torch.device):
+        self.failed = torch.zeros((), device=device)
+        self._unread: deque[tuple[Tensor, torch.cuda.Event | None, Sequence[Reading]]] = deque()
+
+    def add(self, readings: Sequence[Reading]) -> None:
+        """Readings of one step, before its update."""
+        values = torch.stack([reading.value.float() for reading in readings])
+        self.failed.masked_fill_((values != 0).any(), 1.0)
+        on_host = values.to("cpu", non_blocking=True)  # pinned
+        arrived = None
+        if values.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._unread.append((on_host, arrived, readings))
+
+    def read(self, but: int = 0) -> None:
+        """Raises NonFinite for the first reading that is not 0, of all steps but the last so many. Afterwards the
+        training can go on."""
+        while len(self._unread) > but:
+            on_host, arrived, readings = self._unread.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            for value, reading in zip(on_host.tolist(), readings, strict=True):
+                if value:
+                    self._unread.clear()
+                    self.failed.zero_()
+                    raise NonFinite(reading.message(value))
