@@ -20,8 +20,7 @@ from training_step import CASES, Case
 import apd_lens as apd
 from apd_lens import _attribution, _decompose, _passes
 from apd_lens._attribution import component_effects
-from apd_lens._components import sum_of_components
-from apd_lens._losses import faithfulness_loss, simplicity_loss
+from apd_lens._losses import weight_losses
 from apd_lens._product import inner_activations, masked_product
 
 
