@@ -102,10 +102,9 @@ class Decomposition:
             raise InvalidSetting(f"The error is known of GradientAttribution only, not of {attribution}.")
         with evaluating(self.target.model):
             watched = self._watch(batch)
-            cotangents = attribution.cotangents(watched.output)
-            if cotangents.exact:
+            if attribution.is_exact(watched, self.components, selection.granularity):
                 return AttributionError(0.0, 1.0)
-            if cotangents.count == 1:
+            if attribution.projections == 1:
                 raise InvalidSetting("The spread over projections needs at least 2 of them, got projections=1.")
             generator = torch.Generator(watched.output.device).manual_seed(0)
             samples = attribution.samples(watched, self.components, selection.granularity, generator)
