@@ -46,8 +46,10 @@ class GradientAttribution:
 
     Gradients and x are those of the target model. For positions as data points the sum over positions is left out.
     The examples of a batch must not influence each other in the model. Outputs at padding (where the batch's
-    `attention_mask` is 0) do not count, and padding itself has attribution 0. Source: Braun et al. 2025, arXiv
-    2501.14926.
+    `attention_mask` is 0) do not count, and padding itself has attribution 0. Where an `attention_mask` of queries and
+    keys keeps several documents in one row apart, the mean at a position is over the outputs of its own document, so
+    attributions are those of the document alone; of an example, the row, it is over the whole. Source: Braun et al.
+    2025, arXiv 2501.14926.
 
     Exact takes one vector-Jacobian product for each output of an example, or one Jacobian-vector product for each
     component (each component at each position, where data points are positions) if those are fewer than half as many
@@ -213,7 +215,8 @@ def _root_mean(
 def mean_over_outputs(
     squares: Float[Tensor, "examples *pos C"], watched: WatchedPass, examples: slice = slice(None)
 ) -> Float[Tensor, "examples *pos C"]:
-    n_outputs = watched.n_outputs()[examples].to(squares.dtype).reshape(-1, *[1] * (squares.ndim - 1))
+    n_outputs = watched.n_outputs(torch.Size([len(watched.output), *squares.shape[1:-1]]))[examples].to(squares.dtype)
+    n_outputs = n_outputs.reshape(*n_outputs.shape, *[1] * (squares.ndim - n_outputs.ndim))
     return zero_at_padding(squares / n_outputs, None if watched.real is None else watched.real[examples])
 
 

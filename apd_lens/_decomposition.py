@@ -74,8 +74,8 @@ class Decomposition:
         self, batch: Batch, metric: Callable[[Tensor], Tensor] | None = None
     ) -> Float[Tensor, "batch *pos C"]:
         """A_c(x): estimated effect on the output of removing component c; `batch C`, or `batch pos C` where data
-        points are positions. Padding (where the batch's keyword argument `attention_mask` is 0) is left out: outputs
-        there do not count, and the attributions of positions there are 0.
+        points are positions. Padding (where the batch's keyword argument `attention_mask` is 0, or lets none attend) is
+        left out: outputs there do not count, and the attributions of positions there are 0.
 
         Args:
             metric: a function of the explained output that gives one scalar an example; then the attributions are
