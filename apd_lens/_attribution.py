@@ -2,7 +2,8 @@
 
 Gradient attributions in four steps: run the target once and keep x and y of every use; pull cotangents v back through
 it, many at once, to get ∂(v · f)/∂y; multiply with what each component writes, x P_c; take the root mean square over
-the cotangents. One-hot cotangents, one an output, make it exact; a few random ones estimate it.
+the cotangents. One-hot cotangents, one an output, make it exact; a few random ones estimate it. Where components are
+fewer than outputs, what each writes is pushed forward to all outputs instead.
 
 Integrated gradients do that on a path of weights; ablations run the model without each component instead.
 """
@@ -22,6 +23,7 @@ from apd_lens._components import ParameterComponents
 from apd_lens._errors import InvalidSetting, ShapeMismatch
 from apd_lens._finite import on_gpu
 from apd_lens._jacobian import Cotangents, Jacobians, jacobians_in_parts, one_hot_cotangents, random_cotangents
+from apd_lens._jvp import Pushforward, pushforward
 from apd_lens._padding import zero_at_padding
 from apd_lens._passes import Call, WatchedPass, replace_weights, subtract_weights, subtract_weights_of_each
 from apd_lens._product import component_outputs, inner_activations, inner_activations_of_many
@@ -37,6 +39,11 @@ AUTO_PROJECTIONS = 8
 _CACHE = 2**22
 _FEWEST_EXAMPLES = 32
 
+# Jacobian-vector products are taken where so many times as many vector-Jacobian products would have to be. One costs
+# about as much as the other (benchmarks/growth.py), but a linear readout and equal examples save some of the latter,
+# and before the former the target is run again.
+CLEARLY_FEWER = 2
+
 
 @dataclass(frozen=True)
 class GradientAttribution:
@@ -44,16 +51,20 @@ class GradientAttribution:
 
     Gradients and x are those of the target model. For positions as data points the sum over positions is left out.
     The examples of a batch must not influence each other in the model. Outputs at padding (where the batch's
-    `attention_mask` is 0) do not count, and padding itself has attribution 0. Source: Braun et al. 2025, arXiv
-    2501.14926.
+    `attention_mask` is 0) do not count, and padding itself has attribution 0. Where an `attention_mask` of queries and
+    keys keeps several documents in one row apart, the mean at a position is over the outputs of its own document, so
+    attributions are those of the document alone; of an example, the row, it is over the whole. Source: Braun et al.
+    2025, arXiv 2501.14926.
 
-    Exact takes one vector-Jacobian product for each output of an example. The estimate takes K of them whatever the
-    number of outputs: for random v with E v vᵀ = 1, E (vᵀ J P_c)² = Σ_o (J_o P_c)², so the mean over K of them is
-    unbiased (A_c², not its root). `Decomposition.attribution_error` says how far it is off.
+    Exact takes one vector-Jacobian product for each output of an example, or one Jacobian-vector product for each
+    component (each component at each position, where data points are positions) if those are fewer than half as many
+    and the model can be differentiated twice. The estimate takes K of the former whatever the number of outputs: for
+    random v with E v vᵀ = 1, E (vᵀ J P_c)² = Σ_o (J_o P_c)², so the mean over K of them is unbiased (A_c², not its
+    root). `Decomposition.attribution_error` says how far it is off.
 
     Attributes:
         projections: "exact"; the number K; or "auto", exact for up to 128 outputs of an example (positions times
-            outputs) and K = 8 beyond.
+            outputs), and where 4 Jacobian-vector products are enough; K = 8 beyond.
         kind: entries of v are ±1 ("rademacher", the smaller variance) or standard "normal".
         memory: bytes that the temporaries may take; what is larger is computed in chunks.
     """
@@ -85,6 +96,9 @@ class GradientAttribution:
     ) -> Float[Tensor, "batch *pos C"]:
         """A_c(x)². Where gradients are enabled, in a graph that leads to the factors and keeps v · batch · C numbers
         for each use of a matrix; the target's gradients are constants in it."""
+        J = None if torch.is_grad_enabled() else self.pushforward(watched, components, granularity)
+        if J is not None:
+            return mean_over_outputs(squared_effects(J, watched, components, granularity, self.memory), watched)
         cotangents = self.cotangents(watched.output, generator)
         squares = []
         for part, chunks in jacobians_in_parts(watched, cotangents, self.memory):
@@ -115,6 +129,63 @@ class GradientAttribution:
     ) -> Cotangents:
         """One-hot ones for exact attributions, or K random ones."""
         return _cotangents(output, self.projections, self.kind, generator)
+
+    def pushforward(
+        self, watched: WatchedPass, components: ParameterComponents, granularity: Granularity
+    ) -> Pushforward | None:
+        """J of the pass, if Jacobian-vector products are clearly fewer than cotangents, and possible."""
+        if isinstance(self.projections, int) or watched.jacobians is not None:
+            return None
+        positions = {call.y.shape[1:-1] for call in watched.calls} if granularity == "position" else {torch.Size()}
+        n_jvps = components.n_components * max(axes.numel() for axes in positions)
+        n_vjps = watched.output[0].numel() if are_exact(watched.output, self.projections) else AUTO_PROJECTIONS
+        if len(positions) > 1 or n_jvps * CLEARLY_FEWER > n_vjps:
+            return None
+        return pushforward(watched)
+
+    def is_exact(self, watched: WatchedPass, components: ParameterComponents, granularity: Granularity) -> bool:
+        """Whether attributions on this pass are exact, and not estimated from random projections of the output."""
+        return (
+            are_exact(watched.output, self.projections)
+            or self.pushforward(watched, components, granularity) is not None
+        )
+
+
+def squared_effects(
+    J: Pushforward, watched: WatchedPass, components: ParameterComponents, granularity: Granularity, memory: int
+) -> Float[Tensor, "examples *data_pos C"]:
+    """Σ_o ( Σ_l Σ_uses <∂f_o/∂y_l , x_l P_c,l> )², pushing x P_c forward for each component (and position)."""
+    at_once = max(1, memory // (len(watched.output) * watched.bytes_per_example()))
+    positions = J.calls[0].y.shape[1:-1] if granularity == "position" else torch.Size()
+    places_at_once = min(positions.numel(), at_once)
+    factors = [components.factors(call.use) for call in J.calls]
+    squares = next(components.parameters()).new_empty(len(watched.output), positions.numel(), components.n_components)
+    for places, chosen in product(
+        _slices(positions.numel(), places_at_once), _slices(components.n_components, at_once // places_at_once)
+    ):
+        where = places if granularity == "position" else None
+        tangents = [
+            _written(call, A[chosen], B[chosen], where).to(call.y.dtype)
+            for call, (A, B) in zip(J.calls, factors, strict=True)
+        ]
+        here = squares[:, places, chosen]
+        effects = J(tangents).to(squares.dtype).square_().flatten(2).sum(-1)
+        here.copy_(rearrange(effects, "(C place) example -> example place C", place=here.shape[1]))
+    return squares.view(len(squares), *positions, -1)
+
+
+def _written(
+    call: Call, A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"], places: slice | None
+) -> Float[Tensor, "jvps examples *pos d_out"]:
+    """x P_c of every component; with places, of every component at each of them, and zero at all other positions."""
+    if places is None:
+        return component_outputs(call.x, A, B).movedim(-2, 0)
+    n_examples, *positions, d_out = call.y.shape
+    x = call.x.reshape(n_examples, -1, *call.x.shape[call.y.ndim - 1 :])[:, places]
+    written = A.new_zeros(len(A), x.shape[1], n_examples, torch.Size(positions).numel(), d_out)
+    at_places = written[:, :, :, places].diagonal(dim1=1, dim2=3)
+    at_places.copy_(rearrange(component_outputs(x, A, B), "example place C d_out -> C example d_out place"))
+    return written.reshape(-1, *call.y.shape)
 
 
 def _check_projections(projections: int | Literal["auto", "exact"]) -> None:
@@ -149,7 +220,8 @@ def _root_mean(
 def mean_over_outputs(
     squares: Float[Tensor, "examples *pos C"], watched: WatchedPass, examples: slice = slice(None)
 ) -> Float[Tensor, "examples *pos C"]:
-    n_outputs = watched.n_outputs()[examples].to(squares.dtype).reshape(-1, *[1] * (squares.ndim - 1))
+    n_outputs = watched.n_outputs(torch.Size([len(watched.output), *squares.shape[1:-1]]))[examples].to(squares.dtype)
+    n_outputs = n_outputs.reshape(*n_outputs.shape, *[1] * (squares.ndim - n_outputs.ndim))
     return zero_at_padding(squares / n_outputs, None if watched.real is None else watched.real[examples])
 
 

@@ -74,8 +74,8 @@ class Decomposition:
         self, batch: Batch, metric: Callable[[Tensor], Tensor] | None = None
     ) -> Float[Tensor, "batch *pos C"]:
         """A_c(x): estimated effect on the output of removing component c; `batch C`, or `batch pos C` where data
-        points are positions. Padding (where the batch's keyword argument `attention_mask` is 0) is left out: outputs
-        there do not count, and the attributions of positions there are 0.
+        points are positions. Padding (where the batch's keyword argument `attention_mask` is 0, or lets none attend) is
+        left out: outputs there do not count, and the attributions of positions there are 0.
 
         Args:
             metric: a function of the explained output that gives one scalar an example; then the attributions are
@@ -102,10 +102,9 @@ class Decomposition:
             raise InvalidSetting(f"The error is known of GradientAttribution only, not of {attribution}.")
         with evaluating(self.target.model):
             watched = self._watch(batch)
-            cotangents = attribution.cotangents(watched.output)
-            if cotangents.exact:
+            if attribution.is_exact(watched, self.components, selection.granularity):
                 return AttributionError(0.0, 1.0)
-            if cotangents.count == 1:
+            if attribution.projections == 1:
                 raise InvalidSetting("The spread over projections needs at least 2 of them, got projections=1.")
             generator = torch.Generator(watched.output.device).manual_seed(0)
             samples = attribution.samples(watched, self.components, selection.granularity, generator)

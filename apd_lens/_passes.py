@@ -14,7 +14,7 @@ from apd_lens._batches import Batch, call, n_examples, replicated, some_examples
 from apd_lens._components import ParameterComponents
 from apd_lens._errors import InvalidOutput, InvalidSetting, ShapeMismatch, SiteNotCalled
 from apd_lens._finite import Reading, count_not_finite, raise_first
-from apd_lens._padding import Real, padded, real_positions, zero_at_padding
+from apd_lens._padding import Real, document_lengths, padded, real_positions, zero_at_padding
 from apd_lens._patch import outside_traces
 from apd_lens._product import Mask, active_pairs, masked_product
 from apd_lens._target import Intercept, TargetModel, Use
@@ -137,12 +137,16 @@ class WatchedPass:
         batch = replicated(some_examples(run.batch, examples), n)
         return replaced_pass(run.target, run.names, replaced, batch, run.output)[0]
 
-    def n_outputs(self) -> Float[Tensor, " batch"]:
-        """Number of outputs of each example, those at padding not counted."""
+    def n_outputs(self, data_points: torch.Size) -> Float[Tensor, "batch *pos"]:
+        """Number of outputs of each example, those at padding not counted. For positions of documents that a mask keeps
+        apart in one row, that of the document: others cannot be changed from there."""
         real = padded(self.output, self.real)
         if real is None:
             return self.output.new_full((len(self.output),), self.output[0].numel())
-        return (real.sum(1).clamp_min(1) * self.output[0, 0].numel()).to(self.output)
+        lengths = document_lengths(self.run.batch)
+        if lengths is None or lengths.shape != data_points:
+            lengths = real.sum(1)
+        return (lengths.clamp_min(1) * self.output[0, 0].numel()).to(self.output)
 
 
 def watched_pass(

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from apd_lens._attribution import AblationAttribution, Attribution, GradientAttribution, are_exact
+from apd_lens._attribution import AblationAttribution, Attribution, GradientAttribution
 from apd_lens._batches import Batch, replicated, stream
 from apd_lens._components import ParameterComponents
 from apd_lens._decompose import (
@@ -251,8 +251,10 @@ def _attributions(state: SeedsState, watched: WatchedPass) -> Float[Tensor, "S b
     first = state.singles[0]
     attribution, granularity = first.settings.attribution, first.settings.selection.granularity
     n_seeds, n_components = len(state.singles), first.components.n_components
+    if isinstance(attribution, GradientAttribution) and attribution.is_exact(watched, first.components, granularity):
+        attribution = replace(attribution, projections="exact")  # also where it depends on the number of components
     if isinstance(attribution, AblationAttribution) or (
-        isinstance(attribution, GradientAttribution) and are_exact(watched.output, attribution.projections)
+        isinstance(attribution, GradientAttribution) and attribution.projections == "exact"
     ):
         effects_of_one = watched.output.numel() * n_components * watched.output.element_size()
         together = max(1, _EFFECTS_TOGETHER // effects_of_one)

@@ -25,7 +25,7 @@ from apd_lens._product import inner_activations, masked_product
 
 
 def of_weights(weight: Tensor, A: Tensor, B: Tensor, mask: Tensor) -> Tensor:
-    return faithfulness_loss(weight, sum_of_components(A, B)) + simplicity_loss(A, B, mask, 0.9)
+    return sum(weight_losses(weight, A, B, mask, 0.9))
 
 
 def with_gradients(part: Callable[..., Tensor], factors: tuple[Tensor, Tensor]) -> Callable[[], object]:
@@ -66,9 +66,7 @@ def compiled_inside() -> Iterator[None]:
     """Inside, `apd_lens.step` calls compiled parts."""
     places = [
         (_passes, "masked_product"),
-        (_decompose, "faithfulness_loss"),
-        (_decompose, "simplicity_loss"),
-        (_decompose, "sum_of_components"),
+        (_decompose, "weight_losses"),
         (_attribution, "component_effects"),
     ]
     before = [getattr(module, name) for module, name in places]

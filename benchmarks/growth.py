@@ -1,12 +1,14 @@
 """How the time of a training step grows: with C, rank, width, outputs, sequence length and number of matrices.
 
 One thing at a time is changed on a residual MLP (100 features, width 500, 25 neurons a layer, batch 512, C = 100, rank
-8, k = 1) or, for the length of sequences, on a two-layer GPT-2 of width 128. Sparse: a forward and backward on the
-active components, beside the same with every component multiplied. Medians of rounds.
+8, k = 1) or, for the length of sequences and the size of a vocabulary, on a two-layer GPT-2 of width 128. Sparse: a
+forward and backward on the active components, beside the same with every component multiplied. Medians of rounds.
 """
 
 import argparse
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import torch
@@ -14,7 +16,7 @@ from timing import median_seconds, save
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import apd_lens as apd
-from apd_lens import toys
+from apd_lens import _attribution, toys
 from apd_lens._passes import sparse_pass
 
 
@@ -35,20 +37,23 @@ def residual_mlp(
     return state, toys.residual_mlp_data(512, torch.Generator().manual_seed(0), n_features=n_outputs)
 
 
-def gpt2(length: int) -> tuple[apd.State, torch.Tensor]:
+def gpt2(
+    length: int, vocabulary: int = 1000, n_components: int = 100, granularity: _attribution.Granularity = "position"
+) -> tuple[apd.State, torch.Tensor]:
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=1000, n_positions=512, n_embd=128, n_layer=2, n_head=4, use_cache=False)
-    ).eval()
+    config = GPT2Config(
+        vocab_size=vocabulary, n_positions=512, n_embd=128, n_layer=2, n_head=4, use_cache=False,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
     state = apd.init(
-        model,
+        GPT2LMHeadModel(config).eval(),
         weights="transformer.h.*",
-        n_components=100,
+        n_components=n_components,
         rank=1,
-        selection=apd.TopK(8, granularity="position"),
+        selection=apd.TopK(min(8, n_components), granularity=granularity),
         losses=apd.Losses(distance="kl"),
     )
-    return state, torch.randint(1000, (4, length), generator=torch.Generator().manual_seed(0))
+    return state, torch.randint(vocabulary, (4, length), generator=torch.Generator().manual_seed(0))
 
 
 def step_ms(state: apd.State, batch: torch.Tensor, rounds: int) -> float:
@@ -68,8 +73,22 @@ def sparse_ms(state: apd.State, batch: torch.Tensor, rounds: int) -> tuple[float
         return 1000 * active, 1000 * median_seconds(run, rounds)
 
 
+def attribution_ms(vocabulary: int, n_components: int, rounds: int) -> list[float]:
+    """Attributions of examples of 4 tokens: exact by a product for each output, by one for each component; estimated.
+    And up to about how many components the second would take less than the first."""
+    state, batch = gpt2(4, vocabulary, n_components, "example")
+    decomposition = state.decomposition()
+    times = []
+    for fewer, projections in ((float("inf"), "exact"), (0, "exact"), (1, 8)):
+        settings = replace(decomposition.settings, attribution=apd.GradientAttribution(projections))
+        attribute = partial(replace(decomposition, settings=settings).attributions, batch)
+        with mock.patch.object(_attribution, "CLEARLY_FEWER", fewer):
+            times.append(1000 * median_seconds(attribute, rounds))
+    return [*times, times[0] / times[1] * n_components]
+
+
 def table(title: str, header: str, values: Iterable[int], measure: Callable[[int], list[float]]) -> dict[str, list]:
-    print(f"\n{title:12}{header}")
+    print(f"\n{title:12}{header[max(0, len(title) - 12) :]}")
     rows = []
     for value in values:
         row = measure(value)
@@ -113,6 +132,10 @@ def main() -> None:
     results |= table("width", columns, (125, 250, 500, 1000), by("width"))
     results |= table("layers", columns, (1, 2, 4), by("n_layers"))
     results |= table("outputs", f"{'exact':>12}{'estimated':>12}", (10, 50, 100, 200, 400, 800), outputs)
+    columns = f"{'VJPs':>12}{'JVPs':>12}{'estimated':>12}{'crossover':>12}"
+    for C in (4, 16, 64):
+        by_kind = partial(attribution_ms, n_components=C, rounds=rounds)
+        results |= table(f"C = {C}, vocab", columns, (8, 32, 128, 512), by_kind)
     results |= table("positions", f"{'step':>12}{'bare':>12}{'ratio':>12}", (32, 128, 512), length)
     save("growth", results)
 

@@ -119,6 +119,10 @@ class TwoMatrices(torch.nn.Module):
         return self.write(torch.relu(self.read(x)))
 
 
+# Of an example, so that vector-Jacobian products are the fewer.
+MORE_THAN_OUTPUTS = 45
+
+
 def models() -> dict[str, tuple[torch.nn.Module, Tensor, str, Readout]]:
     """Model, batch, weights, and what its readout is."""
     tms = TMS(7, 3)
@@ -143,7 +147,9 @@ def models() -> dict[str, tuple[torch.nn.Module, Tensor, str, Readout]]:
 @pytest.mark.parametrize("name", models())
 def test_readouts_are_found_and_change_nothing(name, granularity):
     model, x, weights, expected = models()[name]
-    decomposition = decomposition_of(model, weights, selection=apd.TopK(1, granularity=granularity))
+    decomposition = decomposition_of(
+        model, weights, n_components=MORE_THAN_OUTPUTS, selection=apd.TopK(1, granularity=granularity)
+    )
     watched = watched_pass(decomposition.target, decomposition.components.names, x, decomposition.output)
     assert readout_of_graph(watched) == find_readout(watched) == expected
     assert_close(decomposition.attributions(x), by_brute_force(decomposition, x), rtol=1e-4, atol=1e-6)
@@ -162,7 +168,10 @@ def attributing(decomposition: Decomposition, **changes) -> Decomposition:
 def test_chunks_change_nothing(name, projections, memory, granularity):
     model, x, weights, _ = models()[name]
     decomposition = attributing(
-        decomposition_of(model, weights, selection=apd.TopK(1, granularity=granularity)), projections=projections
+        decomposition_of(
+            model, weights, n_components=MORE_THAN_OUTPUTS, selection=apd.TopK(1, granularity=granularity)
+        ),
+        projections=projections,
     )
     chunked = attributing(decomposition, memory=memory)
     assert_close(chunked.attributions(x), decomposition.attributions(x), rtol=1e-4, atol=1e-6)
