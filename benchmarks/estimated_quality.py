@@ -1,11 +1,10 @@
 """Training with estimated attributions beside training with exact ones: does it end as well?
 
-TMS 40-10, the same targets and batches. MMCS, ML2R and the number of features that have a component of their own look
-at the truth. The null control trains with the attributions of the wrong examples.
+A system of examples/paper, the same targets and batches. What is measured looks at the truth. The null control trains
+with the attributions of the wrong examples.
 """
 
 import argparse
-import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from timing import save
 from torch import Tensor
 
 import apd_lens as apd
-from apd_lens import metrics, toys
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "paper"))
 import paper
@@ -38,41 +36,31 @@ WAYS = {
 }
 
 
+def run(system: paper.System, target: paper.Target, seed: int, way: str, steps: int) -> paper.Numbers:
+    start = time.perf_counter()
+    decomposition = paper.decompose(system, target, seed, steps=steps, attribution=WAYS[way], progress=False)
+    seconds = time.perf_counter() - start
+    error = decomposition.attribution_error(target.batches(2048, seed=2000)(0))
+    about = {"error": error.relative, "agreement": error.agreement, "seconds": seconds}
+    return {**system.measure(target, decomposition), **about}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--system", choices=paper.SYSTEMS, default="tms-40-10")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
-    targets = [toys.train_tms(40, 10, seed=seed) for seed in range(arguments.seeds)]
-    print(f"TMS 40-10, {arguments.steps} steps, means of {arguments.seeds} targets")
-    print(f"{'attributions':24}{'features alone':>16}{'MMCS':>8}{'ML2R':>8}{'error':>8}{'agreement':>11}{'seconds':>9}")
-    rows = []
-    for name, attribution in WAYS.items():
-        results = []
-        for seed, target in enumerate(targets):
-            start = time.perf_counter()
-            system = paper.SYSTEMS["tms-40-10"]
-            decomposition = paper.decompose(
-                system, target, seed, steps=arguments.steps, attribution=attribution, progress=False
-            )
-            seconds = time.perf_counter() - start
-            parts = decomposition.components.component_weights("linear1.weight")
-            error = decomposition.attribution_error(target.batches(2048, seed=2000)(0))
-            results.append(
-                {
-                    "features alone": metrics.features_alone(target.rows, parts),
-                    "MMCS": metrics.mmcs(target.rows, parts).item(),
-                    "ML2R": metrics.ml2r(target.rows, parts).item(),
-                    "error": error.relative,
-                    "agreement": error.agreement,
-                    "seconds": seconds,
-                }
-            )
-        row = {key: statistics.mean(result[key] for result in results) for key in results[0]}
-        rows.append({"attributions": name, **row})
-        print(f"{name:24}{row['features alone']:16.1f}{row['MMCS']:8.4f}{row['ML2R']:8.3f}{row['error']:8.2f}"
-              f"{row['agreement']:11.2f}{row['seconds']:9.0f}", flush=True)  # fmt: skip
-    save("estimated_quality", rows)
+    system = paper.SYSTEMS[arguments.system]
+    targets = [paper.make_target(arguments.system, seed, None) for seed in range(arguments.seeds)]
+    print(f"{system.title}, {arguments.steps} steps, targets: {arguments.seeds}")
+    print("error: of the selected attributions; agreement: of two halves of the projections on the selection")
+    results = {}
+    for way in arguments.ways:
+        results[way] = [run(system, target, seed, way, arguments.steps) for seed, target in enumerate(targets)]
+        print(f"{way}: {paper.spreads(results[way])}", flush=True)
+    save(f"estimated_quality-{arguments.system}", results)
 
 
 if __name__ == "__main__":
