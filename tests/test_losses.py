@@ -3,9 +3,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.testing import assert_close
 
 import apd_lens as apd
+from apd_lens._losses import weight_losses
 from apd_lens._schedules import value_at
 
 
@@ -86,3 +88,34 @@ def test_coefficients_are_held_then_go_to_zero():
 def test_shapes_are_checked_at_the_edge():
     with pytest.raises(apd.ShapeMismatch, match=r"'summed'(.|\n)*f32\[3,3\](.|\n)*d_in d_out(.|\n)*d_in=2"):
         apd.faithfulness_loss(torch.zeros(2, 2), torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize(("d_in", "m", "d_out"), [(7, 2, 5), (30, 20, 25), (300, 16, 300)])
+@pytest.mark.parametrize("seeds", [None, 3])
+def test_weight_losses_have_the_gradients_of_the_formulas(d_in: int, m: int, d_out: int, seeds: int | None):
+    """Component by component (rank 16 and more, matrices that a cache holds) and all at once; one seed and several."""
+    leading = () if seeds is None else (seeds,)
+    weight = torch.randn(d_in, d_out, dtype=torch.float64)
+    A, B, activity = (
+        torch.rand(*leading, *shape, dtype=torch.float64).requires_grad_()
+        for shape in [(4, d_in, m), (4, m, d_out), (10, 4)]
+    )
+
+    def plain(A: Tensor, B: Tensor, activity: Tensor) -> tuple[Tensor, Tensor]:
+        often = activity.mean(-2)
+        often = often + 0.5 * often.mean(-1, keepdim=True)
+        norms = (A.square().sum(-2) * B.square().sum(-1)) ** 0.45
+        return (weight - (A @ B).sum(-3)).square().sum((-2, -1)), (often * norms.sum(-1)).sum(-1)
+
+    def ours(A: Tensor, B: Tensor, activity: Tensor) -> tuple[Tensor, Tensor]:
+        return weight_losses(weight, A, B, activity, 0.9, 0.5)
+
+    came = ours(A, B, activity) if seeds is None else torch.vmap(ours)(A, B, activity)
+    for ours_value, value in zip(came, plain(A, B, activity), strict=True):
+        assert_close(ours_value, value, rtol=1e-9, atol=0)
+        gradients, expected = (torch.autograd.grad(some.sum(), (A, B, activity), retain_graph=True, allow_unused=True)
+                               for some in (ours_value, value))  # fmt: skip
+        for one, other in zip(gradients, expected, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                assert_close(one, other, rtol=1e-8, atol=1e-10)
