@@ -218,7 +218,7 @@ def test_the_numbers_are_those_of_a_cpu(name):
         with as_on_a_gpu() if results else pytest.MonkeyPatch.context():
             torch.manual_seed(0)
             made = {**options(CASES[name])}
-            made["optimization"] = apd.Optimization(20, lr=1e-2, unit_norm=made["optimization"].unit_norm)
+            made["optimization"] = apd.Optimization(8, lr=1e-2, unit_norm=made["optimization"].unit_norm)
             results.append(
                 apd.decompose(
                     model(),
