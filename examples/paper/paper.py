@@ -279,7 +279,6 @@ SYSTEMS = {
         k=1.0,
         lr=5e-3,
         seeds=3,
-        steps=3000,  # after 2000 one of three targets still has two pairs of features
         reference="100 features, some components hold two",
         goal="≥ 98 of 100; scrubbed ≤ 1.5, anti-scrubbed ≥ 10 times the sparse loss",
     ),
