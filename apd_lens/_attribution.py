@@ -144,9 +144,12 @@ class GradientAttribution:
         return pushforward(watched)
 
     def is_exact(self, watched: WatchedPass, components: ParameterComponents, granularity: Granularity) -> bool:
-        """Whether attributions on this pass are exact, and not estimated from random projections of the output."""
+        """Whether attributions on this pass are exact, and not estimated from random projections of the output.
+
+        With "auto" they stay so where the Jacobian of the pass was kept, by seeds that were attributed together."""
         return (
             are_exact(watched.output, self.projections)
+            or (self.projections == "auto" and watched.jacobians is not None)
             or self.pushforward(watched, components, granularity) is not None
         )
 

@@ -168,11 +168,12 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def readings_of_batch(batch: Batch, where: str) -> list[Reading]:
-    """How many values of each floating-point input are NaN or infinite."""
+    """How many values of each floating-point input are NaN or infinite; −inf in an `attention_mask` is none of them."""
+    mask = arguments(batch)[1].get("attention_mask")
 
     def reading(index: int, value: Tensor) -> Reading:
         return Reading(
-            count_not_finite(value),
+            count_not_finite(value.masked_fill(value == -torch.inf, 0) if value is mask else value),
             lambda count: (
                 f"{where}: input tensor {index} of the batch (shape {tuple(value.shape)}) holds {count:.0f} values "
                 "that are NaN or infinite. Nothing was computed from it."

@@ -230,7 +230,8 @@ def _reached(output: Tensor, ys: set[_Edge], without: _Edge | None = None) -> tu
 def _is_linear(node: Node, ys: set[_Edge]) -> bool:
     if node.name() not in _PRODUCTS:
         return node.name() in _MOVES or node.name() in _SUMS
-    return any(_is_constant(factor, ys) for factor, _ in node.next_functions[-2:])
+    # The right factor: a constant on the left would mix examples, or differ between them.
+    return _is_constant(node.next_functions[-1][0], ys)
 
 
 def _is_constant(node: Node | None, ys: set[_Edge]) -> bool:

@@ -48,12 +48,29 @@ class Pushforward:
         return bool((came - expected).abs() <= torch.finfo(self.v.dtype).eps ** 0.25 * expected.sqrt())
 
 
+def _has_functions_of_others(output: Tensor) -> bool:
+    """Whether a torch.autograd.Function is behind the output: its backward may leave no graph without an error."""
+    todo, seen = [output.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        seen.add(node)
+        todo += [before for before, _ in node.next_functions]
+    return False
+
+
 def pushforward(watched: WatchedPass) -> Pushforward | None:
     """J of a pass, which is run again for it; None if an operation of the model cannot be differentiated twice."""
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention cannot
         again = watched.again(None, slice(None))
+    if _has_functions_of_others(again.output):
+        return None
     n_examples, *rest = again.output.shape
-    drawn = torch.randn(rest, generator=torch.Generator().manual_seed(0)).to(again.output)
+    device = again.output.device
+    drawn = torch.randn(rest, generator=torch.Generator(device).manual_seed(0), device=device).to(again.output)
     v = drawn.repeat(n_examples, *[1] * len(rest)).requires_grad_()
     ys = [call.y for call in again.calls]
     try:

@@ -28,9 +28,10 @@ class Optimization:
         init_scale: standard deviation of the factors at the start, over Xavier's. With many components their sum is
             much larger than the weights at 1; at 0.5 every component is a quarter of that.
         start: "random" draws all factors. With "matrices" component 0 starts as the whole first matrix, component 1 as
-            the second and so on, as far as their rank holds them, and each is nothing in the other matrices; the rest
-            are drawn. A matrix that serves every data point, such as a hidden identity, can then stay one component,
-            which is not found from random factors; one that does not is split by the moves.
+            the second and so on, as far as their rank holds them, and each is nothing in the other matrices, which
+            only moves can change; the rest are drawn. A matrix that serves every data point, such as a hidden identity,
+            can then stay one component, which is not found from random factors; one that does not is split by the
+            moves.
         unit_norm: keep every column A_c[:, i] of the input sides at norm 1. What the gradient has along a column is
             taken out before Adam's step, and the column is brought back to norm 1 after it. At the start and after
             moves its norm goes to the row B_c[i, :], so that P_c stays. A column of zeros has no direction, and stays.

@@ -149,13 +149,15 @@ def test_few_components_make_auto_exact():
         assert (came.attribution_error(x) == AttributionError(0.0, 1.0)) == is_exact
 
 
-def test_auto_is_the_same_for_several_seeds_at_once():
-    """Three components are few, and six are not; each seed is decomposed as it is alone."""
-    model, x = nn.Linear(6, 300), torch.randn(16, 6)
+@pytest.mark.parametrize(("n_outputs", "n_seeds"), [(300, 2), (200, 40)])
+def test_auto_is_the_same_for_several_seeds_at_once(n_outputs: int, n_seeds: int):
+    """Three components are few; those of all seeds are few beside 300 outputs, and many beside 200. Each seed is
+    decomposed as it is alone, with the same batch again and again."""
+    model, x = nn.Linear(6, n_outputs), torch.randn(16, 6)
     options = {"n_components": 3, "selection": apd.BatchTopK(1.0), "progress": False,
-               "optimization": apd.Optimization(steps=2)}  # fmt: skip
-    together = apd.decompose_seeds(model, [x], seeds=[0, 1], **options)
-    for seed, came in enumerate(together):
+               "optimization": apd.Optimization(steps=6)}  # fmt: skip
+    together = apd.decompose_seeds(model, [x], seeds=range(n_seeds), **options)
+    for seed, came in enumerate(together[:2]):
         alone = apd.decompose(model, [x], seed=seed, **options)
         assert_close(came.components.A["weight"], alone.components.A["weight"], rtol=1e-4, atol=1e-6)
 
@@ -186,22 +188,23 @@ class WithoutGraph(OnlyOnce):
 class Beside(nn.Module):
     """The operation is one of two ways from `first` to the output."""
 
-    def __init__(self, operation: Any):
+    def __init__(self, operation: Any, size: float):
         super().__init__()
-        self.first, self.last, self.operation = nn.Linear(4, 4), nn.Linear(4, 300), operation
+        self.first, self.last, self.operation, self.size = nn.Linear(4, 4), nn.Linear(4, 300), operation, size
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
-        return self.last(y.sigmoid() + 0.1 * self.operation(y))
+        return self.last(y.sigmoid() + self.size * self.operation(y))
 
 
 @pytest.mark.parametrize("operation", [OnlyOnce, WithoutGraph])
-def test_what_cannot_be_differentiated_twice_takes_the_other_products(operation):
+@pytest.mark.parametrize("size", [0.1, 0.003])
+def test_what_cannot_be_differentiated_twice_takes_the_other_products(operation, size: float):
     generator = torch.Generator().manual_seed(0)
     x, results = torch.randn(3, 4, generator=generator), {}
     for used in (torch.sin, operation.apply):
         torch.manual_seed(0)
-        decomposition = decomposition_of(Beside(used), n_components=3)
+        decomposition = decomposition_of(Beside(used, size), n_components=3)
         assert has_jvps(decomposition, x) == (used is torch.sin)
         results[used] = attributing(decomposition, "exact").attributions(x)
         auto = attributing(decomposition, "auto")

@@ -135,3 +135,17 @@ def test_padding_may_attend_to_others_and_stand_anywhere():
     assert torch.equal(real_positions(batch), attention_mask.bool())
     assert document_lengths(batch).tolist() == [[0, 3, 3, 3, 3, 0]]
     assert document_lengths({**batch, "attention_mask": attention_mask}) is None
+
+
+def test_minus_infinity_in_a_mask_is_no_error():
+    """The row without padding: where all scores are minus infinity, the host itself makes NaN of them."""
+    gpt2 = tiny_gpt2(attn_implementation="eager")
+    decomposition = decomposition_of(gpt2, "transformer.h.*", selection=apd.TopK(2, "position"))
+        tiny_gpt2(attn_implementation="eager"), "transformer.h.*", selection=apd.TopK(2, "position")
+    )
+    finite = {name: value[:1] for name, value in packed().items()}
+    infinite = finite | {"attention_mask": torch.where(finite["attention_mask"] == 0, 0.0, -torch.inf)}
+    assert_close(decomposition.attributions(infinite), decomposition.attributions(finite), rtol=1e-4, atol=1e-5)
+    nan = finite | {"attention_mask": torch.full_like(finite["attention_mask"], torch.nan)}
+    with pytest.raises(apd.NonFinite, match="input tensor 1 of the batch"):
+        decomposition.attributions(nan)
