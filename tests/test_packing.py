@@ -141,8 +141,6 @@ def test_minus_infinity_in_a_mask_is_no_error():
     """The row without padding: where all scores are minus infinity, the host itself makes NaN of them."""
     gpt2 = tiny_gpt2(attn_implementation="eager")
     decomposition = decomposition_of(gpt2, "transformer.h.*", selection=apd.TopK(2, "position"))
-        tiny_gpt2(attn_implementation="eager"), "transformer.h.*", selection=apd.TopK(2, "position")
-    )
     finite = {name: value[:1] for name, value in packed().items()}
     infinite = finite | {"attention_mask": torch.where(finite["attention_mask"] == 0, 0.0, -torch.inf)}
     assert_close(decomposition.attributions(infinite), decomposition.attributions(finite), rtol=1e-4, atol=1e-5)
