@@ -139,19 +139,6 @@ def initial_components(
 
 
 @torch.no_grad()
-def start_with_matrices(components: ParameterComponents, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
-    """Component l becomes the whole l-th matrix, or its best approximation of its rank, and nothing in the others."""
-    for number, (name, weight) in enumerate(weights.items()):
-        for factor in components.parameters():
-            factor[number] = 0.0
-        A, B = components.A[name][number], components.B[name][number]
-        U, singular_values, Vh = torch.linalg.svd(weight, full_matrices=False)
-        m = min(A.shape[1], len(singular_values))
-        root = singular_values[:m].sqrt()
-        A[:, :m], B[:m] = U[:, :m] * root, root[:, None] * Vh[:m]
-
-
-@torch.no_grad()
 def normalize_columns(
     components: ParameterComponents, keep_products: bool = True, unless: Float[Tensor, ""] | None = None
 ) -> None:

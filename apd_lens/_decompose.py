@@ -22,7 +22,6 @@ from apd_lens._components import (
     initial_components,
     normalize_columns,
     remove_parallel_gradients,
-    start_with_matrices,
 )
 from apd_lens._decomposition import Decomposition
 from apd_lens._division_moves import DivisionMoves, make_division_moves, start_as_a_whole
@@ -36,7 +35,7 @@ from apd_lens._losses import (
     path_mask,
     weight_losses,
 )
-from apd_lens._moves import make_splits
+from apd_lens._moves import make_splits, start_with_matrices
 from apd_lens._padding import padded, without_padding
 from apd_lens._passes import (
     OutputFn,

@@ -245,6 +245,15 @@ def refactor(
     B[component, :m] = root[:, None] * (Vh[:m] @ Q_right.mT)
 
 
+@torch.no_grad()
+def start_with_matrices(components: ParameterComponents, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
+    """Component l becomes the whole l-th matrix, or its best approximation of its rank, and nothing in the others."""
+    for number, (name, weight) in enumerate(weights.items()):
+        for factor in components.parameters():
+            factor[number] = 0.0
+        refactor(components.A[name], components.B[name], number, weight, torch.eye(weight.shape[1]).to(weight))
+
+
 def _forget_moments(state: Mapping[str, Any], touched: list[int]) -> None:
     for value in state.values():
         if isinstance(value, Tensor) and value.ndim > 0:
