@@ -11,7 +11,7 @@ Integrated gradients do that on a path of weights; ablations run the model witho
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import einsum, rearrange
@@ -22,7 +22,14 @@ from apd_lens._checks import check_fields
 from apd_lens._components import ParameterComponents
 from apd_lens._errors import InvalidSetting, ShapeMismatch
 from apd_lens._finite import on_gpu
-from apd_lens._jacobian import Cotangents, Jacobians, jacobians_in_parts, one_hot_cotangents, random_cotangents
+from apd_lens._jacobian import (
+    Cotangents,
+    Jacobians,
+    Part,
+    jacobians_in_parts,
+    one_hot_cotangents,
+    random_cotangents,
+)
 from apd_lens._jvp import Pushforward, pushforward
 from apd_lens._padding import zero_at_padding
 from apd_lens._passes import Call, WatchedPass, replace_weights, subtract_weights, subtract_weights_of_each
@@ -105,7 +112,7 @@ class GradientAttribution:
             total = None
             for jacobians in chunks:
                 effects = effects_of_calls(jacobians, part.calls, components, granularity, self.memory)
-                some = torch.cat([_squared(effect).sum(0) for effect in effects])
+                some = torch.cat([sum_of_squares(effect) for effect in effects])
                 total = some if total is None else total.add_(some)
             assert total is not None
             squares.append(mean_over_outputs(total / cotangents.scale, part))
@@ -228,9 +235,9 @@ def mean_over_outputs(
     return zero_at_padding(squares / n_outputs, None if watched.real is None else watched.real[examples])
 
 
-def _squared(effects: Tensor) -> Tensor:
-    """In place where nothing else needs them."""
-    return effects.square() if effects.requires_grad else effects.square_()
+def sum_of_squares(effects: Float[Tensor, "v *data C"]) -> Float[Tensor, "*data C"]:
+    """Over v; in place where nothing else needs the effects."""
+    return (effects.square() if effects.requires_grad else effects.square_()).sum(0)
 
 
 @dataclass(frozen=True)
@@ -297,7 +304,7 @@ class IntegratedGradients:
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "batch *pos C"]:
         cotangents = _cotangents(watched.output, self.projections, "rademacher", generator)
-        n_places = _positions(watched).numel() if granularity == "position" else 1
+        n_places = _positions(watched.calls).numel() if granularity == "position" else 1
         n_effects = 2 * n_places * components.n_components  # of one v and example, and what is added to them
         pairs_at_once = max(1, self.memory // (n_effects * watched.output.element_size()))
         vs_at_once = min(cotangents.count, pairs_at_once)
@@ -375,7 +382,7 @@ class AblationAttribution:
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "batch *pos C"]:
         n_examples, n_components = len(watched.output), components.n_components
-        positions = _positions(watched) if granularity == "position" else torch.Size()
+        positions = _positions(watched.calls) if granularity == "position" else torch.Size()
         n_at_once = max(1, self.memory // watched.bytes_per_example())
         examples_at_once = min(n_examples, n_at_once)
         replicates = n_at_once // examples_at_once
@@ -405,25 +412,21 @@ def _slices(length: int, at_once: int) -> list[slice]:
     return [slice(first, min(first + at_once, length)) for first in range(0, length, at_once)]
 
 
-def _positions(watched: WatchedPass) -> torch.Size:
+def _positions(calls: Sequence[Call]) -> torch.Size:
     """The position axes of all calls.
 
     Raises:
         ShapeMismatch: they differ.
     """
-    first, *others = watched.calls
+    first, *others = calls
     for call in others:
-        _check_same_positions(call, call.y.shape[1:-1], first.y.shape[1:-1])
+        if call.y.shape[1:-1] != first.y.shape[1:-1]:
+            raise ShapeMismatch(
+                f"With positions as data points every decomposed matrix must be used on the same positions, but "
+                f"{call.use.matrix} was used on {tuple(call.y.shape[:-1])} (batch *pos) and the ones before it on "
+                f"{tuple(first.y.shape[:-1])}. Decompose them separately, or use granularity='example'."
+            )
     return first.y.shape[1:-1]
-
-
-def _check_same_positions(call: Call, positions: torch.Size, before: torch.Size) -> None:
-    if positions != before:
-        raise ShapeMismatch(
-            f"With positions as data points every decomposed matrix must be used on the same positions, but "
-            f"{call.use.matrix} was used on {tuple(positions)} (batch *pos) and the ones before it on "
-            f"{tuple(before)}. Decompose them separately, or use granularity='example'."
-        )
 
 
 Attribution = GradientAttribution | ActivationAttribution | IntegratedGradients | AblationAttribution
@@ -455,7 +458,7 @@ def metric_gradients(watched: WatchedPass, metric: Callable[[Tensor], Tensor]) -
         scalars = metric_scalars(metric, watched.output)
     ys = [call.y for call in watched.calls]
     gradients = torch.autograd.grad(scalars, ys, torch.ones_like(scalars), allow_unused=True)
-    return [None if gradient is None else gradient[None] for gradient in gradients]
+    return Jacobians.whole([None if gradient is None else gradient[None] for gradient in gradients])
 
 
 def metric_scalars(
@@ -499,51 +502,106 @@ def effects_of_calls(
     memory: int,
 ) -> Iterator[Float[Tensor, "v data *pos C"]]:
     """Σ_l Σ_uses <∂(v · f)/∂y_l , x_l P_c,l> for every v, in chunks of examples whose temporaries fit into `memory`."""
-    used = [(jacobian, call) for jacobian, call in zip(jacobians, calls, strict=True) if jacobian is not None]
+    used = [(parts, call) for parts, call in zip(jacobians.of_calls, calls, strict=True) if parts]
     if not used:
         raise ShapeMismatch(
             "The output does not depend on any of the decomposed matrices, so there is nothing to attribute. Check "
             "output= and weights=."
         )
-    numbers = max(_numbers_per_example(jacobian, call, components) for jacobian, call in used)
+    if granularity == "position":
+        _positions([call for _, call in used])
+    inner_of = [_inner_activations_of_some(call, components, memory) for _, call in used]
+    terms = _terms([(parts, call.y, components.factors(call.use)[1]) for parts, call in used])
     factor = next(components.parameters())
     itemsize = torch.finfo(factor.dtype).bits // 8
+    numbers = max(term.numbers_per_example() for term in terms)
     chunk = max(1, memory // (numbers * itemsize))
     if not on_gpu(factor.device):
         chunk = min(chunk, max(_FEWEST_EXAMPLES, _CACHE // (numbers * itemsize)))
-    effects = [_effects_of_call(jacobian, call, components, granularity, memory) for jacobian, call in used]
+    slopes = None if jacobians.slopes is None else jacobians.slopes.to(factor.dtype)
     n_examples = len(used[0][1].x)
     for first in range(0, n_examples, chunk):
         examples, total = slice(first, first + chunk), None
-        for effect_of, (_, call) in zip(effects, used, strict=True):
-            effect = effect_of(examples)
-            if total is not None:
-                _check_same_positions(call, effect.shape[1:-1], total.shape[1:-1])
-            total = effect if total is None else total.add_(effect)
+        inner = [of_call(examples) for of_call in inner_of]
+        for term in terms:
+            effects = term([inner[call] for call in term.calls], examples, granularity)
+            total = effects if total is None else total.add_(effects)
         assert total is not None
+        if slopes is not None:
+            total.mul_(slopes[:, examples].reshape(len(total), -1, *[1] * (total.ndim - 2)))
         yield total
 
 
-def _effects_of_call(
-    jacobian: Float[Tensor, "v examples *pos d_out"],
-    call: Call,
-    components: ParameterComponents,
-    granularity: Granularity,
-    memory: int,
-) -> Callable[[slice], Float[Tensor, "v data *data_pos C"]]:
-    """For some examples, <∂(v · f)/∂y , x P_c> of one call."""
-    A, B = components.factors(call.use)
-    x, jacobian = call.x, jacobian.to(A.dtype)
+def _inner_activations_of_some(
+    call: Call, components: ParameterComponents, memory: int
+) -> Callable[[slice], Float[Tensor, "examples *pos C m"]]:
+    """Examples -> their x A; computed at once for all if it fits into `memory`."""
+    A, x = components.factors(call.use)[0], call.x
     positions = x.numel() // (A.shape[1] if x.is_floating_point() else 1)
-    whole = inner_activations_of_many(x, A) if 8 * positions * A.shape[0] * A.shape[2] <= memory else None
+    if 8 * positions * A.shape[0] * A.shape[2] > memory:
+        return lambda examples: inner_activations(x[examples], A)
+    whole = inner_activations_of_many(x, A)
+    return lambda examples: whole[examples]
 
-    def inner(examples: slice) -> Tensor:
-        return inner_activations(x[examples], A) if whole is None else whole[examples]
 
-    if jacobian.shape[1] < len(x):
-        pulled = einsum(jacobian[:, 0], B, "v ... d_out, C m d_out -> v ... C m")
-        return lambda examples: shared_effects(pulled, inner(examples), granularity)
-    return lambda examples: component_effects(jacobian[:, examples], inner(examples), B, granularity)
+@dataclass(frozen=True, eq=False)
+class _Term:
+    """A sum of effects over calls whose gradients are a common factor, or are all the same for all examples.
+
+    The calls' A and B stand side by side, as if they were components of a higher rank.
+
+    Attributes:
+        calls: which.
+        B: of all of them; times what the common factor goes through.
+        values: the common factor; None where there is J Bᵀ in the place of B, which is the same for all examples.
+    """
+
+    calls: Sequence[int]
+    B: Float[Tensor, "C m d"] | Float[Tensor, "v *pos C m"]
+    values: Float[Tensor, "v examples *pos d"] | None
+
+    def __call__(
+        self, inner: Sequence[Float[Tensor, "examples *pos C m_of_call"]], examples: slice, granularity: Granularity
+    ) -> Float[Tensor, "v examples *data_pos C"]:
+        side_by_side = inner[0] if len(inner) == 1 else torch.cat(list(inner), -1)
+        if self.values is None:
+            return shared_effects(self.B, side_by_side, granularity)
+        return component_effects(self.values[:, examples], side_by_side, self.B, granularity)
+
+    def numbers_per_example(self) -> int:
+        """How many numbers the temporaries of one example hold, about."""
+        if self.values is None:
+            n_cotangents, *positions, n_components, m = self.B.shape
+            return torch.Size(positions).numel() * 2 * n_components * (m + n_cotangents)
+        (n_cotangents, _, *positions, d), (n_components, m, _) = self.values.shape, self.B.shape
+        per_position = 2 * n_components * (m + n_cotangents)
+        if _pulls_back(n_cotangents, m):
+            per_position += 2 * n_cotangents * n_components * m
+        else:
+            per_position += 2 * n_components * d + n_cotangents * d
+        return torch.Size(positions).numel() * per_position
+
+
+def _terms(used: Sequence[tuple[Sequence[Part], Tensor, Tensor]]) -> list[_Term]:
+    """The parts of the gradients of several calls, each with y and B, taken together where they have much in common."""
+    together: dict[Any, list[tuple[int, Tensor]]] = {}
+    common: dict[Any, Tensor] = {}
+    for call, (parts, y, B) in enumerate(used):
+        for values, through in parts:
+            if values.shape[1] < len(y):
+                pulled = einsum(values[:, 0].to(B.dtype), B, "v ... d_out, C m d_out -> v ... C m")
+                together.setdefault(y.shape[1:-1], []).append((call, pulled))
+            else:
+                common[id(values)] = values.to(B.dtype)
+                B_through = B if through is None else B @ through.to(B.dtype).mT
+                together.setdefault(id(values), []).append((call, B_through))
+    terms = []
+    for key, items in together.items():
+        values = common.get(key)
+        of_calls = [B for _, B in items]
+        stacked = of_calls[0] if len(items) == 1 else torch.cat(of_calls, -1 if values is None else 1)
+        terms.append(_Term([call for call, _ in items], stacked, values))
+    return terms
 
 
 def component_effects(
@@ -585,17 +643,3 @@ def shared_effects(
 
 def _pulls_back(n_cotangents: int, rank: int) -> bool:
     return n_cotangents == 1 or rank == 1
-
-
-def _numbers_per_example(jacobian: Tensor, call: Call, components: ParameterComponents) -> int:
-    """How many numbers the temporaries of one example hold, about."""
-    A, B = components.factors(call.use)
-    (n_components, d_in, m), d_out, n_cotangents = A.shape, B.shape[-1], len(jacobian)
-    positions = call.x[0].numel() // (d_in if call.x.is_floating_point() else 1)
-    per_position = 2 * n_components * m + 2 * n_cotangents * n_components
-    if jacobian.shape[1] == len(call.x):
-        if _pulls_back(n_cotangents, m):
-            per_position += 2 * n_cotangents * n_components * m
-        else:
-            per_position += 2 * n_components * d_out + n_cotangents * d_out
-    return positions * per_position

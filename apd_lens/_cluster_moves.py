@@ -28,6 +28,8 @@ _FREE = 0.1
 # Contributions smaller than this share of a component's largest one have no say in what directions it writes.
 _SMALL = 0.2
 _FEWEST_DATA_POINTS = 8
+# Of the split. Each data point of a cluster has other mechanisms on as well, which it is not to be split by.
+_RIDGE = 0.1
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def make_cluster_moves(
         if not free or moves.split_below <= -1:
             break
         split = plan_cluster_split(components, weights, old, active[:, old], inputs, moves)
-        if split is not None and split_component(components, replace(split, new=free[0]), inputs):
+        if split is not None and split_component(components, replace(split, new=free[0]), inputs, _RIDGE):
             touched |= {old, free.pop(0)}
             n_moves += 1
     if moves.residual and free:

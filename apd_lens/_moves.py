@@ -24,6 +24,7 @@ from apd_lens._target import Use
 # Of a clean split, in which each part does all for its data points, the shares done add up to 2; of one direction that
 # is cut in two they add up to 1.
 _MIN_SEPARATION = 1.2
+# Of a data point's mean square.
 _RIDGE = 1e-3
 
 
@@ -151,7 +152,9 @@ def plan_splits(attributions: Float[Tensor, "data C"], alike: Float[Tensor, " da
     return splits
 
 
-def split_component(components: ParameterComponents, split: Split, inputs: Sequence[tuple[Use, Tensor]]) -> bool:
+def split_component(
+    components: ParameterComponents, split: Split, inputs: Sequence[tuple[Use, Tensor]], ridge: float = _RIDGE
+) -> bool:
     """Makes one split, unless it would cut through what is one thing.
 
     In every matrix the new component gets, on top of what it had, the part of P_old that acts on the given data points
@@ -159,6 +162,7 @@ def split_component(components: ParameterComponents, split: Split, inputs: Seque
 
     Args:
         inputs: of every matrix a use, and its x `data *pos d_in` (or rows `data *pos`).
+        ridge: see `part_for`.
     """
     if not split.given.any() or not split.kept.any():
         return False
@@ -166,7 +170,7 @@ def split_component(components: ParameterComponents, split: Split, inputs: Seque
     for use, x in inputs:
         A, B = components.factors(use)
         whole = A[split.old]
-        part = part_for(whole, x[split.given], x[split.kept])
+        part = part_for(whole, x[split.given], x[split.kept], ridge)
         done = _share_done(part, whole, B[split.old], x[split.given])
         left = _share_done(whole - part, whole, B[split.old], x[split.kept])
         parts.append(part)
@@ -185,10 +189,15 @@ def part_for(
     A: Float[Tensor, "d_in m"],
     given: Float[Tensor, "given *pos d_in"] | Int[Tensor, "given *pos"],
     kept: Float[Tensor, "kept *pos d_in"] | Int[Tensor, "kept *pos"],
+    ridge: float = _RIDGE,
 ) -> Float[Tensor, "d_in m"]:
     """Π A with the Π that comes nearest to x Π = x on given inputs and x Π = 0 on kept ones, by ridge regression.
 
-    Π = (XᵀX + λ)⁻¹ Xᵀ D X, X all inputs, D = 1 for given and 0 for kept, λ small beside X. For lookups, X one-hot.
+    Π = (XᵀX + λ)⁻¹ Xᵀ D X, X all inputs, D = 1 for given and 0 for kept. For lookups, X one-hot.
+
+    Args:
+        ridge: λ, as a share of a data point's mean square. Much less than the data points of one mechanism have in
+            common, and more than what only one of them has, if that is not to decide where it goes.
     """
     if not given.is_floating_point():
         n_given, n_kept = (torch.bincount(rows.flatten(), minlength=len(A)).to(A.dtype) for rows in (given, kept))
@@ -196,10 +205,10 @@ def part_for(
     given, kept = given.flatten(0, -2).to(A.dtype), kept.flatten(0, -2).to(A.dtype)
     X = torch.cat([given, kept])
     wanted = torch.cat([given @ A, torch.zeros_like(kept @ A)])  # D X A
-    ridge = _RIDGE * X.square().sum() / X.shape[1] + torch.finfo(A.dtype).tiny
+    added = ridge * X.square().sum() / len(X) + torch.finfo(A.dtype).tiny
     if len(X) < X.shape[1]:  # (XᵀX + λ)⁻¹ Xᵀ = Xᵀ (XXᵀ + λ)⁻¹
-        return X.mT @ torch.linalg.solve(X @ X.mT + ridge * torch.eye(len(X)).to(X), wanted)
-    return torch.linalg.solve(X.mT @ X + ridge * torch.eye(X.shape[1]).to(X), X.mT @ wanted)
+        return X.mT @ torch.linalg.solve(X @ X.mT + added * torch.eye(len(X)).to(X), wanted)
+    return torch.linalg.solve(X.mT @ X + added * torch.eye(X.shape[1]).to(X), X.mT @ wanted)
 
 
 def _share_done(part: Tensor, whole: Tensor, B: Tensor, x: Tensor) -> float:

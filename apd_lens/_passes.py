@@ -101,7 +101,7 @@ class WatchedPass:
         before_others: x of the uses of all other matrices, in the graph.
         hidden: activations of the named submodules, without a graph.
         run: what was run.
-        jacobians: ∂output/∂y of every call, once they were computed and if they were few enough to keep.
+        jacobians: ∂output/∂y of every call (`Jacobians`), once computed and if few enough to keep.
         spent: whether the graph was freed.
     """
 
@@ -111,7 +111,7 @@ class WatchedPass:
     before_others: list[Tensor]
     hidden: dict[str, Tensor]
     run: Run
-    jacobians: list[Tensor | None] | None = None
+    jacobians: Any = None
     spent: bool = False
 
     def bytes_per_example(self) -> int:

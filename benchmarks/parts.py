@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_step import CASES, Case
 
 import apd_lens as apd
-from apd_lens._attribution import effects_of_calls
+from apd_lens._attribution import effects_of_calls, sum_of_squares
 from apd_lens._decompose import _loss_terms
 from apd_lens._jacobian import jacobians_in_parts, one_hot_cotangents
 from apd_lens._passes import watched_pass
@@ -95,7 +95,7 @@ def step_in_parts(state: apd.State, batch: Tensor, meter: Meter) -> None:
                     effects = effects_of_calls(
                         jacobians, part.calls, components, settings.selection.granularity, memory
                     )
-                    return torch.cat([some.square_().sum(0) for some in effects])
+                    return torch.cat([sum_of_squares(some) for some in effects])
 
                 total = total + meter("attribution", squared)
             squares.append(total)

@@ -1,9 +1,11 @@
 """Attributions on models whose answer is known by hand, or by brute force."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 from toy_models import TMS, ResidualMLP, TinyGPT, decomposition_of, linear_of_known_parts
@@ -11,8 +13,9 @@ from toy_models import TMS, ResidualMLP, TinyGPT, decomposition_of, linear_of_kn
 import apd_lens as apd
 from apd_lens._attribution import component_effects
 from apd_lens._decomposition import Decomposition
-from apd_lens._jacobian import Readout, find_readout, readout_of_graph
-from apd_lens._passes import watched_pass
+from apd_lens._jacobian import jacobians_in_parts, one_hot_cotangents
+from apd_lens._passes import WatchedPass, watched_pass
+from apd_lens._readout import Readout, Stage, find_readout, in_front_of_nonlinearity, readout_of_graph
 from apd_lens._selection import AttributionError
 
 
@@ -119,8 +122,25 @@ class TwoMatrices(torch.nn.Module):
         return self.write(torch.relu(self.read(x)))
 
 
+class Branches(torch.nn.Module):
+    """What `aside` writes reaches the output through 3 neurons, and by another way, which is not linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.aside, self.read, self.write = torch.nn.Linear(5, 6), torch.nn.Linear(6, 3), torch.nn.Linear(3, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        r = self.aside(x)
+        return self.write(torch.relu(self.read(r))) + torch.sin(r)
+
+
 # Of an example, so that vector-Jacobian products are the fewer.
 MORE_THAN_OUTPUTS = 45
+
+
+def of_shared(shared: list[int], others: Sequence[int] = (), start: int | None = None) -> Readout:
+    """Calls whose gradient is the same for all examples, and the others, all of which come through one place."""
+    return Readout({call: {} for call in shared}, (Stage(tuple(others), start),) if others else ())
 
 
 def models() -> dict[str, tuple[torch.nn.Module, Tensor, str, Readout]]:
@@ -128,18 +148,31 @@ def models() -> dict[str, tuple[torch.nn.Module, Tensor, str, Readout]]:
     tms = TMS(7, 3)
     torch.nn.init.normal_(tms.linear1.weight)
     return {
-        "one matrix": (torch.nn.Linear(5, 3), torch.randn(6, 5), "*", Readout((True,), None)),
-        "two matrices": (TwoMatrices(), torch.randn(6, 5), "*", Readout((False, True), 0)),
-        "residual MLP": (ResidualMLP(7, 6, 5, 1), torch.randn(6, 7), "layers.*", Readout((False, True), 1)),
+        "one matrix": (torch.nn.Linear(5, 3), torch.randn(6, 5), "*", of_shared([0])),
+        "two matrices": (TwoMatrices(), torch.randn(6, 5), "*", of_shared([1], [0], 0)),
+        "residual MLP": (ResidualMLP(7, 6, 5, 1), torch.randn(6, 7), "layers.*", of_shared([1], [0], 1)),
         "two layers": (
             ResidualMLP(7, 6, 5, 2),
             torch.randn(6, 7),
             "layers.*",
-            Readout((False, False, False, True), 4),  # x of W_U
+            of_shared([3], [0, 1, 2], 4),  # x of W_U
         ),
-        "nothing linear": (tms, torch.randn(6, 7), "*", Readout((False, False), None)),
-        "positions": (Mixing(), torch.randn(3, 4, 3), "*", Readout((False, True), 0)),
-        "tokens": (TinyGPT(), torch.randint(11, (3, 4)), "*", Readout((False,) * 3 + (True,) * 2, 2)),
+        "three layers": (
+            ResidualMLP(7, 6, 5, 3),
+            torch.randn(6, 7),
+            "layers.*",
+            of_shared([5], [0, 1, 2, 3, 4], 6),  # x of W_U
+        ),
+        "branches": (Branches(), torch.randn(8, 5), "*", of_shared([2], [0, 1])),
+        "nothing linear": (tms, torch.randn(6, 7), "*", of_shared([], [0, 1])),
+        "positions": (Mixing(), torch.randn(3, 4, 3), "*", of_shared([1], [0], 0)),
+        "positions, then gelu": (
+            torch.nn.Sequential(Mixing(), torch.nn.GELU()),
+            torch.randn(3, 4, 3),
+            "*",
+            of_shared([], [0, 1]),
+        ),
+        "tokens": (TinyGPT(), torch.randint(11, (3, 4)), "*", of_shared([3, 4], [0, 1, 2], 2)),
     }
 
 
@@ -151,8 +184,87 @@ def test_readouts_are_found_and_change_nothing(name, granularity):
         model, weights, n_components=MORE_THAN_OUTPUTS, selection=apd.TopK(1, granularity=granularity)
     )
     watched = watched_pass(decomposition.target, decomposition.components.names, x, decomposition.output)
-    assert readout_of_graph(watched) == find_readout(watched) == expected
+    assert readout_of_graph(watched, watched.output) == find_readout(watched, watched.output) == expected
     assert_close(decomposition.attributions(x), by_brute_force(decomposition, x), rtol=1e-4, atol=1e-6)
+
+
+def watched_of(model: torch.nn.Module, x: Tensor, weights: str = "*") -> WatchedPass:
+    target = apd.wrap(model)
+    return watched_pass(target, target.match(weights), x, lambda output: output)
+
+
+def test_what_is_read_through_few_neurons_is_pulled_back_from_there():
+    """r of the first layer goes to the readout, and to the 5 neurons of the second, fewer than the 7 outputs."""
+    model = ResidualMLP(7, 6, 5, 2)
+    watched = watched_of(model, torch.randn(6, 7), "layers.*")
+    found = find_readout(watched, watched.output, 7)
+    assert [(stage.calls, stage.start, set(stage.maps)) for stage in found.stages] == [((2,), 3, set()), ((0,), 1, {2})]
+    assert {call: set(maps) for call, maps in found.affine.items()} == {1: {2}, 3: set()}
+    assert_close(found.affine[1][2], model.layers[1]["mlp_in"].weight)
+    first_out, second_in = model.layers[0]["mlp_out"].weight, model.layers[1]["mlp_in"].weight
+    assert_close(found.stages[1].maps[2], second_in @ first_out)
+
+
+@pytest.mark.parametrize(("n_cotangents", "n_examples"), [(5, 6), (7, 4)])
+def test_what_is_as_wide_as_the_outputs_or_the_batch_is_not_gone_through(n_cotangents: int, n_examples: int):
+    watched = watched_of(ResidualMLP(7, 6, 5, 2), torch.randn(n_examples, 7), "layers.*")
+    assert find_readout(watched, watched.output, n_cotangents) == of_shared([3], [0, 1, 2], 4)
+
+
+def test_of_three_layers_what_the_first_does_comes_through_the_residual_stream_between_the_others():
+    watched = watched_of(ResidualMLP(7, 6, 5, 3), torch.randn(6, 7), "layers.*")
+    found = find_readout(watched, watched.output, 7)
+    assert {call: set(maps) for call, maps in found.affine.items()} == {3: {4}, 5: set()}
+    assert [(stage.calls, stage.start, set(stage.maps)) for stage in found.stages] == [
+        ((4,), 5, set()), ((2,), 3, {4}), ((0, 1), 4, {4}),
+    ]  # fmt: skip
+
+
+def test_where_not_all_comes_through_known_places_all_comes_from_the_output():
+    watched = watched_of(Branches(), torch.randn(8, 5))
+    assert find_readout(watched, watched.output, 6) == of_shared([2], [0, 1])
+
+
+def by_autograd(watched: WatchedPass) -> list[Tensor]:
+    """∂f_o/∂y of every call, an output at a time."""
+    rows = [torch.autograd.grad(column.sum(), [call.y for call in watched.calls], retain_graph=True, allow_unused=True)
+            for column in watched.output.flatten(1).mT]  # fmt: skip
+    return [torch.stack(gradients) for gradients in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize("memory", [1, 5000, 2**29])
+@pytest.mark.parametrize("name", ["two layers", "three layers", "branches", "nothing linear", "positions, then gelu"])
+def test_gradients_in_parts_add_up(name: str, memory: int):
+    model, x, weights, _ = models()[name]
+    watched = watched_of(model, x, weights)
+    expected, calls = by_autograd(watched), range(len(watched.calls))
+    found: list[list[Tensor]] = [[] for _ in calls]
+    for part, chunks in jacobians_in_parts(watched, one_hot_cotangents(watched.output), memory):
+        whole = [jacobians.as_whole() for jacobians in chunks]
+        for call in calls:
+            of_part = torch.cat([gradients[call] for gradients in whole])
+            found[call].append(of_part.expand(-1, len(part.output), *of_part.shape[2:]))
+    for call in calls:
+        assert_close(torch.cat(found[call], 1), expected[call], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "nonlinearity",
+    [torch.relu, torch.tanh, torch.sigmoid, torch.exp, F.gelu, F.silu, F.softplus, F.elu, F.leaky_relu, F.hardtanh],
+)
+def test_slopes_of_the_last_nonlinearity(nonlinearity: Callable[[Tensor], Tensor]):
+    z = torch.randn(5, 2, 3, requires_grad=True)
+    found = in_front_of_nonlinearity(nonlinearity(z.clone()))
+    assert found is not None
+    expected = torch.autograd.functional.jacobian(nonlinearity, z.flatten()).diagonal()
+    assert_close(found[1], expected.view(5, 6).mT)
+
+
+@pytest.mark.parametrize(
+    "last", [lambda z: z.softmax(-1), lambda z: z.cumsum(-1), lambda z: z @ z.mT, lambda z: z * z, lambda z: z.detach()]
+)
+def test_what_is_not_elementwise_in_one_tensor_has_no_slopes(last: Callable[[Tensor], Tensor]):
+    assert in_front_of_nonlinearity(last(torch.randn(5, 3, requires_grad=True).clone())) is None
 
 
 def attributing(decomposition: Decomposition, **changes) -> Decomposition:

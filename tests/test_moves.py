@@ -46,10 +46,30 @@ def test_the_part_acts_on_the_given_inputs_and_not_on_the_kept():
 
 
 def test_both_forms_of_the_ridge_regression_agree():
-    """With few inputs it is solved in their number, with many in d_in; repeating all inputs changes nothing else."""
+    """With few inputs it is solved in their number, with many in d_in; all inputs nine times with nine times the ridge
+    are the same problem."""
     A, given, kept = torch.randn(8, 2), torch.randn(3, 8), torch.randn(2, 8)
-    few, many = part_for(A, given, kept), part_for(A, given.repeat(9, 1), kept.repeat(9, 1))
-    assert_close(few, many, rtol=1e-2, atol=1e-3)
+    few, many = part_for(A, given, kept), part_for(A, given.repeat(9, 1), kept.repeat(9, 1), 9e-3)
+    assert_close(few, many, rtol=1e-3, atol=1e-4)
+
+
+def test_with_a_ridge_what_is_on_by_chance_does_not_decide():
+    """Feature 0 is given away and 1 kept, on 25 data points each, in which the other 48 are on now and then. The part
+    does what the whole did for features 0 and 1; to the others it does less than the whole, or without a ridge more."""
+    to_others: dict[float, list[float]] = {0.1: [], 1e-6: []}
+    for _ in range(10):
+        A = 0.05 * torch.randn(50, 2)
+        A[:2] += torch.eye(2)
+        points = (torch.rand(2, 25, 50) < 0.02) * torch.rand(2, 25, 50)
+        points[:, :, :2] = torch.eye(2)[:, None] * (2 * torch.rand(2, 25, 1) - 1)
+        for ridge, ratios in to_others.items():
+            part = part_for(A, points[0], points[1], ridge)
+            ratios.append((part[2:].norm() / A[2:].norm()).item())
+            if ridge == 0.1:
+                assert (part[0] - A[0]).norm() < 0.05
+                assert part[1].norm() < 0.05
+    assert max(to_others[0.1]) < 0.6
+    assert max(to_others[1e-6]) > 1.5
 
 
 def test_the_part_of_a_lookup_is_the_rows_that_were_looked_up():

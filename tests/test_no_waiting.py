@@ -17,8 +17,8 @@ from toy_models import ResidualMLP
 
 import apd_lens as apd
 from apd_lens import _batches, _decompose, _jacobian, _product
-from apd_lens._jacobian import find_readout, readout_of_graph
 from apd_lens._passes import watched_pass
+from apd_lens._readout import find_readout, readout_of_graph
 
 ROOT = Path(__file__).parent.parent
 N_STEPS = 10
@@ -190,8 +190,11 @@ def test_no_pairwise_product_waits_on_a_gpu(way: str, monkeypatch):
 def test_what_waits_is_found():
     """The path for a CPU, where nothing needs to be waited for."""
     places = set.union(*waits_of_steps(CASES["a transformer, positions and KL"]))
-    assert {"_finite.raise_first: aten::_local_scalar_dense", "_jacobian.equal: aten::_local_scalar_dense"} <= places
-    assert "_jacobian.find_readout: randn" in places
+    assert {
+        "_finite.raise_first: aten::_local_scalar_dense",
+        "_readout._are_equal: aten::_local_scalar_dense",
+    } <= places
+    assert "_readout.find_readout: randn" in places
 
 
 def test_moves_wait_when_they_are_due_and_only_then():
@@ -372,15 +375,17 @@ class AllOpen(nn.Module):
 
 def shared_of(
     model: nn.Module, given: Tensor, find: Callable, weights: str = "*"
-) -> tuple[tuple[bool, ...], int | None]:
+) -> tuple[list[int], list[int | None]]:
+    """Calls whose gradient is the same for all examples, and where those of others come through."""
     target = apd.wrap(model)
-    found = find(watched_pass(target, target.match(weights), given, lambda output: output))
-    return found.shared, found.start
+    watched = watched_pass(target, target.match(weights), given, lambda output: output)
+    found = find(watched, watched.output)
+    return found.shared, [stage.start for stage in found.stages]
 
 
 def test_what_is_shared_on_one_batch_only_is_not_shared_in_the_graph():
-    assert shared_of(AllOpen(), batch(0), find_readout) == ((True, True), None)
-    assert shared_of(AllOpen(), batch(0), readout_of_graph) == ((False, True), 0)
+    assert shared_of(AllOpen(), batch(0), find_readout) == ([0, 1], [])
+    assert shared_of(AllOpen(), batch(0), readout_of_graph) == ([1], [0])
 
 
 class Bilinear(nn.Module):
@@ -404,7 +409,7 @@ class Bilinear(nn.Module):
 
 @pytest.mark.parametrize("way", ["square", "mixed", "scaled", "of each", "softmax"])
 def test_what_is_not_linear_is_not_shared(way: str):
-    assert shared_of(Bilinear(way), batch(0), readout_of_graph)[0] == (False, False)
+    assert shared_of(Bilinear(way), batch(0), readout_of_graph)[0] == []
 
 
 @pytest.mark.parametrize("weights", ["blocks.*", "*", "blocks.*.mlp.W_out"])

@@ -27,7 +27,7 @@ from apd_lens._batches import Batch, one_pass
 from apd_lens._components import ParameterComponents, column_squares
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting
-from apd_lens._jacobian import jacobians_in_parts
+from apd_lens._jacobian import Jacobians, jacobians_in_parts
 from apd_lens._passes import Call, WatchedPass
 from apd_lens._product import inner_activations
 from apd_lens._target import TargetModel, Units, evaluating
@@ -316,8 +316,9 @@ def _squared_attributions(
         with torch.no_grad():
             for part, chunks in parts:
                 for jacobians in chunks:
+                    gradients = jacobians.as_whole()
                     for name, of_matrix in units.items():
-                        chosen = [(j, c) for j, c in zip(jacobians, part.calls, strict=True) if c.use.matrix == name]
+                        chosen = [(j, c) for j, c in zip(gradients, part.calls, strict=True) if c.use.matrix == name]
                         if all(jacobian is None for jacobian, _ in chosen):
                             continue
                         total, of_units = _squares(
@@ -347,7 +348,7 @@ def _squares(
     memory: int,
 ) -> tuple[Float[Tensor, "examples *data_pos C"], Float[Tensor, "examples *data_pos C_and_units"] | None]:
     """Of the calls of one matrix: effects squared and summed over outputs; and those of each unit, `(C units)`."""
-    jacobians, calls = [jacobian for jacobian, _ in chosen], [call for _, call in chosen]
+    jacobians, calls = Jacobians.whole([jacobian for jacobian, _ in chosen]), [call for _, call in chosen]
     effects = torch.cat(list(effects_of_calls(jacobians, calls, components, granularity, memory)), 1)
     squares = effects.square_().sum(0)
     if units is None:

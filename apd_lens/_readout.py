@@ -1,0 +1,268 @@
+"""How the output depends on the decomposed matrices, as far as that saves backward passes.
+
+Where there are only linear maps between y of a call and the output, ∂f/∂y is the same for all examples. Where there
+are, besides, linear maps to y of later calls, it is a sum of products with their gradients, which may be much narrower:
+in a residual stream of width 1000, what a layer writes is read by the 25 neurons of the next one and by the readout.
+And where the last thing that happens is a nonlinearity of each output on its own, all that is linear in front of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from apd_lens._passes import WatchedPass
+
+# Gradients count as the same for all examples if they differ by no more than so many roundings.
+_ROUNDINGS = 64
+
+# Operations, as autograd calls their backward, that only move numbers, each to one place, or change their dtype;
+_MOVES = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "Alias", "Clone", "Permute", "ReshapeAlias", "Squeeze", "T", "ToCopy", "Transpose", "UnsafeView", "Unsqueeze",
+        "View",
+    )
+)  # fmt: skip
+_SUMS = frozenset({"AddBackward0", "AddBackward1", "SubBackward0"})
+_PRODUCTS = frozenset({"AddmmBackward0", "MmBackward0"})
+# and those of one tensor, each number of which has to do with one number of the result alone.
+_ELEMENTWISE = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "Elu", "Exp", "Gelu", "Hardtanh", "LeakyRelu", "Relu", "Sigmoid", "Silu", "Softplus", "Tanh",
+    )
+)  # fmt: skip
+
+# ∂y_b/∂t of a tensor t, `d_b d_t`, for later calls b.
+Maps = Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Calls whose gradients are pulled back together, from a place that all of them come through.
+
+    Attributes:
+        calls: which.
+        start: index (into `inputs`) of the x that is this place; None for the output.
+        maps: of that x, on which the gradient there depends as `Readout` says.
+    """
+
+    calls: tuple[int, ...]
+    start: int | None = None
+    maps: Maps = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How gradients are found without a backward pass through all of the target for each of them.
+
+    Attributes:
+        affine: calls with ∂(v · f)/∂y = S(v) + Σ_b ∂(v · f)/∂y_b M_b, S being the same for all examples: the M_b, by b.
+            Without any the gradient itself is the same for all.
+        stages: the other calls, in the order in which their gradients are found; b is always of an earlier stage.
+    """
+
+    affine: Mapping[int, Maps]
+    stages: tuple[Stage, ...]
+
+    @property
+    def shared(self) -> list[int]:
+        """Calls whose gradient is the same for all examples."""
+        return [call for call, maps in self.affine.items() if not maps]
+
+
+def unknown_readout(watched: WatchedPass) -> Readout:
+    """All gradients come from the output."""
+    return Readout({}, (Stage(tuple(range(len(watched.calls)))),))
+
+
+def inputs(watched: WatchedPass) -> list[Tensor]:
+    """Every x that a matrix multiplies and that depends on a decomposed one, in the order of the calls."""
+    xs = [call.x_in_graph for call in watched.calls] + watched.before_others
+    return [x for x in xs if x.requires_grad and len(x) == len(watched.output)]
+
+
+def in_front_of_nonlinearity(
+    output: Float[Tensor, "batch *pos n_outputs"],
+) -> tuple[GradientEdge, Float[Tensor, "outputs batch"]] | None:
+    """z and ∂f_o/∂z_o, if f_o = σ(z_o) for each output alone; None if no such operation comes last."""
+    node = output.grad_fn
+    if node is None or node.name() not in _ELEMENTWISE:
+        return None
+    before, number = node.next_functions[0]
+    if before is None:
+        return None
+    z = GradientEdge(before, number)
+    (slopes,) = torch.autograd.grad(output, z, torch.ones_like(output), retain_graph=True)
+    return z, slopes.flatten(1).mT
+
+
+def find_readout(watched: WatchedPass, root: Tensor | GradientEdge, n_cotangents: int = 0) -> Readout:
+    """Probes the pass with one random v, pulled back from `root`, the output or what stands for it.
+
+    ∂f/∂y is the same for all examples if vᵀ ∂f/∂y is. An x is a start if that holds for it too, and gradients of y are
+    what comes through it. When those of some y_b are known, what came through them is subtracted from all others, and
+    it is looked again.
+
+    Args:
+        n_cotangents: y_b that are as wide save nothing.
+    """
+    ys, xs = [call.y for call in watched.calls], inputs(watched)
+    v = torch.randn(watched.output.shape[1:], generator=torch.Generator().manual_seed(0)).to(watched.output)
+    gradients = _gradients(root, v.expand_as(watched.output), [*ys, *xs])
+    full = {index: gradient for index, gradient in enumerate(gradients) if gradient is not None}
+    rest, maps = dict(full), {index: dict[int, Tensor]() for index in full}
+    calls = [index for index in full if index < len(ys)]
+    through: dict[int, list[int]] = {}  # x -> y all of whose gradient comes through it
+
+    def is_affine(index: int) -> bool:
+        """Whether ∂f/∂t, less what came through known y_b, is the same for all examples."""
+        return _are_equal(rest[index], rest[index][:1], full[index])
+
+    def through_x(index: int) -> list[int]:
+        if index not in through:
+            at_ys = _gradients(xs[index - len(ys)], full[index], [ys[call] for call in calls])
+            through[index] = [
+                call
+                for call, at_y in zip(calls, at_ys, strict=True)
+                if at_y is not None and _are_equal(full[call], at_y, full[call])
+            ]
+        return through[index]
+
+    stages, affine, left = list[Stage](), dict[int, Maps](), calls
+    while True:
+        affine |= {call: maps[call] for call in left if is_affine(call)}
+        left = [call for call in left if call not in affine]
+        places = [index for index in full if index >= len(ys) and (maps[index] or not stages) and is_affine(index)]
+        found = ((index, [call for call in left if call in through_x(index)]) for index in places)
+        start, here = next(((index, here) for index, here in found if here), (None, []))
+        if start is None:
+            break
+        stages.append(Stage(tuple(here), start - len(ys), maps[start]))
+        left = [call for call in left if call not in here]
+        for b in here:
+            if left and ys[b].ndim == 2 and ys[b].shape[1] < n_cotangents and len(ys[b]) >= ys[b].shape[1]:
+                others = [index for index in full if index in left or index >= len(ys)]
+                _subtract_what_came_through(b, [*ys, *xs], others, full, rest, maps)
+    if not left:
+        return Readout(affine, tuple(stages))
+    # All others in one go: what comes from further back comes through what was in a stage again.
+    own = [call for call in calls if call not in affine]
+    places = (index for index in full if index >= len(ys) and not maps[index] and is_affine(index))
+    start = next((index - len(ys) for index in places if set(own) <= set(through_x(index))), None)
+    return Readout(affine, (Stage(tuple(own), start),))
+
+
+def _subtract_what_came_through(
+    b: int,
+    tensors: Sequence[Tensor],
+    others: Sequence[int],
+    full: Mapping[int, Tensor],
+    rest: dict[int, Tensor],
+    maps: Mapping[int, dict[int, Tensor]],
+) -> None:
+    """Takes the gradient at y_b times M_b from the `rest` of others, if they are as wide, and notes M_b in `maps`."""
+    y = tensors[b]
+    wide = [index for index in others if tensors[index].ndim == 2 and tensors[index].shape[1] >= y.shape[1]]
+    found = spread_over_examples(y, y, torch.eye(y.shape[1]).to(y), [tensors[index] for index in wide])
+    for index, M in zip(wide, found, strict=True):
+        if M is not None:
+            maps[index][b] = M[:, 0]
+            rest[index] = rest[index] - full[b] @ M[:, 0]
+
+
+def _gradients(root: Tensor | GradientEdge, at_root: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(root, tensors, at_root, retain_graph=True, allow_unused=True)
+
+
+def _are_equal(some: Tensor, others: Tensor, scale: Tensor) -> bool:
+    """Whether two gradients are, but for roundings of numbers as large as the largest of a third."""
+    # Also for bfloat16, where equal rows come out equal, and 64 roundings would be a half.
+    tolerance = _ROUNDINGS * min(torch.finfo(some.dtype).eps, torch.finfo(torch.float32).eps)
+    return bool((some - others).abs().max() <= tolerance * scale.abs().max())
+
+
+def spread_over_examples(
+    root: Tensor | GradientEdge,
+    like: Tensor,
+    vs: Float[Tensor, "v *pos n_outputs"],
+    tensors: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Gradients `v 1 *rest` of v · root, as they are for the first examples: each example is given another v, and when
+    there are more v than examples, the first one starts again. None where the root does not depend on a tensor.
+
+    Args:
+        like: of the root's shape, `examples *pos n_outputs`.
+    """
+    parts = []
+    for some in vs.split(len(like)) if tensors else ():
+        each = like.new_zeros(like.shape)
+        each[: len(some)] = some
+        gradients = torch.autograd.grad(root, tensors, each, retain_graph=True, allow_unused=True)
+        parts.append([None if gradient is None else gradient[: len(some), None] for gradient in gradients])
+    return [None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+def readout_of_graph(watched: WatchedPass, root: Tensor | GradientEdge, n_cotangents: int = 0) -> Readout:
+    """What `find_readout` finds, as far as the autograd graph says it without a look at any number: no device is waited
+    for.
+
+    ∂f/∂y is the same for all examples if only additions, products with constant matrices, and what moves numbers are
+    on all ways from y to the output. What is not known to be one of these counts as not linear.
+    """
+    ys, xs = [_edge(call.y) for call in watched.calls], [_edge(x) for x in inputs(watched)]
+    linear, others = _reached(_edge(root), set(ys))
+    is_shared = linear - others
+    affine = {call: {} for call, y in enumerate(ys) if y in is_shared}
+    own = tuple(call for call, y in enumerate(ys) if y in others)
+    if not own:
+        return Readout(affine, ())
+    for index, x in enumerate(xs):
+        if x in is_shared and not {ys[call] for call in own} & set().union(*_reached(_edge(root), set(ys), without=x)):
+            return Readout(affine, (Stage(own, index),))
+    return Readout(affine, (Stage(own),))
+
+
+_Edge = tuple[Node, int]
+
+
+def _edge(place: Tensor | GradientEdge) -> _Edge:
+    """Where autograd takes the gradient of a tensor from: an operation, and which of its results."""
+    edge = get_gradient_edge(place) if isinstance(place, Tensor) else place
+    return edge.node, edge.output_nr
+
+
+def _reached(root: _Edge, ys: set[_Edge], without: _Edge | None = None) -> tuple[set[_Edge], set[_Edge]]:
+    """All edges of the graph behind the root that are reached on linear ways, and those reached on others.
+
+    Args:
+        without: the edge that no way may go through.
+    """
+    reached: tuple[set[_Edge], set[_Edge]] = (set(), set())
+    todo = [(root, False)]
+    while todo:
+        edge, is_other = todo.pop()
+        if edge == without or edge in reached[is_other]:
+            continue
+        reached[is_other].add(edge)
+        is_other = is_other or not _is_linear(edge[0], ys)
+        todo += [((node, number), is_other) for node, number in edge[0].next_functions if node is not None]
+    return reached
+
+
+def _is_linear(node: Node, ys: set[_Edge]) -> bool:
+    if node.name() not in _PRODUCTS:
+        return node.name() in _MOVES or node.name() in _SUMS
+    # The right factor: a constant on the left would mix examples, or differ between them.
+    return _is_constant(node.next_functions[-1][0], ys)
+
+
+def _is_constant(node: Node | None, ys: set[_Edge]) -> bool:
+    """Whether nothing is behind a node but one tensor that is no y."""
+    while node is not None and node.name() in _MOVES:
+        node = node.next_functions[0][0]
+    return node is None or (not node.next_functions and (node, 0) not in ys)
