@@ -38,7 +38,8 @@ class ClusterMoves:
 
     Attributes:
         every: steps between moves.
-        until: share of the steps after which no more are made.
+        until: share of the steps after which no more are made. A component may still take another's mechanism when
+            simplicity decays and k grows; and what was moved needs steps to settle.
         noise: standard deviation of the noise added to the factors of all that were touched.
         merge_above: two components are merged if the cosine between them, in parameter space, is above this; 1 for
             no merges.
@@ -50,7 +51,7 @@ class ClusterMoves:
     """
 
     every: int = 100
-    until: float = 0.6
+    until: float = 0.75
     noise: float = 5e-3
     merge_above: float = 0.7
     split_below: float = 0.9
