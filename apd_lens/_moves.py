@@ -205,7 +205,8 @@ def part_for(
     given, kept = given.flatten(0, -2).to(A.dtype), kept.flatten(0, -2).to(A.dtype)
     X = torch.cat([given, kept])
     wanted = torch.cat([given @ A, torch.zeros_like(kept @ A)])  # D X A
-    added = ridge * X.square().sum() / len(X) + torch.finfo(A.dtype).tiny
+    n_points = X.any(1).sum().clamp_min(1)  # padding is zero
+    added = ridge * X.square().sum() / n_points + torch.finfo(A.dtype).tiny
     if len(X) < X.shape[1]:  # (XᵀX + λ)⁻¹ Xᵀ = Xᵀ (XXᵀ + λ)⁻¹
         return X.mT @ torch.linalg.solve(X @ X.mT + added * torch.eye(len(X)).to(X), wanted)
     return torch.linalg.solve(X.mT @ X + added * torch.eye(X.shape[1]).to(X), X.mT @ wanted)
