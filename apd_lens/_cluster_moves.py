@@ -46,6 +46,9 @@ class ClusterMoves:
         split_below: a component is split if what it writes falls into two clusters whose mean directions have a cosine
             below this; -1 for no splits.
         smallest: share of the data points that the smaller cluster must have.
+        separation: a component is split only if, in one matrix at least, the two parts do this much of what it did,
+            each for its own data points: 2 is all, for two directions that have nothing to do with each other; 1 is one
+            direction that is cut in two. What fills a plane, or more dimensions, is in between.
         residual: whether to add W − Σ_c P_c to a free component, so that it finds work. This alone, without splits
             and merges, revives few: what the others leave undone is little.
     """
@@ -56,6 +59,7 @@ class ClusterMoves:
     merge_above: float = 0.7
     split_below: float = 0.9
     smallest: float = 0.15
+    separation: float = 1.2
     residual: bool = True
 
     def __post_init__(self) -> None:
@@ -100,7 +104,9 @@ def make_cluster_moves(
         if not free or moves.split_below <= -1:
             break
         split = plan_cluster_split(components, weights, old, active[:, old], inputs, moves)
-        if split is not None and split_component(components, replace(split, new=free[0]), inputs, _RIDGE):
+        if split is not None and split_component(
+            components, replace(split, new=free[0]), inputs, _RIDGE, moves.separation
+        ):
             touched |= {old, free.pop(0)}
             n_moves += 1
     if moves.residual and free:

@@ -153,7 +153,11 @@ def plan_splits(attributions: Float[Tensor, "data C"], alike: Float[Tensor, " da
 
 
 def split_component(
-    components: ParameterComponents, split: Split, inputs: Sequence[tuple[Use, Tensor]], ridge: float = _RIDGE
+    components: ParameterComponents,
+    split: Split,
+    inputs: Sequence[tuple[Use, Tensor]],
+    ridge: float = _RIDGE,
+    separation: float = _MIN_SEPARATION,
 ) -> bool:
     """Makes one split, unless it would cut through what is one thing.
 
@@ -163,10 +167,12 @@ def split_component(
     Args:
         inputs: of every matrix a use, and its x `data *pos d_in` (or rows `data *pos`).
         ridge: see `part_for`.
+        separation: how clean it must be in one matrix at least: the shares of what the whole component did that the two
+            parts do for their data points, added up. 2 where nothing is lost.
     """
     if not split.given.any() or not split.kept.any():
         return False
-    parts, separation = [], []
+    parts, separations = [], []
     for use, x in inputs:
         A, B = components.factors(use)
         whole = A[split.old]
@@ -174,8 +180,8 @@ def split_component(
         done = _share_done(part, whole, B[split.old], x[split.given])
         left = _share_done(whole - part, whole, B[split.old], x[split.kept])
         parts.append(part)
-        separation.append(done + left)
-    if max(separation) < _MIN_SEPARATION:
+        separations.append(done + left)
+    if max(separations) < separation:
         return False
     for part, (use, _) in zip(parts, inputs, strict=True):
         A, B = components.factors(use)

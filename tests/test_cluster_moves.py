@@ -1,5 +1,7 @@
 """Cluster moves on components whose right split, twin or missing part is known."""
 
+from dataclasses import replace
+
 import outside
 import pytest
 import torch
@@ -68,6 +70,22 @@ def test_a_component_that_writes_in_one_direction_is_left():
     made, parts = moved(state, x, mask, QUIET)
     assert made == 0
     assert torch.equal(parts, before)
+
+
+@pytest.mark.parametrize(("separation", "n_splits"), [(1.2, 1), (1.8, 0)])
+def test_what_fills_a_plane_is_split_unless_splits_must_be_clean(separation: float, n_splits: int):
+    """Features 0 and 1 are always on together, by amounts that have nothing to do with each other."""
+    state = state_of([diagonal(1, 1, 0, 0), diagonal(0, 0, 0, 0)])
+    x = torch.cat([torch.rand(200, 2), torch.zeros(200, 2)], 1)
+    mask = torch.tensor([[True, False]] * 200)
+    moves = replace(QUIET, separation=separation)
+    assert moved(state, x, mask, moves)[0] == n_splits
+
+
+def test_two_directions_are_split_even_if_splits_must_be_clean():
+    state = state_of([diagonal(1, 2, 0, 0), diagonal(0, 0, 0, 0)])
+    mask = torch.tensor([[True, False]] * 20)
+    assert moved(state, one_hot_inputs(*[0, 1] * 10), mask, replace(QUIET, separation=1.8))[0] == 1
 
 
 def test_twins_are_merged_and_one_is_free():
