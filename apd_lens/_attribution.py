@@ -548,7 +548,7 @@ def _inner_activations_of_some(
 class _Term:
     """A sum of effects over calls whose gradients are a common factor, or are all the same for all examples.
 
-    The calls' A and B stand side by side, as if they were components of a higher rank.
+    The calls' A and B stand side by side, as if they were components of a higher rank; `inner` is x A of each.
 
     Attributes:
         calls: which.
@@ -561,7 +561,7 @@ class _Term:
     values: Float[Tensor, "v examples *pos d"] | None
 
     def __call__(
-        self, inner: Sequence[Float[Tensor, "examples *pos C m_of_call"]], examples: slice, granularity: Granularity
+        self, inner: Sequence[Tensor], examples: slice, granularity: Granularity
     ) -> Float[Tensor, "v examples *data_pos C"]:
         side_by_side = inner[0] if len(inner) == 1 else torch.cat(list(inner), -1)
         if self.values is None:
