@@ -120,20 +120,21 @@ def jacobians_in_parts(
     if watched.jacobians is not None and cotangents.exact:
         yield watched, iter([watched.jacobians])
         return
+    root, slopes = _root(watched, cotangents)
     readout = unknown_readout(watched)
     if cotangents.count > 2 and len(watched.output) > 1:
         find = readout_of_graph if on_gpu(watched.output.device) else find_readout
-        readout = find(watched, _root(watched, cotangents)[0], cotangents.count)
+        readout = find(watched, root, cotangents.count)
     n_examples = len(watched.output)
     bytes_per_example = cotangents.count * _bytes_per_cotangent(watched, readout) / n_examples
     examples_at_once = max(1, int(memory / bytes_per_example)) if bytes_per_example else n_examples
     if examples_at_once >= n_examples:
-        yield watched, _chunks(watched, readout, cotangents, memory)
+        yield watched, _chunks(watched, root, slopes, readout, cotangents, memory)
         return
     watched.spent = True  # what is left of its graph is not worth keeping
     for first in range(0, n_examples, examples_at_once):
         part = watched.again(None, slice(first, first + examples_at_once))
-        yield part, _chunks(part, readout, cotangents, memory)
+        yield part, _chunks(part, *_root(part, cotangents), readout, cotangents, memory)
 
 
 def _root(watched: WatchedPass, cotangents: Cotangents) -> tuple[Tensor | GradientEdge, Tensor | None]:
@@ -142,9 +143,15 @@ def _root(watched: WatchedPass, cotangents: Cotangents) -> tuple[Tensor | Gradie
     return (watched.output, None) if found is None else found
 
 
-def _chunks(watched: WatchedPass, readout: Readout, cotangents: Cotangents, memory: int) -> Iterator[Jacobians]:
+def _chunks(
+    watched: WatchedPass,
+    root: Tensor | GradientEdge,
+    slopes: Tensor | None,
+    readout: Readout,
+    cotangents: Cotangents,
+    memory: int,
+) -> Iterator[Jacobians]:
     ys, xs, output = [call.y for call in watched.calls], inputs(watched), watched.output
-    root, slopes = _root(watched, cotangents)
     starts = [stage.start for stage in readout.stages if stage.start is not None]
     chunk = min(cotangents.count, max(1, int(memory / max(1, _bytes_per_cotangent(watched, readout)))))
     for first in range(0, cotangents.count, chunk):

@@ -69,11 +69,6 @@ class Readout:
     affine: Mapping[int, Maps]
     stages: tuple[Stage, ...]
 
-    @property
-    def shared(self) -> list[int]:
-        """Calls whose gradient is the same for all examples."""
-        return [call for call, maps in self.affine.items() if not maps]
-
 
 def unknown_readout(watched: WatchedPass) -> Readout:
     """All gradients come from the output."""

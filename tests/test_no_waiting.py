@@ -380,7 +380,8 @@ def shared_of(
     target = apd.wrap(model)
     watched = watched_pass(target, target.match(weights), given, lambda output: output)
     found = find(watched, watched.output)
-    return found.shared, [stage.start for stage in found.stages]
+    shared = [call for call, maps in found.affine.items() if not maps]
+    return shared, [stage.start for stage in found.stages]
 
 
 def test_what_is_shared_on_one_batch_only_is_not_shared_in_the_graph():
