@@ -124,7 +124,7 @@ def jacobians_in_parts(
     readout = unknown_readout(watched)
     if cotangents.count > 2 and len(watched.output) > 1:
         find = readout_of_graph if on_gpu(watched.output.device) else find_readout
-        readout = find(watched, root, cotangents.count)
+        readout = find(watched, root)
     n_examples = len(watched.output)
     bytes_per_example = cotangents.count * _bytes_per_cotangent(watched, readout) / n_examples
     examples_at_once = max(1, int(memory / bytes_per_example)) if bytes_per_example else n_examples

@@ -19,6 +19,10 @@ from apd_lens._passes import WatchedPass
 # Gradients count as the same for all examples if they differ by no more than so many roundings.
 _ROUNDINGS = 64
 
+# So many times narrower must y_b be than the gradients that are built from it, and than the batch is long: it takes a
+# product of M_b with every component, and saves one for every example.
+_NARROWER = 2
+
 # Operations, as autograd calls their backward, that only move numbers, each to one place, or change their dtype;
 _MOVES = frozenset(
     f"{name}Backward0"
@@ -96,15 +100,12 @@ def in_front_of_nonlinearity(
     return z, slopes.flatten(1).mT
 
 
-def find_readout(watched: WatchedPass, root: Tensor | GradientEdge, n_cotangents: int = 0) -> Readout:
+def find_readout(watched: WatchedPass, root: Tensor | GradientEdge) -> Readout:
     """Probes the pass with one random v, pulled back from `root`, the output or what stands for it.
 
     ∂f/∂y is the same for all examples if vᵀ ∂f/∂y is. An x is a start if that holds for it too, and gradients of y are
     what comes through it. When those of some y_b are known, what came through them is subtracted from all others, and
     it is looked again.
-
-    Args:
-        n_cotangents: y_b that are as wide save nothing.
     """
     ys, xs = [call.y for call in watched.calls], inputs(watched)
     v = torch.randn(watched.output.shape[1:], generator=torch.Generator().manual_seed(0)).to(watched.output)
@@ -140,7 +141,8 @@ def find_readout(watched: WatchedPass, root: Tensor | GradientEdge, n_cotangents
         stages.append(Stage(tuple(here), start - len(ys), maps[start]))
         left = [call for call in left if call not in here]
         for b in here:
-            if left and ys[b].ndim == 2 and ys[b].shape[1] < n_cotangents and len(ys[b]) >= ys[b].shape[1]:
+            widest = max((ys[call].shape[-1] for call in left), default=0)
+            if ys[b].ndim == 2 and _NARROWER * ys[b].shape[1] <= min(widest, len(ys[b])):
                 others = [index for index in full if index in left or index >= len(ys)]
                 _subtract_what_came_through(b, [*ys, *xs], others, full, rest, maps)
     if not left:
@@ -202,7 +204,7 @@ def spread_over_examples(
     return [None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-def readout_of_graph(watched: WatchedPass, root: Tensor | GradientEdge, n_cotangents: int = 0) -> Readout:
+def readout_of_graph(watched: WatchedPass, root: Tensor | GradientEdge) -> Readout:
     """What `find_readout` finds, as far as the autograd graph says it without a look at any number: no device is waited
     for.
 

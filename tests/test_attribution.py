@@ -194,10 +194,10 @@ def watched_of(model: torch.nn.Module, x: Tensor, weights: str = "*") -> Watched
 
 
 def test_what_is_read_through_few_neurons_is_pulled_back_from_there():
-    """r of the first layer goes to the readout, and to the 5 neurons of the second, fewer than the 7 outputs."""
-    model = ResidualMLP(7, 6, 5, 2)
-    watched = watched_of(model, torch.randn(6, 7), "layers.*")
-    found = find_readout(watched, watched.output, 7)
+    """r of the first layer goes to the readout, and to the 5 neurons of the second."""
+    model = ResidualMLP(7, 12, 5, 2)
+    watched = watched_of(model, torch.randn(10, 7), "layers.*")
+    found = find_readout(watched, watched.output)
     assert [(stage.calls, stage.start, set(stage.maps)) for stage in found.stages] == [((2,), 3, set()), ((0,), 1, {2})]
     assert {call: set(maps) for call, maps in found.affine.items()} == {1: {2}, 3: set()}
     assert_close(found.affine[1][2], model.layers[1]["mlp_in"].weight)
@@ -205,15 +205,15 @@ def test_what_is_read_through_few_neurons_is_pulled_back_from_there():
     assert_close(found.stages[1].maps[2], second_in @ first_out)
 
 
-@pytest.mark.parametrize(("n_cotangents", "n_examples"), [(5, 6), (7, 4)])
-def test_what_is_as_wide_as_the_outputs_or_the_batch_is_not_gone_through(n_cotangents: int, n_examples: int):
-    watched = watched_of(ResidualMLP(7, 6, 5, 2), torch.randn(n_examples, 7), "layers.*")
-    assert find_readout(watched, watched.output, n_cotangents) == of_shared([3], [0, 1, 2], 4)
+@pytest.mark.parametrize(("d_embed", "n_examples"), [(9, 10), (12, 9)])
+def test_what_is_not_much_narrower_than_the_stream_or_the_batch_is_not_gone_through(d_embed: int, n_examples: int):
+    watched = watched_of(ResidualMLP(7, d_embed, 5, 2), torch.randn(n_examples, 7), "layers.*")
+    assert find_readout(watched, watched.output) == of_shared([3], [0, 1, 2], 4)
 
 
 def test_of_three_layers_what_the_first_does_comes_through_the_residual_stream_between_the_others():
-    watched = watched_of(ResidualMLP(7, 6, 5, 3), torch.randn(6, 7), "layers.*")
-    found = find_readout(watched, watched.output, 7)
+    watched = watched_of(ResidualMLP(7, 12, 5, 3), torch.randn(10, 7), "layers.*")
+    found = find_readout(watched, watched.output)
     assert {call: set(maps) for call, maps in found.affine.items()} == {3: {4}, 5: set()}
     assert [(stage.calls, stage.start, set(stage.maps)) for stage in found.stages] == [
         ((4,), 5, set()), ((2,), 3, {4}), ((0, 1), 4, {4}),
@@ -222,7 +222,7 @@ def test_of_three_layers_what_the_first_does_comes_through_the_residual_stream_b
 
 def test_where_not_all_comes_through_known_places_all_comes_from_the_output():
     watched = watched_of(Branches(), torch.randn(8, 5))
-    assert find_readout(watched, watched.output, 6) == of_shared([2], [0, 1])
+    assert find_readout(watched, watched.output) == of_shared([2], [0, 1])
 
 
 def by_autograd(watched: WatchedPass) -> list[Tensor]:
