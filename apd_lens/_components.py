@@ -1,7 +1,7 @@
 """Parameter components: vectors in parameter space that span all decomposed matrices, stored as low-rank factors."""
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from einops import einsum, rearrange
@@ -19,20 +19,21 @@ class ParameterComponents(nn.Module):
     """C components P_c = {A_c,l @ B_c,l}, one pair of factors for each decomposed matrix l.
 
     A matrix that is tied has one pair of factors, and all its uses share it. Factors are float32, or float64 where
-    the matrix is.
+    the matrix is. The parameters are A_cᵀ and B_c: where a column of A_c is in one piece of memory, as a row of B_c is,
+    those of all components are one matrix, `(C m) d`, without a copy.
     """
 
     def __init__(self, A: Mapping[str, Float[Tensor, "..."]], B: Mapping[str, Float[Tensor, "..."]]):
         super().__init__()
         self.names: list[str] = list(A)
         # Lists, since the names of parameters must not hold a dot.
-        self._A = nn.ParameterList(A.values())
-        self._B = nn.ParameterList(B[name] for name in self.names)
+        self._A_transposed = nn.ParameterList(factor.mT.contiguous() for factor in A.values())
+        self._B = nn.ParameterList(B[name].contiguous() for name in self.names)
 
     @property
     def A(self) -> dict[str, Tensor]:
         """Name -> `C d_in m`, the side that reads x."""
-        return dict(zip(self.names, self._A, strict=True))
+        return {name: _transposed(factor) for name, factor in zip(self.names, self._A_transposed, strict=True)}
 
     @property
     def B(self) -> dict[str, Tensor]:
@@ -41,7 +42,7 @@ class ParameterComponents(nn.Module):
 
     @property
     def n_components(self) -> int:
-        return len(self._A[0])
+        return len(self._B[0])
 
     def component_weights(self, name: str) -> Float[Tensor, "C d_in d_out"]:
         """P_c of one matrix for every component, as full matrices."""
@@ -67,7 +68,8 @@ class ParameterComponents(nn.Module):
 
         (A B)ᵀ = Bᵀ Aᵀ for a transposed use.
         """
-        A, B = self.A[use.matrix], self.B[use.matrix]
+        number = self.names.index(use.matrix)
+        A, B = _transposed(self._A_transposed[number]), self._B[number]
         if use.transposed:
             A, B = B.mT, A.mT
         B = B[:, :, use.columns]
@@ -77,9 +79,38 @@ class ParameterComponents(nn.Module):
         return f"n_components={self.n_components}, matrices={self.names}"
 
 
-def sum_of_components(A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"]) -> Float[Tensor, "d_in d_out"]:
+def _transposed(factor: Float[Tensor, "C m d_in"]) -> Float[Tensor, "C d_in m"]:
+    return _Transposed.apply(factor) if factor.requires_grad and torch.is_grad_enabled() else factor.mT
+
+
+class _Transposed(torch.autograd.Function):
+    """A_cᵀ -> A_c. Its gradient is no view, since to a view autograd adds nothing in place."""
+
+    @staticmethod
+    def forward(factor: Tensor) -> Tensor:
+        return factor.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient.mT.detach()
+
+
+def sum_of_components(
+    A: Float[Tensor, "*seeds C d_in m"], B: Float[Tensor, "*seeds C m d_out"]
+) -> Float[Tensor, "*seeds d_in d_out"]:
     """Σ_c A_c B_c, without building the components one by one."""
-    return einsum(A, B, "C d_in m, C m d_out -> d_in d_out")
+    columns, rows = side_by_side(A, B)
+    return columns @ rows
+
+
+def side_by_side(
+    A: Float[Tensor, "*seeds C d_in m"], B: Float[Tensor, "*seeds C m d_out"]
+) -> tuple[Float[Tensor, "*seeds d_in C_m"], Float[Tensor, "*seeds C_m d_out"]]:
+    """The columns of all A_c, and the rows of all B_c, each as one matrix."""
+    return rearrange(A, "... C d_in m -> ... d_in (C m)"), rearrange(B, "... C m d_out -> ... (C m) d_out")
 
 
 def inner_products(
@@ -160,11 +191,11 @@ def normalize_columns(
 @torch.no_grad()
 def remove_parallel_gradients(components: ParameterComponents) -> None:
     """Takes out of the gradient of every column a = A_c[:, i] what points along it: g − a <a, g> / ‖a‖²."""
-    for A in components.A.values():
-        assert A.grad is not None
-        along = (A * A.grad).sum(1, keepdim=True)
-        squares = A.square().sum(1, keepdim=True)
-        A.grad.sub_(A * (along / squares.masked_fill(squares == 0, 1)))
+    for columns in components._A_transposed:
+        assert columns.grad is not None
+        along = (columns * columns.grad).sum(2, keepdim=True)
+        squares = columns.square().sum(2, keepdim=True)
+        columns.grad.sub_(columns * (along / squares.masked_fill(squares == 0, 1)))
 
 
 @torch.no_grad()

@@ -9,13 +9,12 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from apd_lens._checks import check_fields
+from apd_lens._components import side_by_side, sum_of_components
 from apd_lens._errors import InvalidSetting, ShapeMismatch
-from apd_lens._finite import on_gpu
 from apd_lens._padding import Real, without_padding
 from apd_lens._schedules import Schedule
 
@@ -169,7 +168,7 @@ def simplicity_loss(
         mask: s_c, or what has its place: A_c^p in the Lp form.
         floor: added to how often each component was active, as a share of the mean over components.
     """
-    return _simplicity(_squared_norms(A, -2), _squared_norms(B, -1), mask, p, floor)
+    return _simplicity(_squared_norms(A.mT), _squared_norms(B), mask, p, floor)
 
 
 def _simplicity(
@@ -193,9 +192,8 @@ def weight_losses(
     return rest.square().sum(), _simplicity(squares_A, squares_B, mask, p, floor)
 
 
-def _squared_norms(x: Float[Tensor, "*seeds C d_1 d_2"], dim: int) -> Float[Tensor, "*seeds C m"]:
-    blocks = x.split(max(1, 2**21 * len(x) // x.numel()))  # small enough for memory to be used again
-    return torch.cat([block.square().sum(dim) for block in blocks])
+def _squared_norms(vectors: Float[Tensor, "*seeds C m d"]) -> Float[Tensor, "*seeds C m"]:
+    return torch.linalg.vector_norm(vectors, dim=-1).square()
 
 
 class _RestAndSquaredNorms(torch.autograd.Function):
@@ -207,11 +205,7 @@ class _RestAndSquaredNorms(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if _one_by_one(weight, A) and A.ndim == 3:
-            rest = torch.addbmm(weight, A, B, alpha=-1)
-        else:
-            rest = weight - einsum(A, B, "... C d_in m, ... C m d_out -> ... d_in d_out")
-        return rest, _squared_norms(A, -2), _squared_norms(B, -1)
+        return weight - sum_of_components(A, B), _squared_norms(A.mT), _squared_norms(B)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -228,18 +222,10 @@ class _RestAndSquaredNorms(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         A, B = ctx.saved_tensors
         of_sum, of_squares_A, of_squares_B = -gradients[0], 2 * gradients[1], 2 * gradients[2]
-        if _one_by_one(of_sum, A):
-            for_A, for_B = of_sum[..., None, :, :] @ B.mT, A.mT @ of_sum[..., None, :, :]
-        else:
-            for_A = einsum(of_sum, B, "... d_in d_out, ... C m d_out -> ... C d_in m").contiguous()
-            for_B = einsum(A, of_sum, "... C d_in m, ... d_in d_out -> ... C m d_out")
+        columns, rows = side_by_side(A, B)
+        # In the layout of the parameters; and detached, since to a view autograd adds nothing in place.
+        for_A, for_B = (rows @ of_sum.mT).view_as(A.mT).mT.detach(), (columns.mT @ of_sum).view_as(B).detach()
         return None, for_A.addcmul_(of_squares_A[..., None, :], A), for_B.addcmul_(of_squares_B[..., None], B)
-
-
-def _one_by_one(weight: Tensor, A: Tensor) -> bool:
-    """Whether it is cheaper to multiply component by component, which takes no copy of the factors in another layout:
-    on a CPU whose cache holds the matrix, and with ranks that are large enough for a matrix product."""
-    return not on_gpu(A.device) and weight.numel() <= 2**16 and A.shape[-1] >= 16
 
 
 def lp_sparsity(attributions: Float[Tensor, "batch *pos C"], p: float) -> Float[Tensor, "batch *pos C"]:
