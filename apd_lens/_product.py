@@ -3,7 +3,7 @@
 x is `batch *pos d_in`, or integers `batch *pos` that pick rows (a one-hot x, never built).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,11 +19,12 @@ from apd_lens._finite import on_gpu
 Inputs = Float[Tensor, "batch *pos d_in"] | Int[Tensor, "batch *pos"]
 Mask = Float[Tensor, "examples *mask_pos C"] | Bool[Tensor, "examples *mask_pos C"]
 
-# What the parts of a masked product cost, forward and backward, in multiply-adds of a dense one: measured on a CPU by
-# benchmarks/sparse_product.py, which prints them. Constants, so that the same run takes the same way every time.
-_PER_WEIGHT = 27  # a number in the factors that a grouped product reads, and has a gradient for
-_PER_GATHERED = 30  # a number of x and y, for each active pair
-_PER_GROUP = 360_000  # a component
+# What the parts of a masked product cost, forward and backward, in multiply-adds of a dense one: chosen with what
+# benchmarks/sparse_product.py measures on a CPU. Constants, so that the same run takes the same way every time.
+_PER_WEIGHT = 15  # a number in the factors that a grouped or padded product reads, and has a gradient for
+_PER_GATHERED = 50  # a number of x and y, for each active pair
+_PER_GROUP = 700_000  # a component
+_PER_PADDED = 40  # a number of x and y in the groups, filled up to one length
 _PER_GATHERED_ROW = 70  # a number of x, y and the factors, for each active pair, where rank is one
 
 # Vectors that lie in so few dimensions are looked for.
@@ -46,7 +47,8 @@ def inner_activations_of_many(x: Inputs, A: Float[Tensor, "C d_in m"]) -> Float[
         found = in_few_dimensions(x)
         if found is not None:
             z, Q = found
-            return inner_activations(z, Q @ A)
+            of_basis = inner_activations(Q, A)
+            return (z @ of_basis.flatten(1)).unflatten(-1, of_basis.shape[1:])
     return inner_activations(x, A)
 
 
@@ -86,11 +88,13 @@ class ActivePairs:
         data_points: of every pair; the mask's examples, or positions of examples, in one row.
         components: of every pair.
         ends: for each component, where its pairs end.
+        most: number of pairs of the component that has the most; None on a GPU, which would have to be waited for.
     """
 
     data_points: Int[Tensor, " pairs"]
     components: Int[Tensor, " pairs"]
     ends: Int[Tensor, " C"]
+    most: int | None
 
 
 def active_pairs(mask: Bool[Tensor, "examples *mask_pos C"], n_active: int | None = None) -> ActivePairs:
@@ -101,7 +105,9 @@ def active_pairs(mask: Bool[Tensor, "examples *mask_pos C"], n_active: int | Non
     """
     by_component = mask.flatten(0, -2).mT
     found = by_component.nonzero() if n_active is None else torch.nonzero_static(by_component, size=n_active)
-    return ActivePairs(found[:, 1], found[:, 0], by_component.sum(1).cumsum(0).int())
+    numbers = by_component.sum(1)
+    most = None if on_gpu(mask.device) else int(numbers.max())
+    return ActivePairs(found[:, 1], found[:, 0], numbers.cumsum(0).int(), most)
 
 
 def masked_product(
@@ -134,19 +140,24 @@ def masked_product(
 
 def cheapest_way(
     n_rows: int, A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"], mask: Mask, active: ActivePairs
-) -> Literal["dense", "grouped", "gathered"]:
+) -> Literal["dense", "padded", "grouped", "gathered"]:
     """How to compute a masked product of `n_rows` rows of x, by what it is estimated to cost.
 
     dense: all components, then the mask. grouped: the rows of each component's data points together, one product a
-    component. gathered (rank one only): each pair's column of A and row of B are fetched, and there is no product.
+    component. padded: the same with all groups filled up to one length, as one batched product. gathered (rank one
+    only): each pair's column of A and row of B are fetched, and there is no product.
     """
     n_components, d_in, m = A.shape
     width = d_in + B.shape[-1]
-    n_pair_rows = len(active.components) * n_rows / mask[..., 0].numel()
+    rows_per_pair = n_rows / mask[..., 0].numel()
+    n_pair_rows, n_weights = len(active.components) * rows_per_pair, n_components * m * width
     costs = {
-        "dense": n_rows * n_components * m * width,
-        "grouped": n_components * (m * width * _PER_WEIGHT + _PER_GROUP) + n_pair_rows * width * (_PER_GATHERED + m),
+        "dense": n_rows * n_weights,
+        "grouped": n_weights * _PER_WEIGHT + n_components * _PER_GROUP + n_pair_rows * width * (_PER_GATHERED + m),
     }
+    if active.most is not None:
+        n_padded_rows = n_components * active.most * rows_per_pair
+        costs["padded"] = n_weights * _PER_WEIGHT + n_padded_rows * width * (_PER_PADDED + m)
     if m == 1:
         costs["gathered"] = n_pair_rows * width * _PER_GATHERED_ROW
     return min(costs, key=lambda way: costs[way])  # type: ignore[return-value]
@@ -158,36 +169,76 @@ def pairwise_product(
     B: Float[Tensor, "C m d_out"],
     mask: Mask,
     active: ActivePairs,
-    way: Literal["grouped", "gathered"],
+    way: Literal["padded", "grouped", "gathered"],
 ) -> Float[Tensor, "examples *pos d_out"]:
     """Σ x A_c B_c over the active pairs alone: gather rows of x, multiply, add up what belongs to one data point."""
     autocast = torch.is_autocast_enabled(A.device.type)
     dtype = torch.get_autocast_dtype(A.device.type) if autocast else A.dtype
     A, B = A.to(dtype), B.to(dtype)
     data_axes = mask.shape[:-1]
-    gathered = x.expand(*data_axes, *x.shape[len(data_axes) :]).flatten(0, len(data_axes) - 1)[active.data_points]
-    component = active.components.reshape(-1, *[1] * (gathered.ndim - 1))  # of `pairs *pos d_in`, or `pairs *pos`
-    if not x.is_floating_point():
-        inner = F.embedding(component * A.shape[1] + gathered, A.flatten(0, 1))
-    elif way == "gathered":
-        inner = (gathered.to(dtype) * F.embedding(component[..., 0], A[..., 0])).sum(-1, keepdim=True)
+    rows = x.expand(*data_axes, *x.shape[len(data_axes) :]).flatten(0, len(data_axes) - 1)[active.data_points]
+    factors = [A, B]
+    if x.is_floating_point():
+        rows = rows.to(dtype)
     else:
-        inner = _grouped(gathered.to(dtype), A, active)
+        rows, factors = _looked_up(rows, A, active), [B]
     if way == "gathered":
-        y = inner * F.embedding(component[..., 0] if x.is_floating_point() else component, B[:, 0])
+        y = _of_each_pair(rows, factors, active)
+    elif way == "padded":
+        y = _of_padded_groups(rows, factors, active)
     else:
-        y = _grouped(inner, B, active)
+        y = _of_each_group(rows, factors, active)
     total = y.new_zeros(data_axes.numel(), *y.shape[1:], dtype=torch.promote_types(dtype, torch.float32))
     return total.index_add(0, active.data_points, y.to(total.dtype)).to(dtype).unflatten(0, data_axes)
 
 
-def _grouped(
-    rows: Float[Tensor, "pairs *pos d_in"], factor: Float[Tensor, "C d_in d_out"], active: ActivePairs
+def _looked_up(
+    rows: Int[Tensor, "pairs *pos"], A: Float[Tensor, "C d_in m"], active: ActivePairs
+) -> Float[Tensor, "pairs *pos m"]:
+    """Rows of each pair's A, which need not be in one piece."""
+    n_components, d_in, m = A.shape
+    columns = torch.arange(n_components * m, device=A.device).view(-1, m)[active.components]
+    columns = columns.reshape(-1, *[1] * (rows.ndim - 1), m)
+    return F.embedding(columns * d_in + rows[..., None], A.mT.reshape(-1, 1))[..., 0]
+
+
+def _of_each_pair(
+    rows: Float[Tensor, "pairs *pos d_in"], factors: Sequence[Float[Tensor, "C _ _"]], active: ActivePairs
 ) -> Float[Tensor, "pairs *pos d_out"]:
-    """Each pair's rows times the factor of its component."""
+    """Each pair's rows times the factors of its component, whose rank is one; each is fetched, and there is no
+    product."""
+    component = active.components.reshape(-1, *[1] * (rows.ndim - 2))
+    *read, written = factors
+    for A in read:
+        rows = (rows * F.embedding(component, A[..., 0])).sum(-1, keepdim=True)
+    return rows * F.embedding(component, written[:, 0])
+
+
+def _of_padded_groups(
+    rows: Float[Tensor, "pairs *pos d_in"], factors: Sequence[Float[Tensor, "C _ _"]], active: ActivePairs
+) -> Float[Tensor, "pairs *pos d_out"]:
+    """Each pair's rows times the factors of its component; the groups, filled up to one length, as one batch."""
+    assert active.most is not None
+    n_components, *_ = factors[0].shape
+    padded = rows.new_zeros(n_components * max(1, active.most), *rows.shape[1:])
+    filler = torch.arange(n_components) * active.most - active.ends.roll(1).index_fill(0, torch.tensor([0]), 0)
+    places = torch.arange(len(rows)) + filler[active.components]
+    groups = padded.index_copy(0, places, rows).view(n_components, -1, rows.shape[-1])
+    for factor in factors:
+        # Either way gradients come out in the layout of the factor.
+        groups = (factor.mT @ groups.mT).mT if factor.mT.is_contiguous() else groups @ factor
+    return groups.reshape(*padded.shape[:-1], -1).index_select(0, places)
+
+
+def _of_each_group(
+    rows: Float[Tensor, "pairs *pos d_in"], factors: Sequence[Float[Tensor, "C _ _"]], active: ActivePairs
+) -> Float[Tensor, "pairs *pos d_out"]:
+    """Each pair's rows times the factors of its component, group by group."""
     flat = rows.flatten(0, -2)
-    rows_per_pair = len(flat) // len(rows) if len(rows) else 1
-    return _GroupedProduct.apply(flat, factor, active.ends * rows_per_pair).unflatten(0, rows.shape[:-1])
+    ends = active.ends * (len(flat) // len(rows) if len(rows) else 1)
+    for factor in factors:
+        flat = _GroupedProduct.apply(flat, factor, ends)
+    return flat.unflatten(0, rows.shape[:-1])
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -206,12 +257,14 @@ class _GroupedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, factor, ends = ctx.saved_tensors
-        for_rows, for_factor, _ = ctx.needs_input_grad
-        return (
-            _rows_by_factors(gradient, factor.mT, ends) if for_rows else None,
-            _rows_by_rows(rows, gradient, ends) if for_factor else None,
-            None,
-        )
+        needs_rows, needs_factor, _ = ctx.needs_input_grad
+        for_rows = _rows_by_factors(gradient, factor.mT, ends) if needs_rows else None
+        for_factor = None
+        if needs_factor and factor.mT.is_contiguous():  # the gradient in the same layout
+            for_factor = _rows_by_rows(gradient, rows, ends).mT.detach()
+        elif needs_factor:
+            for_factor = _rows_by_rows(rows, gradient, ends)
+        return for_rows, for_factor, None
 
 
 def _rows_by_factors(rows: Tensor, factor: Tensor, ends: Tensor) -> Float[Tensor, "rows d_out"]:

@@ -5,6 +5,8 @@ than the best one; then the model's constants as these times would have them.
 """
 
 import argparse
+from dataclasses import dataclass
+from itertools import product
 
 import torch
 from timing import median_seconds, save
@@ -17,6 +19,8 @@ from apd_lens._product import active_pairs, cheapest_way, pairwise_product
 # rows, C, d_in, m, d_out, k
 SHAPES = [
     (256, 130, 1000, 50, 50, 1.28),
+    (256, 130, 50, 50, 1000, 1.28),
+    (256, 200, 1000, 25, 25, 1.28),
     (2048, 130, 1000, 50, 50, 1.28),
     (2048, 130, 50, 50, 1000, 1.28),
     (2048, 200, 25, 25, 1000, 1.28),
@@ -29,37 +33,59 @@ SHAPES = [
 ]
 
 
-def times(shape: tuple[int, int, int, int, int, float], rounds: int) -> tuple[dict[str, float], str]:
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each way; how many active pairs the component that has most of them has; the way that is chosen."""
+
+    seconds: dict[str, float]
+    most: int
+    chosen: str
+
+
+def times(shape: tuple[int, int, int, int, int, float], skewed: bool, rounds: int) -> Times:
+    """Skewed: some components are active much more often than others."""
     n_rows, C, d_in, m, d_out, k = shape
     x = torch.randn(n_rows, d_in, requires_grad=True)
-    A, B = torch.randn(C, d_in, m, requires_grad=True), torch.randn(C, m, d_out, requires_grad=True)
-    chosen = torch.rand(n_rows, C).flatten().topk(int(k * n_rows)).indices
+    A, B = torch.randn(C, m, d_in).mT.requires_grad_(), torch.randn(C, m, d_out, requires_grad=True)
+    scores = torch.rand(n_rows, C) + (torch.rand(C) if skewed else 0)
+    chosen = scores.flatten().topk(int(k * n_rows)).indices
     mask = torch.zeros(n_rows * C, dtype=torch.bool).index_fill(0, chosen, True).view(n_rows, C)
     active, upstream = active_pairs(mask), torch.randn(n_rows, d_out)
 
-    def both_ways(product: Tensor) -> object:
-        return torch.autograd.grad(product, (x, A, B), upstream)
+    def both_ways(y: Tensor) -> object:
+        return torch.autograd.grad(y, (x, A, B), upstream)
 
     runs = {
         "dense": lambda: both_ways(apd.masked_product(x, A, B, mask)),
+        "padded": lambda: both_ways(pairwise_product(x, A, B, mask, active, "padded")),
         "grouped": lambda: both_ways(pairwise_product(x, A, B, mask, active, "grouped")),
     }
     if m == 1:
         runs["gathered"] = lambda: both_ways(pairwise_product(x, A, B, mask, active, "gathered"))
-    return {way: median_seconds(run, rounds) for way, run in runs.items()}, cheapest_way(n_rows, A, B, mask, active)
+    seconds = {way: median_seconds(run, rounds) for way, run in runs.items()}
+    return Times(seconds, active.most or 0, cheapest_way(n_rows, A, B, mask, active))
 
 
-def fitted_constants(rows: list[tuple[tuple, dict[str, float]]]) -> dict[str, float]:
+def fitted_constants(rows: list[tuple[tuple, Times]]) -> dict[str, float]:
     """The constants, in multiply-adds of the dense product, by least squares of relative errors."""
-    per_multiply_add = sorted(t["dense"] / (n * C * m * (i + o)) for (n, C, i, m, o, _), t in rows)[len(rows) // 2]
-    terms = torch.tensor([[C * m * (i + o), k * n * (i + o), C] for (n, C, i, m, o, k), _ in rows], dtype=torch.float64)
-    costs = torch.tensor(
-        [t["grouped"] / per_multiply_add - k * n * (i + o) * m for (n, C, i, m, o, k), t in rows], dtype=torch.float64
-    )
-    solution = torch.linalg.lstsq(terms / costs[:, None], torch.ones(len(rows), 1, dtype=torch.float64)).solution
-    fitted = dict(zip(("_PER_WEIGHT", "_PER_GATHERED", "_PER_GROUP"), solution[:, 0].tolist(), strict=True))
+    dense = sorted(t.seconds["dense"] / (n * C * m * (i + o)) for (n, C, i, m, o, _), t in rows)
+    per_multiply_add = dense[len(rows) // 2]
+    terms, costs = [], []
+    for (n, C, i, m, o, k), t in rows:
+        for way, n_rows in (("grouped", k * n), ("padded", C * t.most)):
+            numbers, grouped = n_rows * (i + o), way == "grouped"
+            terms.append([C * m * (i + o), numbers * grouped, C * grouped, numbers * (not grouped)])
+            costs.append(t.seconds[way] / per_multiply_add - numbers * m)
+    # A product that takes less than its multiply-adds would says nothing of what comes on top of them.
+    usable = [row for row, cost in enumerate(costs) if cost > 0]
+    of_terms, of_costs = (torch.tensor(each, dtype=torch.float64)[usable] for each in (terms, costs))
+    solution = torch.linalg.lstsq(of_terms / of_costs[:, None], torch.ones(len(usable), 1, dtype=torch.float64))
+    names = ("_PER_WEIGHT", "_PER_GATHERED", "_PER_GROUP", "_PER_PADDED")
+    fitted = dict(zip(names, solution.solution[:, 0].tolist(), strict=True))
     rank_one = [
-        t["gathered"] / per_multiply_add / (k * n * (i + o)) for (n, _, i, _, o, k), t in rows if "gathered" in t
+        t.seconds["gathered"] / per_multiply_add / (k * n * (i + o))
+        for (n, _, i, _, o, k), t in rows
+        if "gathered" in t.seconds
     ]
     return {**fitted, "_PER_GATHERED_ROW": sum(rank_one) / len(rank_one)}
 
@@ -69,19 +95,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     print(f"{torch.get_num_threads()} threads; forward and backward, ms")
-    print(f"{'rows':>6}{'C':>6}{'d_in':>6}{'m':>4}{'d_out':>6}{'k':>6}{'dense':>10}{'grouped':>10}{'gathered':>10}"
-          f"  chosen    over the best")  # fmt: skip
+    ways = ("dense", "padded", "grouped", "gathered")
+    print(f"{'rows':>6}{'C':>6}{'d_in':>6}{'m':>4}{'d_out':>6}{'k':>6}{'most':>6}"
+          + "".join(f"{way:>10}" for way in ways) + "  chosen    over the best")  # fmt: skip
     rows, results = [], []
-    for shape in SHAPES:
-        seconds, chosen = times(shape, arguments.rounds)
-        rows.append((shape, seconds))
-        shown = "".join(
-            f"{1000 * seconds[way]:10.1f}" if way in seconds else " " * 10 for way in ("dense", "grouped", "gathered")
-        )
+    for shape, skewed in product(SHAPES, (False, True)):
+        t = times(shape, skewed, arguments.rounds)
+        rows.append((shape, t))
+        shown = "".join(f"{1000 * t.seconds[way]:10.1f}" if way in t.seconds else " " * 10 for way in ways)
         n_rows, C, d_in, m, d_out, k = shape
-        over = seconds[chosen] / min(seconds.values())
-        print(f"{n_rows:6}{C:6}{d_in:6}{m:4}{d_out:6}{k:6.4g}{shown}  {chosen:9} {over:.2f}", flush=True)
-        results.append({"shape": shape, "seconds": seconds, "chosen": chosen})
+        over = t.seconds[t.chosen] / min(t.seconds.values())
+        print(f"{n_rows:6}{C:6}{d_in:6}{m:4}{d_out:6}{k:6.4g}{t.most:6}{shown}  {t.chosen:9} {over:.2f}", flush=True)
+        results.append({"shape": shape, "most": t.most, "seconds": t.seconds, "chosen": t.chosen})
     print("constants as these times would have them, beside those in use:")
     for name, value in fitted_constants(rows).items():
         print(f"{name:20}{value:12.0f}{getattr(_product, name):12.0f}")

@@ -24,7 +24,7 @@ def _kernel(request, monkeypatch):
     monkeypatch.setattr(_product, "_has_grouped_kernel", lambda rows: request.param and rows.dtype != torch.float64)
 
 
-WAYS = {1: ["grouped", "gathered"], 3: ["grouped"]}
+WAYS = {1: ["padded", "grouped", "gathered"], 3: ["padded", "grouped"]}
 TOLERANCE = {torch.float64: {"rtol": 0, "atol": 1e-12}, torch.float32: {"rtol": 1e-5, "atol": 1e-5}}
 
 
@@ -88,10 +88,11 @@ def test_autocast_pair_by_pair(rank, way):
             assert (ours.float() - expected).norm() < 0.02 * expected.norm()
 
 
-def test_nothing_active_at_all():
+@pytest.mark.parametrize("way", WAYS[3])
+def test_nothing_active_at_all(way):
     x, A, B = case(3, torch.float32)
     mask = torch.zeros(6, 9, dtype=torch.bool)
-    product = pairwise_product(x, A, B, mask, active_pairs(mask), "grouped")
+    product = pairwise_product(x, A, B, mask, active_pairs(mask), way)
     assert torch.equal(product, torch.zeros(6, 5))
 
 
@@ -104,18 +105,19 @@ def test_pairs_of_a_known_number_are_the_same():
 
 
 @pytest.mark.parametrize(
-    ("n_rows", "C", "d_in", "m", "d_out", "k", "way"),
+    ("n_rows", "C", "d_in", "m", "d_out", "k", "skew", "way"),
     [
-        (2048, 130, 1000, 50, 50, 1.28, "grouped"),
-        (2048, 130, 1000, 50, 50, 130, "dense"),  # everything is active
-        (64, 100, 256, 4, 48, 1, "dense"),  # so small that groups cost more than they save
-        (512, 512, 768, 1, 3072, 16, "dense"),
-        (512, 4096, 768, 1, 768, 16, "gathered"),
+        (256, 130, 1000, 50, 50, 1.28, 0, "padded"),
+        (256, 130, 1000, 50, 50, 1.28, 1, "grouped"),  # some components are active much more often than others
+        (2048, 130, 1000, 50, 50, 130, 0, "dense"),  # everything is active
+        (512, 512, 768, 1, 3072, 16, 0, "dense"),
+        (512, 4096, 768, 1, 768, 16, 0, "gathered"),
     ],
 )
-def test_the_cheapest_way(n_rows, C, d_in, m, d_out, k, way):
+def test_the_cheapest_way(n_rows, C, d_in, m, d_out, k, skew, way):
+    scores = torch.rand(n_rows, C) + skew * torch.rand(C)
     mask = torch.zeros(n_rows * C, dtype=torch.bool)
-    mask[torch.randperm(n_rows * C)[: int(k * n_rows)]] = True
+    mask[scores.flatten().topk(int(k * n_rows)).indices] = True
     mask = mask.view(n_rows, C)
     A, B = torch.empty(C, d_in, m), torch.empty(C, m, d_out)
     assert cheapest_way(n_rows, A, B, mask, active_pairs(mask)) == way
@@ -134,7 +136,7 @@ def test_a_context_takes_the_cheap_way_and_gives_the_same(monkeypatch):
         sparse = model(x)
     with decomposition.sparse(mask.float()):
         assert_close(sparse, model(x))
-    assert ways == ["grouped"]
+    assert ways == ["padded"]
 
 
 @pytest.mark.parametrize("dimensions", [100, 200])
