@@ -46,6 +46,9 @@ AUTO_PROJECTIONS = 8
 _CACHE = 2**22
 _FEWEST_EXAMPLES = 32
 
+# What it costs to write and read an inner activation, in multiply-adds.
+_PER_INNER = 60
+
 # Jacobian-vector products are taken where so many times as many vector-Jacobian products would have to be. One costs
 # about as much as the other (benchmarks/growth.py), but a linear readout and equal examples save some of the latter,
 # and before the former the target is run again.
@@ -510,8 +513,11 @@ def effects_of_calls(
         )
     if granularity == "position":
         _positions([call for _, call in used])
-    inner_of = [_inner_activations_of_some(call, components, memory) for _, call in used]
-    terms = _terms([(parts, call.y, components.factors(call.use)[1]) for parts, call in used])
+    terms = _terms([(parts, call, *components.factors(call.use)) for parts, call in used])
+    inner_of = {
+        number: _inner_activations_of_some(used[number][1], components, memory)
+        for number in sorted({number for term in terms for number in term.calls})
+    }
     factor = next(components.parameters())
     itemsize = torch.finfo(factor.dtype).bits // 8
     numbers = max(term.numbers_per_example() for term in terms)
@@ -522,9 +528,9 @@ def effects_of_calls(
     n_examples = len(used[0][1].x)
     for first in range(0, n_examples, chunk):
         examples, total = slice(first, first + chunk), None
-        inner = [of_call(examples) for of_call in inner_of]
+        inner = {number: of_call(examples) for number, of_call in inner_of.items()}
         for term in terms:
-            effects = term([inner[call] for call in term.calls], examples, granularity)
+            effects = term([inner[number] for number in term.calls], examples, granularity)
             total = effects if total is None else total.add_(effects)
         assert total is not None
         if slopes is not None:
@@ -582,26 +588,70 @@ class _Term:
         return torch.Size(positions).numel() * per_position
 
 
-def _terms(used: Sequence[tuple[Sequence[Part], Tensor, Tensor]]) -> list[_Term]:
-    """The parts of the gradients of several calls, each with y and B, taken together where they have much in common."""
+@dataclass(frozen=True, eq=False)
+class _OneMap:
+    """A sum of effects over calls whose gradients are the same for all examples, as one linear map: x (A B Jᵀ).
+
+    Attributes:
+        x: of all calls, side by side.
+        calls: whose x A are needed: none.
+    """
+
+    x: Float[Tensor, "examples d"]
+    map: Float[Tensor, "d v C"]
+    calls: Sequence[int] = ()
+
+    def __call__(
+        self, inner: Sequence[Tensor], examples: slice, granularity: Granularity
+    ) -> Float[Tensor, "v examples C"]:
+        effects = self.x[examples].to(self.map.dtype) @ self.map.flatten(1)
+        return effects.unflatten(1, self.map.shape[1:]).movedim(1, 0)
+
+    def numbers_per_example(self) -> int:
+        """How many numbers the temporaries of one example hold, about."""
+        return 2 * self.map[0].numel()
+
+
+# The factors of a call, with the parts of its gradient.
+_Used = tuple[Sequence[Part], Call, Tensor, Tensor]
+
+
+def _terms(used: Sequence[_Used]) -> list[_Term | _OneMap]:
+    """The parts of the gradients of several calls, taken together where they have much in common."""
     together: dict[Any, list[tuple[int, Tensor]]] = {}
     common: dict[Any, Tensor] = {}
-    for call, (parts, y, B) in enumerate(used):
+    for number, (parts, call, _, B) in enumerate(used):
         for values, through in parts:
-            if values.shape[1] < len(y):
+            if values.shape[1] < len(call.y):
                 pulled = einsum(values[:, 0].to(B.dtype), B, "v ... d_out, C m d_out -> v ... C m")
-                together.setdefault(y.shape[1:-1], []).append((call, pulled))
+                together.setdefault(call.y.shape[1:-1], []).append((number, pulled))
             else:
                 common[id(values)] = values.to(B.dtype)
                 B_through = B if through is None else B @ through.to(B.dtype).mT
-                together.setdefault(id(values), []).append((call, B_through))
+                together.setdefault(id(values), []).append((number, B_through))
     terms = []
     for key, items in together.items():
+        numbers, of_calls = [number for number, _ in items], [B for _, B in items]
         values = common.get(key)
-        of_calls = [B for _, B in items]
-        stacked = of_calls[0] if len(items) == 1 else torch.cat(of_calls, -1 if values is None else 1)
-        terms.append(_Term([call for call, _ in items], stacked, values))
+        if values is None and _is_cheaper_as_one_map([used[number] for number in numbers], len(of_calls[0])):
+            maps = [
+                einsum(used[number][2], pulled, "C d_in m, v C m -> d_in v C")
+                for number, pulled in zip(numbers, of_calls, strict=True)
+            ]
+            terms.append(_OneMap(torch.cat([used[number][1].x for number in numbers], 1), torch.cat(maps)))
+        else:
+            stacked = of_calls[0] if len(items) == 1 else torch.cat(of_calls, -1 if values is None else 1)
+            terms.append(_Term(numbers, stacked, values))
     return terms
+
+
+def _is_cheaper_as_one_map(used: Sequence[_Used], n_cotangents: int) -> bool:
+    """Whether it is cheaper to multiply x by A B Jᵀ than by A and then B Jᵀ, for an example and a component."""
+    if any(len(parts) > 1 or call.y.ndim > 2 or not call.x.is_floating_point() for parts, call, _, _ in used):
+        return False
+    at_once = sum(A.shape[1] * n_cotangents for _, _, A, _ in used)
+    one_by_one = sum(A.shape[2] * (A.shape[1] + n_cotangents + _PER_INNER) for _, _, A, _ in used)
+    return at_once <= one_by_one
 
 
 def component_effects(

@@ -1,5 +1,6 @@
 """Attributions on models whose answer is known by hand, or by brute force."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -11,6 +12,8 @@ from torch.testing import assert_close
 from toy_models import TMS, ResidualMLP, TinyGPT, decomposition_of, linear_of_known_parts
 
 import apd_lens as apd
+from apd_lens import _attribution
+from apd_lens._attribution import _OneMap as one_map
 from apd_lens._attribution import component_effects
 from apd_lens._decomposition import Decomposition
 from apd_lens._jacobian import jacobians_in_parts, one_hot_cotangents
@@ -186,6 +189,18 @@ def test_readouts_are_found_and_change_nothing(name, granularity):
     watched = watched_pass(decomposition.target, decomposition.components.names, x, decomposition.output)
     assert readout_of_graph(watched, watched.output) == find_readout(watched, watched.output) == expected
     assert_close(decomposition.attributions(x), by_brute_force(decomposition, x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("per_inner", [-math.inf, math.inf], ids=["one by one", "as one map"])
+@pytest.mark.parametrize("name", ["two matrices", "residual MLP", "two layers", "nothing linear", "positions"])
+def test_gradients_that_all_examples_share_are_multiplied_either_way(name, per_inner, monkeypatch):
+    monkeypatch.setattr(_attribution, "_PER_INNER", per_inner)
+    model, x, weights, _ = models()[name]
+    decomposition = decomposition_of(model, weights, n_components=MORE_THAN_OUTPUTS, selection=apd.TopK(1))
+    made = []
+    monkeypatch.setattr(_attribution, "_OneMap", lambda *args: made.append(args) or one_map(*args))
+    assert_close(decomposition.attributions(x), by_brute_force(decomposition, x), rtol=1e-4, atol=1e-6)
+    assert bool(made) == (per_inner > 0 and name != "positions")
 
 
 def watched_of(model: torch.nn.Module, x: Tensor, weights: str = "*") -> WatchedPass:
