@@ -20,6 +20,7 @@ from apd_lens._batches import call
 from apd_lens._passes import default_output, replace_weights, watched_pass
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}  # float32, the same sums in another order
+EQUAL = {"rtol": 1e-10, "atol": 1e-10}  # float64
 FINITE_DIFFERENCES = {"rtol": 1e-5, "atol": 1e-7}  # float64, central differences of step 1e-5
 
 
@@ -114,20 +115,23 @@ class AdapterContract:
                 assert_close(call_.y.detach() - without.y.detach(), product, **SAME)
 
     @pytest.mark.parametrize("fractional", [False, True], ids=["bool", "float"])
-    def test_sparse_is_weight_substitution_for_each_data_point(self, target: apd.TargetModel, fractional: bool):
+    def test_sparse_is_weight_substitution_for_each_data_point(self, fractional: bool):
+        """In float64: in float32 a layer norm of few dimensions can make either side's roundings large."""
+        torch.manual_seed(0)
+        target = apd.wrap(self.double_model())
         for weights in [*target.weights, "*"]:
             decomposition = self._decomposition(target, weights)
-            batch, n_examples = self.batch(4), 4
+            batch, n_examples = self._double(self.batch(4)), 4
             mask = torch.rand(n_examples, 5)
             mask = mask if fractional else mask < 0.5
             with decomposition.sparse(mask):
                 sparse = self._run(target, batch)
             for index in range(n_examples):
                 components = decomposition.components
-                summed = {name: components.summed(name, mask[index].float()) for name in components.names}
+                summed = {name: components.summed(name, mask[index].double()) for name in components.names}
                 with substituted(target, summed):
                     expected = self._run(target, self.example(batch, index))
-                assert_close(sparse[index : index + 1], expected, **SAME, msg=lambda text, w=weights: f"{w}: {text}")
+                assert_close(sparse[index : index + 1], expected, **EQUAL, msg=lambda text, w=weights: f"{w}: {text}")
 
     def test_a_position_is_run_on_its_own_mask(self, target: apd.TargetModel):
         """y of the first use at every position is that under the position's mask for the whole example."""
