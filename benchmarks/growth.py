@@ -1,8 +1,10 @@
-"""How the time of a training step grows: with C, rank, width, outputs, sequence length and number of matrices.
+"""How time and memory of a training step grow: with C, rank, width, outputs, sequence length and number of matrices.
 
 One thing at a time is changed on a residual MLP (100 features, width 500, 25 neurons a layer, batch 512, C = 100, rank
 8, k = 1) or, for the length of sequences and the size of a vocabulary, on a two-layer GPT-2 of width 128. Sparse: a
 forward and backward on the active components, beside the same with every component multiplied. Medians of rounds.
+Memory is the peak of a process of its own, above what it held before the first step; factors are not in it, their
+gradients and Adam's moments are.
 """
 
 import argparse
@@ -12,7 +14,7 @@ from functools import partial
 from unittest import mock
 
 import torch
-from timing import median_seconds, save
+from timing import median_seconds, peak_bytes, save
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import apd_lens as apd
@@ -56,8 +58,16 @@ def gpt2(
     return state, torch.randint(vocabulary, (4, length), generator=torch.Generator().manual_seed(0))
 
 
-def step_ms(state: apd.State, batch: torch.Tensor, rounds: int) -> float:
-    return 1000 * median_seconds(lambda: apd.step(state, batch.clone()), rounds)
+Made = tuple[apd.State, torch.Tensor]
+
+
+def stepper(make: Callable[[], Made]) -> Callable[[], object]:
+    state, batch = make()
+    return lambda: apd.step(state, batch.clone())  # another tensor, so that nothing is kept from the last step
+
+
+def step_ms_and_mb(make: Callable[[], Made], rounds: int) -> list[float]:
+    return [1000 * median_seconds(stepper(make), rounds), peak_bytes(partial(stepper, make)) / 1e6]
 
 
 def sparse_ms(state: apd.State, batch: torch.Tensor, rounds: int) -> tuple[float, float]:
@@ -106,16 +116,17 @@ def main() -> None:
 
     def by(name: str, attribution: apd.GradientAttribution | None = None) -> Callable[[int], list[float]]:
         def measure(value: int) -> list[float]:
-            state, batch = residual_mlp(**{name: value}, attribution=attribution)
-            return [step_ms(state, batch, rounds), *sparse_ms(state, batch, rounds)]
+            make = partial(residual_mlp, **{name: value}, attribution=attribution)
+            return [*step_ms_and_mb(make, rounds), *sparse_ms(*make(), rounds)]
 
         return measure
 
     def outputs(value: int) -> list[float]:
-        return [
-            step_ms(*residual_mlp(n_outputs=value, attribution=attribution), rounds)
+        exact, few = (
+            step_ms_and_mb(partial(residual_mlp, n_outputs=value, attribution=attribution), rounds)
             for attribution in (apd.GradientAttribution("exact"), estimated)
-        ]
+        )
+        return [*exact, *few]
 
     def length(value: int) -> list[float]:
         state, batch = gpt2(value)
@@ -123,20 +134,22 @@ def main() -> None:
         def bare() -> None:
             state.target.model(batch, labels=batch).loss.backward()
 
-        step, forward_backward = step_ms(state, batch, rounds), 1000 * median_seconds(bare, rounds)
-        return [step, forward_backward, step / forward_backward]
+        forward_backward = 1000 * median_seconds(bare, rounds)
+        step, memory = step_ms_and_mb(partial(gpt2, value), rounds)
+        return [step, memory, forward_backward, step / forward_backward]
 
-    columns = f"{'step':>12}{'sparse':>12}{'dense':>12}"
+    columns = f"{'step':>12}{'MB':>12}{'sparse':>12}{'dense':>12}"
     results = table("C", columns, (100, 400, 1600, 6400), by("n_components", estimated))
     results |= table("rank", columns, (1, 4, 8, 16, 25), by("rank"))
     results |= table("width", columns, (125, 250, 500, 1000), by("width"))
     results |= table("layers", columns, (1, 2, 4), by("n_layers"))
-    results |= table("outputs", f"{'exact':>12}{'estimated':>12}", (10, 50, 100, 200, 400, 800), outputs)
+    columns = f"{'exact':>12}{'MB':>12}{'estimated':>12}{'MB':>12}"
+    results |= table("outputs", columns, (10, 50, 100, 200, 400, 800), outputs)
     columns = f"{'VJPs':>12}{'JVPs':>12}{'estimated':>12}{'crossover':>12}"
     for C in (4, 16, 64):
         by_kind = partial(attribution_ms, n_components=C, rounds=rounds)
         results |= table(f"C = {C}, vocab", columns, (8, 32, 128, 512), by_kind)
-    results |= table("positions", f"{'step':>12}{'bare':>12}{'ratio':>12}", (32, 128, 512), length)
+    results |= table("positions", f"{'step':>12}{'MB':>12}{'bare':>12}{'ratio':>12}", (32, 128, 512), length)
     save("growth", results)
 
 

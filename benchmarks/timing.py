@@ -1,6 +1,7 @@
-"""What the benchmarks share: medians of rounds, the machine's rates, and where results go."""
+"""What the benchmarks share: medians of rounds, peak memory, the machine's rates, and where results go."""
 
 import json
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import apd_lens as apd
 
 OUT = Path("out/bench")
 
@@ -27,6 +30,29 @@ def median_seconds(run: Callable[[], object], rounds: int = 5) -> float:
     """After one run that does not count."""
     run()
     return statistics.median(seconds(run) for _ in range(rounds))
+
+
+def peak_bytes(make: Callable[[], Callable[[], object]]) -> int:
+    """Of two runs of what `make` makes, in a fresh process, above what that held before them. It took a step of a tiny
+    model before, so that the code which that loads does not count."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_bytes, (make, torch.get_num_threads()))
+
+
+def _peak_bytes(make: Callable[[], Callable[[], object]], threads: int) -> int:
+    torch.set_num_threads(threads)
+    tiny = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    apd.step(apd.init(tiny, n_components=4), torch.randn(16, 8))
+    run = make()
+    before = _resident("VmRSS")
+    run(), run()
+    return _resident("VmHWM") - before
+
+
+def _resident(which: str) -> int:
+    """Bytes of this process in memory, now ("VmRSS") or at most ("VmHWM")."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which)]
+    return int(line.split()[1]) * 1024
 
 
 def matmul_rate() -> float:

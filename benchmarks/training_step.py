@@ -5,15 +5,14 @@ medians over rounds. Peak memory is that of a process of its own, above what it 
 """
 
 import argparse
-import multiprocessing
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import textbook
 import torch
-from timing import save, seconds
+from timing import peak_bytes, save, seconds
 from torch import Tensor, nn
 
 import apd_lens as apd
@@ -111,28 +110,6 @@ def textbook_runner(state: apd.State, batch: Tensor) -> Callable[[], Tensor]:
     return lambda: textbook.step(state.target.model, book, A, B, optimizer, batch)
 
 
-def peak_bytes(case: Case, way: str) -> int:
-    """Of two steps in a fresh process, above what it held before them. It took such a step of a tiny system before, so
-    that the code which that loads does not count."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_bytes, (case, way, torch.get_num_threads()))
-
-
-def _peak_bytes(case: Case, way: str, threads: int) -> int:
-    torch.set_num_threads(threads)
-    Case("tms", 1, 16).runner(way)()
-    run = case.runner(way)
-    before = _resident("VmRSS")
-    run(), run()
-    return _resident("VmHWM") - before
-
-
-def _resident(which: str) -> int:
-    """Bytes of this process in memory, now ("VmRSS") or at most ("VmHWM")."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which)]
-    return int(line.split()[1]) * 1024
-
-
 def measure(case: Case, rounds: int) -> dict[str, float | str]:
     ways = ("textbook", "exact", "estimated")
     runs = {way: case.runner(way) for way in ways}
@@ -141,7 +118,7 @@ def measure(case: Case, rounds: int) -> dict[str, float | str]:
     for _ in range(rounds):
         for way in ways:
             times[way].append(seconds(runs[way]))
-    peaks = {way: peak_bytes(case, way) for way in ways}
+    peaks = {way: peak_bytes(partial(case.runner, way)) for way in ways}
     row: dict[str, float | str] = {"case": str(case), "losses differ by": abs(losses["exact"] / losses["textbook"] - 1)}
     for way in ways:
         row[f"{way} ms"] = 1000 * statistics.median(times[way])

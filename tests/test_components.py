@@ -4,7 +4,7 @@ from torch.testing import assert_close
 from toy_models import ResidualMLP, decomposition_of
 
 import apd_lens as apd
-from apd_lens._components import initial_components
+from apd_lens._components import initial_components, side_by_side
 
 
 @pytest.fixture
@@ -30,6 +30,27 @@ def test_summed_is_the_sum_of_component_weights(components: apd.ParameterCompone
     weights = components.component_weights(NAMES[0])
     scale = torch.ones(5) if mask is None else mask.float()
     assert_close(components.summed(NAMES[0], mask), torch.einsum("c,cio->io", scale, weights))
+
+
+def test_factors_of_all_components_are_one_matrix_without_a_copy(components: apd.ParameterComponents):
+    A, B = components.requires_grad_().A[NAMES[0]], components.B[NAMES[0]]
+    columns, rows = side_by_side(A, B)
+    assert (columns.data_ptr(), rows.data_ptr()) == (A.data_ptr(), B.data_ptr())
+    assert_close(columns @ rows, components.component_weights(NAMES[0]).sum(0))
+
+
+def test_gradients_of_several_uses_add_up(components: apd.ParameterComponents):
+    """As if A were no view of the parameter, which holds its transpose."""
+    plain = components.A[NAMES[0]].detach().clone().requires_grad_()
+    weights = torch.randn(5, 6, 2)
+    for A in (plain, components.requires_grad_().A[NAMES[0]]):
+        ((A * weights).sum() + A.square().sum() + A[:, 1:3].pow(3).sum() + A.mT.exp().sum()).backward()
+    assert plain.grad is not None
+    for parameter in components.parameters():
+        if parameter.grad is not None:
+            assert parameter.grad.is_contiguous()
+            assert_close(parameter.grad, plain.grad.mT)
+    assert sum(parameter.grad is not None for parameter in components.parameters()) == 1
 
 
 def test_rank_none_is_the_full_rank_of_each_matrix():
