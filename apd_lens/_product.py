@@ -219,10 +219,11 @@ def _of_padded_groups(
 ) -> Float[Tensor, "pairs *pos d_out"]:
     """Each pair's rows times the factors of its component; the groups, filled up to one length, as one batch."""
     assert active.most is not None
-    n_components, *_ = factors[0].shape
-    padded = rows.new_zeros(n_components * max(1, active.most), *rows.shape[1:])
-    filler = torch.arange(n_components) * active.most - active.ends.roll(1).index_fill(0, torch.tensor([0]), 0)
-    places = torch.arange(len(rows)) + filler[active.components]
+    n_components, length = len(active.ends), max(1, active.most)
+    starts = F.pad(active.ends, (1, 0))[:-1]
+    shifts = torch.arange(n_components, device=rows.device) * length - starts
+    places = torch.arange(len(rows), device=rows.device) + shifts[active.components]
+    padded = rows.new_zeros(n_components * length, *rows.shape[1:])
     groups = padded.index_copy(0, places, rows).view(n_components, -1, rows.shape[-1])
     for factor in factors:
         # Either way gradients come out in the layout of the factor.
