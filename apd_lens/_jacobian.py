@@ -4,7 +4,7 @@ The cost is that of the backward passes through the target, one for each v and e
 examples is computed once.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,8 +16,8 @@ from torch.autograd.graph import GradientEdge
 from apd_lens._finite import on_gpu
 from apd_lens._passes import WatchedPass
 from apd_lens._readout import (
-    Maps,
     Readout,
+    cut_off,
     find_readout,
     in_front_of_nonlinearity,
     inputs,
@@ -152,22 +152,18 @@ def _chunks(
     memory: int,
 ) -> Iterator[Jacobians]:
     ys, xs, output = [call.y for call in watched.calls], inputs(watched), watched.output
-    starts = [stage.start for stage in readout.stages if stage.start is not None]
     chunk = min(cotangents.count, max(1, int(memory / max(1, _bytes_per_cotangent(watched, readout)))))
     for first in range(0, cotangents.count, chunk):
         last = min(first + chunk, cotangents.count)
         vs, known = cotangents.rows(first, last), dict[int, Tensor]()
-        places = [*(ys[call] for call in readout.affine), *(xs[start] for start in starts)]
-        spread = [at for at in spread_over_examples(root, output, vs, places) if at is not None]
-        at_affine = dict(zip(readout.affine, spread, strict=False))
-        at_starts = dict(zip(starts, spread[len(readout.affine) :], strict=True))
+        direct = _direct(readout, root, output, vs, ys, xs)
         for number, stage in enumerate(readout.stages):
             own = [ys[call] for call in stage.calls]
             if stage.start is None:
                 start, at_start = root, vs[:, None].expand(-1, *output.shape)
             else:
                 start = xs[stage.start]
-                at_start = _same_for_all(at_starts[stage.start], stage.maps, known).expand(-1, *start.shape)
+                at_start = direct[start].expand(-1, *start.shape)
                 for b, M in stage.maps.items():
                     at_start = at_start + known[b] @ M
             # One cotangent serves all examples at once, since they do not influence each other.
@@ -182,8 +178,7 @@ def _chunks(
             known |= {call: at_y for call, at_y in zip(stage.calls, pulled, strict=True) if at_y is not None}
         of_calls: list[Sequence[Part]] = [[(known[call], None)] if call in known else [] for call in range(len(ys))]
         for call, maps in readout.affine.items():
-            same = _same_for_all(at_affine[call], maps, known)
-            of_calls[call] = [(same, None), *((known[b], M) for b, M in maps.items())]
+            of_calls[call] = [(direct[ys[call]], None), *((known[b], M) for b, M in maps.items())]
         jacobians = Jacobians(of_calls, None if slopes is None else slopes[first:last])
         watched.spent = watched.spent or (bool(readout.stages) and last == cotangents.count)
         if chunk == cotangents.count and cotangents.exact:  # good for the same batch the next time too
@@ -191,14 +186,24 @@ def _chunks(
         yield jacobians
 
 
-def _same_for_all(
-    spread: Float[Tensor, "v 1 *rest"], maps: Maps, known: Mapping[int, Tensor]
-) -> Float[Tensor, "v 1 *rest"]:
-    """Of gradients that were spread over examples, what is left without that which came through known ones."""
-    row = torch.arange(len(spread), device=spread.device)
-    for b, M in maps.items():
-        spread = spread - (known[b][row, row % known[b].shape[1]] @ M)[:, None]
-    return spread
+def _direct(
+    readout: Readout,
+    root: Tensor | GradientEdge,
+    output: Tensor,
+    vs: Float[Tensor, "v *pos n_outputs"],
+    ys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+) -> dict[Tensor, Float[Tensor, "v 1 *rest"]]:
+    """S(v) of `Readout`, for every y that is affine and every x that a stage starts from."""
+    maps = {ys[call]: maps for call, maps in readout.affine.items()}
+    maps |= {xs[stage.start]: stage.maps for stage in readout.stages if stage.start is not None}
+    found: dict[Tensor, Tensor] = {}
+    for cut in {frozenset(of_one) for of_one in maps.values()}:
+        tensors = [tensor for tensor, of_one in maps.items() if frozenset(of_one) == cut]
+        with cut_off([ys[b] for b in cut]):
+            gradients = spread_over_examples(root, output, vs, tensors)
+        found |= {tensor: at for tensor, at in zip(tensors, gradients, strict=True) if at is not None}
+    return found
 
 
 def _bytes_per_cotangent(watched: WatchedPass, readout: Readout) -> int:

@@ -6,7 +6,8 @@ in a residual stream of width 1000, what a layer writes is read by the 25 neuron
 And where the last thing that happens is a nonlinearity of each output on its own, all that is linear in front of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -104,72 +105,93 @@ def find_readout(watched: WatchedPass, root: Tensor | GradientEdge) -> Readout:
     """Probes the pass with one random v, pulled back from `root`, the output or what stands for it.
 
     ∂f/∂y is the same for all examples if vᵀ ∂f/∂y is. An x is a start if that holds for it too, and gradients of y are
-    what comes through it. When those of some y_b are known, what came through them is subtracted from all others, and
-    it is looked again.
+    what comes through it. When those of some y_b are known, what comes through them is cut off, and it is looked again.
     """
     ys, xs = [call.y for call in watched.calls], inputs(watched)
-    v = torch.randn(watched.output.shape[1:], generator=torch.Generator().manual_seed(0)).to(watched.output)
-    gradients = _gradients(root, v.expand_as(watched.output), [*ys, *xs])
-    full = {index: gradient for index, gradient in enumerate(gradients) if gradient is not None}
-    rest, maps = dict(full), {index: dict[int, Tensor]() for index in full}
-    calls = [index for index in full if index < len(ys)]
+    tensors = [*ys, *xs]
+    v = torch.randn(watched.output.shape[1:], generator=torch.Generator().manual_seed(0)).expand_as(watched.output)
+    v = v.to(watched.output)
+    full = {i: gradient for i, gradient in enumerate(_gradients(root, v, tensors)) if gradient is not None}
+    calls, places = [i for i in full if i < len(ys)], [i for i in full if i >= len(ys)]
     through: dict[int, list[int]] = {}  # x -> y all of whose gradient comes through it
 
-    def is_affine(index: int) -> bool:
-        """Whether ∂f/∂t, less what came through known y_b, is the same for all examples."""
-        return _are_equal(rest[index], rest[index][:1], full[index])
-
-    def through_x(index: int) -> list[int]:
-        if index not in through:
-            at_ys = _gradients(xs[index - len(ys)], full[index], [ys[call] for call in calls])
-            through[index] = [
+    def through_x(x: int) -> list[int]:
+        if x not in through:
+            at_ys = _gradients(tensors[x], full[x], [ys[call] for call in calls])
+            through[x] = [
                 call
                 for call, at_y in zip(calls, at_ys, strict=True)
                 if at_y is not None and _are_equal(full[call], at_y, full[call])
             ]
-        return through[index]
+        return through[x]
 
-    stages, affine, left = list[Stage](), dict[int, Maps](), calls
+    def is_same_for_all(i: int) -> bool:
+        return _are_equal(full[i], full[i][:1], full[i])
+
+    stages, affine, left, known = list[Stage](), dict[int, Maps](), calls, list[int]()
     while True:
-        affine |= {call: maps[call] for call in left if is_affine(call)}
+        maps = _affine_maps(root, v, tensors, full, [*left, *places], known)
+        affine |= {call: maps[call] for call in left if call in maps}
         left = [call for call in left if call not in affine]
-        places = [index for index in full if index >= len(ys) and (maps[index] or not stages) and is_affine(index)]
-        found = ((index, [call for call in left if call in through_x(index)]) for index in places)
-        start, here = next(((index, here) for index, here in found if here), (None, []))
+        starts = (x for x in places if x in maps and (maps[x] or not stages))
+        found = ((x, [call for call in left if call in through_x(x)]) for x in starts)
+        start, here = next(((x, here) for x, here in found if here), (None, []))
         if start is None:
             break
         stages.append(Stage(tuple(here), start - len(ys), maps[start]))
         left = [call for call in left if call not in here]
-        for b in here:
-            widest = max((ys[call].shape[-1] for call in left), default=0)
-            if ys[b].ndim == 2 and _NARROWER * ys[b].shape[1] <= min(widest, len(ys[b])):
-                others = [index for index in full if index in left or index >= len(ys)]
-                _subtract_what_came_through(b, [*ys, *xs], others, full, rest, maps)
+        widest = max((ys[call].shape[-1] for call in left), default=0)
+        known += [b for b in here if ys[b].ndim == 2 and _NARROWER * ys[b].shape[1] <= min(widest, len(ys[b]))]
     if not left:
         return Readout(affine, tuple(stages))
     # All others in one go: what comes from further back comes through what was in a stage again.
     own = [call for call in calls if call not in affine]
-    places = (index for index in full if index >= len(ys) and not maps[index] and is_affine(index))
-    start = next((index - len(ys) for index in places if set(own) <= set(through_x(index))), None)
-    return Readout(affine, (Stage(tuple(own), start),))
+    starts = (x - len(ys) for x in places if is_same_for_all(x) and set(own) <= set(through_x(x)))
+    return Readout(affine, (Stage(tuple(own), next(starts, None)),))
 
 
-def _subtract_what_came_through(
-    b: int,
+def _affine_maps(
+    root: Tensor | GradientEdge,
+    v: Tensor,
     tensors: Sequence[Tensor],
-    others: Sequence[int],
     full: Mapping[int, Tensor],
-    rest: dict[int, Tensor],
-    maps: Mapping[int, dict[int, Tensor]],
-) -> None:
-    """Takes the gradient at y_b times M_b from the `rest` of others, if they are as wide, and notes M_b in `maps`."""
-    y = tensors[b]
-    wide = [index for index in others if tensors[index].ndim == 2 and tensors[index].shape[1] >= y.shape[1]]
-    found = spread_over_examples(y, y, torch.eye(y.shape[1]).to(y), [tensors[index] for index in wide])
-    for index, M in zip(wide, found, strict=True):
-        if M is not None:
-            maps[index][b] = M[:, 0]
-            rest[index] = rest[index] - full[b] @ M[:, 0]
+    of: Sequence[int],
+    known: Sequence[int],
+) -> dict[int, Maps]:
+    """For the tensors `of` whose gradients depend on those of the known y_b as `Readout` says: their M_b.
+
+    Args:
+        full: their gradients.
+    """
+    with cut_off([tensors[b] for b in known]):
+        found = zip(of, _gradients(root, v, [tensors[i] for i in of]), strict=True)
+        direct = {i: gradient for i, gradient in found if gradient is not None}
+    maps: dict[int, dict[int, Tensor]] = {i: {} for i in of}
+    for b in known:
+        y = tensors[b]
+        wide = [i for i in of if tensors[i].ndim == 2 and tensors[i].shape[1] >= y.shape[1]]
+        with cut_off([tensors[other] for other in known if other != b]):
+            rows = spread_over_examples(y, y, torch.eye(y.shape[1]).to(y), [tensors[i] for i in wide])
+        for i, M in zip(wide, rows, strict=True):
+            if M is not None:
+                maps[i][b] = M[:, 0]
+
+    def is_affine(i: int) -> bool:
+        whole = sum((full[b] @ M for b, M in maps[i].items()), start=direct[i])
+        return _are_equal(direct[i], direct[i][:1], full[i]) and (not known or _are_equal(whole, full[i], full[i]))
+
+    return {i: maps[i] for i in direct if is_affine(i)}
+
+
+@contextmanager
+def cut_off(ys: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, no gradient comes through these."""
+    handles = [y.register_hook(torch.zeros_like) for y in ys]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _gradients(root: Tensor | GradientEdge, at_root: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:

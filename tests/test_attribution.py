@@ -226,13 +226,16 @@ def test_what_is_not_much_narrower_than_the_stream_or_the_batch_is_not_gone_thro
     assert find_readout(watched, watched.output) == of_shared([3], [0, 1, 2], 4)
 
 
-def test_of_three_layers_what_the_first_does_comes_through_the_residual_stream_between_the_others():
-    watched = watched_of(ResidualMLP(7, 12, 5, 3), torch.randn(10, 7), "layers.*")
+def test_of_three_layers_each_is_pulled_back_from_the_neurons_that_read_it():
+    model = ResidualMLP(7, 12, 5, 3)
+    watched = watched_of(model, torch.randn(10, 7), "layers.*")
     found = find_readout(watched, watched.output)
-    assert {call: set(maps) for call, maps in found.affine.items()} == {3: {4}, 5: set()}
+    assert {call: set(maps) for call, maps in found.affine.items()} == {1: {2, 4}, 3: {4}, 5: set()}
     assert [(stage.calls, stage.start, set(stage.maps)) for stage in found.stages] == [
-        ((4,), 5, set()), ((2,), 3, {4}), ((0, 1), 4, {4}),
+        ((4,), 5, set()), ((2,), 3, {4}), ((0,), 1, {2, 4}),
     ]  # fmt: skip
+    # Straight from one layer to the last, and not through the one between.
+    assert_close(found.affine[1][4], model.layers[2]["mlp_in"].weight)
 
 
 def test_where_not_all_comes_through_known_places_all_comes_from_the_output():
@@ -248,10 +251,21 @@ def by_autograd(watched: WatchedPass) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("memory", [1, 5000, 2**29])
+@pytest.mark.parametrize("n_layers", [2, 4])
+def test_gradients_through_few_neurons_add_up(n_layers: int, memory: int):
+    watched = watched_of(ResidualMLP(7, 12, 5, n_layers), torch.randn(10, 7), "layers.*")
+    assert len(find_readout(watched, watched.output).stages) == n_layers
+    assert_same_gradients(watched, memory)
+
+
+@pytest.mark.parametrize("memory", [1, 5000, 2**29])
 @pytest.mark.parametrize("name", ["two layers", "three layers", "branches", "nothing linear", "positions, then gelu"])
 def test_gradients_in_parts_add_up(name: str, memory: int):
     model, x, weights, _ = models()[name]
-    watched = watched_of(model, x, weights)
+    assert_same_gradients(watched_of(model, x, weights), memory)
+
+
+def assert_same_gradients(watched: WatchedPass, memory: int):
     expected, calls = by_autograd(watched), range(len(watched.calls))
     found: list[list[Tensor]] = [[] for _ in calls]
     for part, chunks in jacobians_in_parts(watched, one_hot_cotangents(watched.output), memory):
