@@ -44,7 +44,7 @@ AUTO_PROJECTIONS = 8
 
 # On a CPU, what is summed over outputs at once stays in the cache, unless it would be of too few examples.
 _CACHE = 2**22
-_FEWEST_EXAMPLES = 32
+_FEWEST_EXAMPLES = 128
 
 # What it costs to write and read an inner activation, in multiply-adds.
 _PER_INNER = 60

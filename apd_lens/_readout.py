@@ -129,7 +129,7 @@ def find_readout(watched: WatchedPass, root: Tensor | GradientEdge) -> Readout:
         return _are_equal(full[i], full[i][:1], full[i])
 
     stages, affine, left, known = list[Stage](), dict[int, Maps](), calls, list[int]()
-    while True:
+    while left:
         maps = _affine_maps(root, v, tensors, full, [*left, *places], known)
         affine |= {call: maps[call] for call in left if call in maps}
         left = [call for call in left if call not in affine]
@@ -163,8 +163,10 @@ def _affine_maps(
     Args:
         full: their gradients.
     """
-    with cut_off([tensors[b] for b in known]):
-        found = zip(of, _gradients(root, v, [tensors[i] for i in of]), strict=True)
+    direct = {i: full[i] for i in of}
+    if known:
+        with cut_off([tensors[b] for b in known]):
+            found = zip(of, _gradients(root, v, [tensors[i] for i in of]), strict=True)
         direct = {i: gradient for i, gradient in found if gradient is not None}
     maps: dict[int, dict[int, Tensor]] = {i: {} for i in of}
     for b in known:
