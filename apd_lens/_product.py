@@ -5,6 +5,7 @@ x is `batch *pos d_in`, or integers `batch *pos` that pick rows (a one-hot x, ne
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -95,6 +96,15 @@ class ActivePairs:
     components: Int[Tensor, " pairs"]
     ends: Int[Tensor, " C"]
     most: int | None
+
+    @cached_property
+    def places(self) -> Int[Tensor, " pairs"]:
+        """Of every pair, among the groups filled up to one length, `most` (or 1)."""
+        assert self.most is not None
+        device = self.components.device
+        starts = F.pad(self.ends, (1, 0))[:-1]
+        shifts = torch.arange(len(self.ends), device=device) * max(1, self.most) - starts
+        return torch.arange(len(self.components), device=device) + shifts[self.components]
 
 
 def active_pairs(mask: Bool[Tensor, "examples *mask_pos C"], n_active: int | None = None) -> ActivePairs:
@@ -219,16 +229,13 @@ def _of_padded_groups(
 ) -> Float[Tensor, "pairs *pos d_out"]:
     """Each pair's rows times the factors of its component; the groups, filled up to one length, as one batch."""
     assert active.most is not None
-    n_components, length = len(active.ends), max(1, active.most)
-    starts = F.pad(active.ends, (1, 0))[:-1]
-    shifts = torch.arange(n_components, device=rows.device) * length - starts
-    places = torch.arange(len(rows), device=rows.device) + shifts[active.components]
-    padded = rows.new_zeros(n_components * length, *rows.shape[1:])
-    groups = padded.index_copy(0, places, rows).view(n_components, -1, rows.shape[-1])
+    n_components = len(active.ends)
+    padded = rows.new_zeros(n_components * max(1, active.most), *rows.shape[1:])
+    groups = padded.index_copy(0, active.places, rows).view(n_components, -1, rows.shape[-1])
     for factor in factors:
         # Either way gradients come out in the layout of the factor.
         groups = (factor.mT @ groups.mT).mT if factor.mT.is_contiguous() else groups @ factor
-    return groups.reshape(*padded.shape[:-1], -1).index_select(0, places)
+    return groups.reshape(*padded.shape[:-1], -1).index_select(0, active.places)
 
 
 def _of_each_group(

@@ -125,9 +125,6 @@ def find_readout(watched: WatchedPass, root: Tensor | GradientEdge) -> Readout:
             ]
         return through[x]
 
-    def is_same_for_all(i: int) -> bool:
-        return _are_equal(full[i], full[i][:1], full[i])
-
     stages, affine, left, known = list[Stage](), dict[int, Maps](), calls, list[int]()
     while left:
         maps = _affine_maps(root, v, tensors, full, [*left, *places], known)
@@ -146,7 +143,8 @@ def find_readout(watched: WatchedPass, root: Tensor | GradientEdge) -> Readout:
         return Readout(affine, tuple(stages))
     # All others in one go: what comes from further back comes through what was in a stage again.
     own = [call for call in calls if call not in affine]
-    starts = (x - len(ys) for x in places if is_same_for_all(x) and set(own) <= set(through_x(x)))
+    same_for_all = _affine_maps(root, v, tensors, full, places, known=[])
+    starts = (x - len(ys) for x in same_for_all if set(own) <= set(through_x(x)))
     return Readout(affine, (Stage(tuple(own), next(starts, None)),))
 
 

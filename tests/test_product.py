@@ -109,7 +109,9 @@ def test_pairs_of_a_known_number_are_the_same():
     [
         (256, 130, 1000, 50, 50, 1.28, 0, "padded"),
         (256, 130, 1000, 50, 50, 1.28, 1, "grouped"),  # some components are active much more often than others
+        (2048, 130, 1000, 50, 50, 1.28, 1, "grouped"),
         (2048, 130, 1000, 50, 50, 130, 0, "dense"),  # everything is active
+        (64, 100, 256, 4, 48, 1, 1, "dense"),  # so small that groups cost more than they save
         (512, 512, 768, 1, 3072, 16, 0, "dense"),
         (512, 4096, 768, 1, 768, 16, 0, "gathered"),
     ],
