@@ -4,8 +4,9 @@ One step: watch the target on the batch; attribute; select the active components
 the losses; take an optimizer step. Now and then, split components that serve too much.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ from apd_lens._passes import (
     watched_pass,
 )
 from apd_lens._product import Mask
-from apd_lens._schedules import Ramp, value_at
-from apd_lens._selection import BatchTopK, Lp, Selection
+from apd_lens._schedules import value_at
+from apd_lens._selection import BatchTopK, Lp, Selection, check_k
 from apd_lens._settings import Moves, Optimization, Settings, learning_rate
 from apd_lens._target import TargetModel, evaluating
 from apd_lens._wrap import wrap
@@ -122,6 +123,13 @@ class State:
         B = {name: factor.detach().clone() for name, factor in self.components.B.items()}
         components = ParameterComponents(A, B).requires_grad_(False)
         return Decomposition(self.target, components, self.settings, self.output, self.fingerprints)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "State":
+        """A state that goes on by itself, on the same model. The target's last pass is left out: it is run again."""
+        if self.late is not None:
+            self.late.read()
+        kept = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "seen"}
+        return State(**copy.deepcopy(kept, memo))
 
     def updates(self) -> int:
         """Number of steps that changed the components; less than `step` where one failed that was looked at late."""
@@ -591,15 +599,8 @@ def _check_selection(settings: Settings, n_components: int) -> None:
     selection = settings.selection
     if isinstance(selection, Lp):
         _check_lp(settings, selection)
-        return
-    if not isinstance(selection.k, float | int | Ramp):
-        return
-    ks = (selection.k.start, selection.k.end) if isinstance(selection.k, Ramp) else (selection.k,)
-    if n_components >= 1 and not all(0 < k <= n_components for k in ks):
-        raise InvalidSetting(
-            f"{selection} needs 0 < k <= n_components: at least one and at most all of the {n_components} components "
-            "can be active."
-        )
+    else:
+        check_k(selection, n_components)
 
 
 def _check_start(settings: Settings, n_components: int, n_matrices: int) -> None:

@@ -25,6 +25,7 @@ from apd_lens._batches import Batch, check_finite, on_device
 from apd_lens._components import ParameterComponents, effective_rank, singular_values, sum_of_components
 from apd_lens._edited import check_unedited
 from apd_lens._errors import ArtifactError, InvalidSetting, ShapeMismatch, UnsupportedModel
+from apd_lens._files import user_path
 from apd_lens._padding import Real, without_padding
 from apd_lens._passes import (
     OutputFn,
@@ -37,11 +38,14 @@ from apd_lens._passes import (
     watched_pass,
 )
 from apd_lens._product import Mask
-from apd_lens._selection import AttributionError, BatchTopK, K, Selection, attribution_error, with_k
+from apd_lens._selection import AttributionError, BatchTopK, K, Lp, Selection, attribution_error, check_k, with_k
 from apd_lens._settings import Settings
 from apd_lens._table import table
-from apd_lens._target import Intercept, TargetModel, evaluating
+from apd_lens._target import Intercept, TargetModel, WeightMatrix, evaluating
 from apd_lens._wrap import wrap
+
+# Dtypes that the weights of a model may be rounded to.
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Components by their numbers.
 Chosen = int | Iterable[int] | Int[Tensor, "*n"]
@@ -53,6 +57,9 @@ class Decomposition:
 
     While components are out of the model's own parameters (`apd_lens.apply_edit`), all that runs or edits the model
     raises AlreadyActive: it is then not the model that was decomposed.
+
+    `copy.deepcopy` copies the components; the copy is of the same model, or of the model's copy where one and the same
+    `deepcopy` has copied the model before. It cannot be pickled: `save` and `apd_lens.load` take its place.
 
     Attributes:
         target: the model that was taken apart, `target.model` being the user's.
@@ -250,20 +257,27 @@ class Decomposition:
         """Writes a folder: the factors as safetensors, and JSON with all settings, the versions of the libraries and a
         fingerprint of the decomposed weights. Functions of the user's are not saved. See `apd_lens.load`.
 
+        A decomposition that is in the folder already is replaced all at once: whatever happens meanwhile, the old one
+        or the new one can be loaded.
+
         Raises:
-            ArtifactError: the path is a file, or a folder that holds something else.
+            ArtifactError: the path is a file, or a folder that holds something else; the factors hold NaN or infinity;
+                or the system cannot write, of which the message says why.
         """
         A, B = self.components.A, self.components.B
         about = {
             "versions": library_versions(self.target.model),
             "model": f"{type(self.target.model).__module__}.{type(self.target.model).__qualname__}",
             "n_components": self.components.n_components,
-            "matrices": about_matrices(self),
+            "matrices": {
+                name: about | {"rounded": _rounded(self.target.weights[name], about["fingerprint"])}
+                for name, about in about_matrices(self).items()
+            },
             "settings": encode_settings(self.settings),
             "output": "default" if self.output is default_output else "given by the user",
         }
         factors = {f"A.{name}": factor for name, factor in A.items()} | {f"B.{name}": f for name, f in B.items()}
-        write_artifact(Path(path), factors, about)
+        write_artifact(user_path(path), factors, about)
 
     def _context(self, intercept: Intercept) -> AbstractContextManager[None]:
         check_unedited(self.target.model)
@@ -356,50 +370,102 @@ def about_matrices(decomposition: Decomposition) -> dict[str, dict[str, Any]]:
     }
 
 
-def load(path: str | os.PathLike[str], model: Any, *, output: OutputFn | None = None) -> Decomposition:
+def _rounded(matrix: WeightMatrix, fingerprint: str) -> dict[str, str]:
+    """Digests of a matrix's values in dtypes of fewer bits; none if the matrix was changed since the fingerprint."""
+    if matrix.fingerprint() != fingerprint:
+        return {}
+    bits = matrix.parameter.dtype.itemsize
+    return {str(dtype): matrix.fingerprint(dtype) for dtype in _DTYPES if dtype.itemsize < bits}
+
+
+def load(
+    path: str | os.PathLike[str], model: Any, *, output: OutputFn | None = None, other_dtype: bool = False
+) -> Decomposition:
     """Reads a saved decomposition back onto the model that it was made from.
 
     Args:
         model: with the same weights; a HookedTransformer, a torch.nn.Module, or `apd_lens.wrap(...)` of one.
         output: the output function, if the decomposition was made with one of your own (functions are not saved).
             Without it everything works that needs no attributions.
+        other_dtype: whether the model may have the same weights in another dtype. "The same" means bit for bit: its
+            weights, rounded to the dtype that was decomposed, are those that were decomposed; or those, rounded to the
+            model's dtype, are the model's. Where neither dtype holds the other (float16 and bfloat16) that cannot be
+            told, nor from an artifact without such digests, and it is refused. In a rounded model the components no
+            longer sum to the weights exactly; `residuals()` says by how much. Factors become float32, or float64 where
+            the model is.
 
     Raises:
         ArtifactError: nothing there; truncated, changed, not a decomposition, or of a newer format; or a matrix of the
             model is missing, or has another shape or other weights: says which.
     """
-    factors, about = read_artifact(Path(path))
-    target, difference = fitted(model, about["matrices"])
+    path = user_path(path)
+    factors, about = read_artifact(path)
+    settings = _settings_of(about, path)
+    target, difference = fitted(model, about["matrices"], other_dtype)
     if difference is not None:
         raise ArtifactError(
             f"The decomposition in {path} is of another model: {difference}. It was made from a {about['model']}; "
-            "load it onto that model, with the weights and the processing (folding, centring) that it had."
+            "load it onto that model, with the weights and the processing (folding, centring) that it had. If only the "
+            "dtype is another, load(path, model, other_dtype=True) takes it, after a check."
         )
     device = next(iter(target.weights.values())).parameter.device
+
+    def on_model(side: str, name: str) -> Tensor:
+        dtype = torch.promote_types(target.weights[name].parameter.dtype, torch.float32)
+        factor = factors[f"{side}.{name}"]
+        if factor.dtype != dtype and not other_dtype:
+            raise ArtifactError(
+                f"{path}: {side}.{name} is {factor.dtype}, and components of this model are {dtype}. "
+                "load(path, model, other_dtype=True) converts them."
+            )
+        return factor.to(device, dtype)
+
+    names = list(about["matrices"])
     components = ParameterComponents(
-        A={name: factors[f"A.{name}"].to(device) for name in about["matrices"]},
-        B={name: factors[f"B.{name}"].to(device) for name in about["matrices"]},
+        A={name: on_model("A", name) for name in names}, B={name: on_model("B", name) for name in names}
     )
     return Decomposition(
         target=target,
         components=components.requires_grad_(False),
-        settings=decode_settings(about["settings"]),
+        settings=settings,
         output=default_output if output is None and about["output"] == "default" else output,
-        fingerprints={name: saved["fingerprint"] for name, saved in about["matrices"].items()},
+        fingerprints={
+            name: target.weights[name].fingerprint() if other_dtype else saved["fingerprint"]
+            for name, saved in about["matrices"].items()
+        },
     )
 
 
-def fitted(model: Any, matrices: dict[str, dict[str, Any]]) -> tuple[TargetModel, str | None]:
+def _settings_of(about: dict[str, Any], path: Path) -> Settings:
+    settings = decode_settings(about["settings"])
+    if not isinstance(settings, Settings):
+        raise ArtifactError(f"{path}: expected Settings, got {settings!r:.80}. Save the decomposition again.")
+    if not isinstance(settings.selection, Lp):
+        try:
+            check_k(settings.selection, about["n_components"])
+        except InvalidSetting as error:
+            raise ArtifactError(f"{path}: the saved settings cannot work: {error}") from error
+    return settings
+
+
+def fitted(
+    model: Any, matrices: dict[str, dict[str, Any]], other_dtype: bool = False
+) -> tuple[TargetModel, str | None]:
     """A model as the target of a decomposition with these matrices, and in what it differs from theirs, or None."""
     target = _with_uses(wrap(model), matrices)
-    differences = (_difference(target, name, saved) for name, saved in matrices.items())
+    differences = (_difference(target, name, saved, other_dtype) for name, saved in matrices.items())
     return target, next((difference for difference in differences if difference is not None), None)
 
 
 def _with_uses(target: TargetModel, matrices: dict[str, Any]) -> TargetModel:
     """The target with those matrices untied that were untied when the decomposition was made, and with biases if they
     were decomposed."""
-    tied = {alias: matrix for matrix in target.weights.values() for alias in (matrix.name, *matrix.tied_to)}
+    tied = {
+        alias: matrix
+        for matrix in target.weights.values()
+        for alias in (matrix.name, *matrix.tied_to)
+        if matrix.tied_to
+    }
     untied = [name for name, saved in matrices.items() if name in tied and len(saved["sites"]) < len(tied[name].uses)]
     if untied:
         target = target.untied(*untied)
@@ -410,7 +476,7 @@ def _with_uses(target: TargetModel, matrices: dict[str, Any]) -> TargetModel:
         return target
 
 
-def _difference(target: TargetModel, name: str, saved: dict[str, Any]) -> str | None:
+def _difference(target: TargetModel, name: str, saved: dict[str, Any], other_dtype: bool) -> str | None:
     """In what a model's matrix differs from the one that was decomposed, or None."""
     matrix = target.weights.get(name)
     if matrix is None:
@@ -419,9 +485,17 @@ def _difference(target: TargetModel, name: str, saved: dict[str, Any]) -> str | 
         return f"{name} is {matrix.d_in} × {matrix.d_out} here and was {saved['d_in']} × {saved['d_out']}"
     if (sites := [use.site for use in matrix.uses]) != saved["sites"]:
         return f"{name} is used at {sites} here and was at {saved['sites']}"
-    if matrix.fingerprint() != saved["fingerprint"]:
+    if matrix.fingerprint() != saved["fingerprint"] and not (other_dtype and _same_rounded(matrix, saved)):
         return f"{name} has other weights, or another dtype (here {matrix.parameter.dtype})"
     return None
+
+
+def _same_rounded(matrix: WeightMatrix, saved: dict[str, Any]) -> bool:
+    """Whether a matrix has the weights that were decomposed, one of the two rounded to the dtype of the other."""
+    if any(matrix.fingerprint(dtype) == saved["fingerprint"] for dtype in _DTYPES):
+        return True
+    rounded = saved.get("rounded")
+    return isinstance(rounded, dict) and rounded.get(str(matrix.parameter.dtype)) == matrix.fingerprint()
 
 
 @dataclass(frozen=True, eq=False)

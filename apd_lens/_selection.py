@@ -150,6 +150,18 @@ def with_k(selection: Selection, k: K | None) -> Selection:
     return BatchTopK(k, selection.granularity) if isinstance(selection, Lp) else replace(selection, k=k)
 
 
+def check_k(selection: BatchTopK | TopK, n_components: int) -> None:
+    """Raises InvalidSetting where a selection asks for more components than there are, or for none."""
+    if not isinstance(selection.k, float | int | Ramp):
+        return
+    ks = (selection.k.start, selection.k.end) if isinstance(selection.k, Ramp) else (selection.k,)
+    if n_components >= 1 and not all(0 < k <= n_components for k in ks):
+        raise InvalidSetting(
+            f"{selection} needs 0 < k <= n_components: at least one and at most all of the {n_components} components "
+            "can be active."
+        )
+
+
 def _whole(k: float, n_data_points: int) -> int:
     """int(k·n), but the whole number where k is one divided by n."""
     return math.floor(k * n_data_points + 1e-6)

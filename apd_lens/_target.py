@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NoReturn, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from apd_lens._errors import AlreadyActive, ApdError, SiteNotCalled, UnknownWeight, UnsupportedModel
+from apd_lens._errors import AlreadyActive, ApdError, ArtifactError, SiteNotCalled, UnknownWeight, UnsupportedModel
 from apd_lens._patch import PatchedForward, in_nnsight_trace, is_patched, patched, uncompiled
 from apd_lens._table import table
 
@@ -145,9 +145,9 @@ class WeightMatrix:
             return storage, value.storage_offset(), value.shape, value.stride()
         return storage, parameter.storage_offset(), parameter.shape, parameter.stride(), self.layout
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the matrix as `d_in d_out`: dtype, shape and bytes."""
-        value = self.value()
+    def fingerprint(self, dtype: torch.dtype | None = None) -> str:
+        """SHA-256 of the matrix as `d_in d_out`: dtype, shape and bytes; in another dtype, of its rounded values."""
+        value = self.value().to(dtype)
         digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode())
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -390,6 +390,24 @@ class TargetModel:
                 stack.enter_context(patched(module, forward))
             stack.enter_context(patched(self.model, at_root))
             yield
+
+    def __copy__(self) -> "TargetModel":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TargetModel":
+        """The same: the model is the user's, and is not copied with it. In a `copy.deepcopy` that has copied the model
+        already, a target on that copy."""
+        model = memo.setdefault(id(self.model), self.model)
+        if model is self.model:
+            return self
+        return TargetModel(model, self.adapter, self._untied, self.prepare, self.biases)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise ArtifactError(
+            f"What belongs to a model of the user's (here a {type(self.model).__name__}) cannot be pickled. To keep a "
+            "decomposition, or to take it to another process, use decomposition.save(path) and apd_lens.load(path, "
+            "model); of a State, state.decomposition().save(path)."
+        )
 
     def __str__(self) -> str:
         rows = [

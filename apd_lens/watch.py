@@ -13,28 +13,27 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from apd_lens._artifact import decode_settings, encode_settings
+from apd_lens._artifact import decode_settings, encode_settings, read_tensors, write_tensors
 from apd_lens._batches import Batch, one_pass
 from apd_lens._checks import checked
 from apd_lens._components import ParameterComponents
 from apd_lens._decomposition import Decomposition, ready
 from apd_lens._errors import ArtifactError, InvalidBatches, InvalidSetting, NonFinite
+from apd_lens._files import user_path
 from apd_lens._losses import distance_of_each
 from apd_lens._padding import Real, mean_over_positions, one_row, real_positions, without_padding, zero_at_padding
 from apd_lens._passes import check_finite_output, replaced_pass, sparse_pass, subtract_weights
 from apd_lens._responses import add_coactivation
-from apd_lens._selection import BatchTopK, K, Lp, TopK, with_k
+from apd_lens._selection import BatchTopK, K, Lp, TopK, check_k, with_k
 from apd_lens._target import evaluating
 
-_FORMAT = "apd_lens monitor 1"
+_FORMAT = "apd_lens monitor 2"
+_WITHOUT_DIGEST = "apd_lens monitor 1"
 # Entries of a temporary `data given component`.
 _AT_ONCE = 2**24
 
@@ -106,9 +105,14 @@ class Monitor:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file; the decomposition is saved on its own. See `apd_lens.watch.load`."""
+        """Writes one safetensors file, at once; the decomposition is saved on its own. See `apd_lens.watch.load`.
+
+        Raises:
+            ArtifactError: the system cannot write, of which the message says why.
+        """
         numbers = [self.n_data_points, self.n_empty, self.residual_floor, self.residual_mean, self.residual_std]
-        content = safetensors.torch.save(
+        write_tensors(
+            user_path(path),
             {"together": self.together.cpu(), "numbers": torch.tensor(numbers, dtype=torch.float64)},
             {
                 "format": _FORMAT,
@@ -116,9 +120,6 @@ class Monitor:
                 "components": _digest(self.decomposition.components),
             },
         )
-        unfinished = Path(f"{path}.unfinished")
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
 
     def __repr__(self) -> str:
         often = self.together.diagonal().sum().item() / self.n_data_points
@@ -186,21 +187,54 @@ def load(path: str | os.PathLike[str], decomposition: Decomposition) -> Monitor:
     """Reads a saved monitor back, for the decomposition that it was fitted to.
 
     Raises:
-        ArtifactError: no such file, not a monitor, or one of other components.
+        ArtifactError: no such file, not a monitor, damaged or changed, or one of other components.
     """
+    path, n_components = user_path(path), decomposition.components.n_components
     try:
-        with safetensors.safe_open(path, "pt") as file:  # pyright: ignore[reportArgumentType]
-            about = file.metadata() or {}
-        tensors = safetensors.torch.load(Path(path).read_bytes())
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ArtifactError(f"Expected a file that monitor.save(path) wrote at {path}: {error}.") from error
-    if about.get("format") != _FORMAT:
-        raise ArtifactError(f"{path} is no monitor that this apd_lens can read: expected the format {_FORMAT!r}.")
-    if about["components"] != _digest(decomposition.components):
+        tensors, about, unchanged = read_tensors(path, at_most=8 * n_components**2 + 100)
+    except ArtifactError as error:
+        raise ArtifactError(f"Expected a file that monitor.save(path) wrote at {path}: {error}") from error
+    if about.get("format") not in (_FORMAT, _WITHOUT_DIGEST):
+        raise ArtifactError(
+            f"{path} is no monitor that this apd_lens can read: expected the format {_FORMAT!r}, got "
+            f"{about.get('format')!r:.80}. Upgrade apd_lens if it is newer."
+        )
+    if about["format"] == _FORMAT and not unchanged:
+        raise ArtifactError(
+            f"{path} is damaged, or was changed after it was saved: its digest does not fit its content. Fit the "
+            "monitor again, and save it."
+        )
+    if about.get("components") != _digest(decomposition.components):
         raise ArtifactError(f"The monitor in {path} was fitted to other components. Fit one to these.")
-    n_data_points, n_empty, *residual = tensors["numbers"].tolist()
-    selection = decode_settings(json.loads(about["selection"]))
-    return Monitor(decomposition, selection, int(n_data_points), int(n_empty), tensors["together"], *residual)
+    try:
+        return _monitor_of(decomposition, tensors, decode_settings(json.loads(about["selection"])))
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} holds no monitor that works: {error}. Fit it again, and save it.") from error
+
+
+def _monitor_of(decomposition: Decomposition, tensors: dict[str, Tensor], selection: object) -> Monitor:
+    """A monitor of what a file holds.
+
+    Raises:
+        KeyError, ValueError: it holds something else.
+    """
+    n_components = decomposition.components.n_components
+    together, numbers = tensors["together"], tensors["numbers"]
+    if together.shape != (n_components, n_components) or numbers.shape != (5,):
+        raise ArtifactError(f"the shapes are {tuple(together.shape)} and {tuple(numbers.shape)}")
+    for name, values in (("together", together), ("numbers", numbers)):
+        if not values.is_floating_point() or not bool(values.isfinite().all()):
+            raise ArtifactError(f"{name} of {values.dtype} holds what is not finite, or no floats")
+    n_data_points, n_empty, floor, mean, std = numbers.tolist()
+    if not 0 <= n_empty <= n_data_points or n_data_points < 2 or floor <= 0 or std <= 0 or bool((together < 0).any()):
+        raise ArtifactError(f"the numbers {numbers.tolist()} are not possible")
+    if not isinstance(selection, TopK | Lp) or selection.granularity != decomposition.settings.selection.granularity:
+        raise ArtifactError(f"the selection {selection!r:.80} is not that of a monitor of this decomposition")
+    if isinstance(selection, TopK):
+        check_k(selection, n_components)
+    elif selection.threshold is None:
+        raise ArtifactError(f"{selection} has no threshold")
+    return Monitor(decomposition, selection, int(n_data_points), int(n_empty), together, floor, mean, std)
 
 
 @checked

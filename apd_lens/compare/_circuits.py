@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from apd_lens._errors import ApdError, ArtifactError, InvalidSetting, ShapeMismatch
+from apd_lens._files import user_path
 from apd_lens.compare._architecture import node_name
 
 _HEAD = re.compile(r"[al]?(\d+)(?:\.h?|h)(\d+)", re.IGNORECASE)
@@ -153,7 +154,7 @@ def read_circuit(path: str | Path, axes: str = "layer head", baseline: float = 0
     Raises:
         ArtifactError: no such file, or nothing in it that is known; says what was found.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise ArtifactError(f"There is no file {path}.")
     try:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from apd_lens._errors import InvalidSetting, ShapeMismatch
+from apd_lens._files import user_path
 from apd_lens.compare._sites import rewriting
 
 Activation = Literal["relu", "topk", "jumprelu", "identity"]
@@ -133,7 +134,7 @@ class Dictionary:
             InvalidSetting: no such file, kind of file, or tensor in it: lists those there are.
             ShapeMismatch: shapes that do not fit together, or do not tell which axis is the latents'.
         """
-        tensors = _tensors_in(Path(path))
+        tensors = _tensors_in(user_path(path))
         names = {"encoder": encoder, "decoder": decoder, "encoder_bias": encoder_bias}
         names |= {"decoder_bias": decoder_bias, "threshold": threshold}
         found = {field: _named(tensors, name, field, path) for field, name in names.items() if name is not None}

@@ -23,6 +23,7 @@ from apd_lens._artifact import UserFunction, encode_settings, library_versions
 from apd_lens._batches import Batch
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import ArtifactError, InvalidSetting
+from apd_lens._files import user_path, write_file
 from apd_lens._responses import LossFn, known_distance
 from apd_lens._selection import K
 from apd_lens.compare import weight_map
@@ -62,8 +63,8 @@ def write_report(
     seed: int = 0,
 ) -> Path:
     """`Decomposition.report`, whose arguments these are."""
-    path = Path(path)
-    if path.is_dir():
+    path = user_path(path)
+    if os.path.isdir(path):
         raise ArtifactError(f"Expected a file to write the report to, but {path} is a folder. Try {path}/report.html.")
     if examples < 1 or outputs < 1 or context < 0:
         raise InvalidSetting(
@@ -105,13 +106,7 @@ def write_report(
         data=Markup(script_json(data)),
         plotly=Markup(_packed_plotly()),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        unfinished.write_text(page, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_file(path, page.encode())
     return path
 
 
