@@ -10,11 +10,13 @@ by the digest.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -276,8 +278,13 @@ def read_tensors(path: Path, at_most: int) -> tuple[dict[str, Tensor], dict[str,
 def library_versions(model: object) -> dict[str, str]:
     """Versions of apd_lens, torch and the package that the model's class is from."""
     host = type(model).__module__.partition(".")[0]
-    distributions = {"apd-lens", "torch", *importlib.metadata.packages_distributions().get(host, [])}
+    distributions = {"apd-lens", "torch", *_distributions().get(host, [])}
     return {name: importlib.metadata.version(name) for name in sorted(distributions)}
+
+
+@functools.cache  # it reads all that is installed, for a second or two
+def _distributions() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
 
 
 class UserFunction:
