@@ -1,6 +1,8 @@
 """Saving and loading: what comes back, and what is refused."""
 
+import copy
 import json
+import pickle
 
 import outside
 import pytest
@@ -179,6 +181,122 @@ def test_another_model_is_refused_and_left_alone(saved, make, message: str):
     with pytest.raises(apd.ArtifactError, match=f"another model: .*{message}.*made from a toy_models.ResidualMLP"):
         apd.load(saved, model)
     before.assert_unchanged(model)
+
+
+OTHER_DTYPES = {
+    "narrower": (torch.float32, torch.bfloat16),
+    "half": (torch.float32, torch.float16),
+    "wider": (torch.float32, torch.float64),
+    "wider than bfloat16": (torch.bfloat16, torch.float32),
+    "float64 to half": (torch.float64, torch.float16),
+}
+
+
+@pytest.mark.parametrize(("made", "here"), OTHER_DTYPES.values(), ids=OTHER_DTYPES)
+def test_another_dtype_is_taken_on_request_if_the_weights_are_the_same(tmp_path, made, here):
+    original = model_of().to(made)
+    decomposition = decomposition_of(original, "layers.*")
+    decomposition.save(tmp_path)
+    model = model_of().to(made).to(here)
+    with pytest.raises(apd.ArtifactError, match=r"another dtype.*other_dtype=True"):
+        apd.load(tmp_path, model)
+    loaded = apd.load(tmp_path, model, other_dtype=True)
+    x = torch.randn(3, 4, dtype=here)
+    expected = torch.promote_types(here, torch.float32)
+    assert {factor.dtype for factor in loaded.components.parameters()} == {expected}
+    with loaded.only([1, 2]):
+        ours = model(x)
+    with torch.no_grad():
+        for name in loaded.components.names:
+            module = model.get_submodule(name.removesuffix(".weight"))
+            module.weight.copy_(decomposition.components.component_weights(name)[[1, 2]].sum(0).T)
+    tolerance = 20 * torch.finfo(here).eps if here != torch.float64 else 1e-6
+    torch.testing.assert_close(ours, model(x), rtol=tolerance, atol=tolerance)
+    loaded.save(tmp_path)
+    assert apd.load(tmp_path, model_of().to(made).to(here)).components.n_components == 5
+
+
+@pytest.mark.parametrize("here", [torch.bfloat16, torch.float64, torch.float32])
+def test_other_weights_are_refused_in_another_dtype_too(tmp_path, here):
+    decomposition_of(model_of(), "layers.*").save(tmp_path)
+    other = model_of()
+    with torch.no_grad():
+        other.layers[0]["mlp_in"].weight[0, 0] += 0.1
+    with pytest.raises(apd.ArtifactError, match=r"mlp_in\.weight has other weights"):
+        apd.load(tmp_path, other.to(here), other_dtype=True)
+
+
+def test_an_artifact_of_the_first_release_loads(saved):
+    """It has no digests of rounded weights."""
+    about = json.loads((saved / "decomposition.json").read_text())
+    for matrix in about["matrices"].values():
+        del matrix["rounded"]
+    change_json(saved, matrices=about["matrices"])
+    assert apd.load(saved, model_of()).components.n_components == 5
+    assert apd.load(saved, model_of().double(), other_dtype=True).components.n_components == 5
+    with pytest.raises(apd.ArtifactError, match="another dtype"):
+        apd.load(saved, model_of().bfloat16(), other_dtype=True)
+
+
+def test_factors_that_could_not_be_loaded_are_not_saved(tmp_path):
+    decomposition = decomposition_of(model_of(), "layers.*")
+    decomposition.save(tmp_path)
+    next(decomposition.components.parameters()).data[0, 0, 0] = torch.nan
+    with pytest.raises(apd.ArtifactError, match=r"cannot be saved: A\..* holds NaN or infinity"):
+        decomposition.save(tmp_path)
+    assert apd.load(tmp_path, model_of()).components.n_components == 5
+
+
+def test_a_deep_copy_has_components_of_its_own_on_the_same_model():
+    model, x = model_of(), torch.randn(3, 4)
+    decomposition = decomposition_of(model, "layers.*")
+    copied = copy.deepcopy(decomposition)
+    assert copied.target.model is model
+    expected = decomposition.attributions(x)
+    for factor in decomposition.components.parameters():
+        factor.data.zero_()
+    assert torch.equal(copied.attributions(x), expected)
+    with copied.ablate([0, 1, 2, 3, 4]):
+        assert not torch.equal(model(x), model_of()(x))
+    assert copy.copy(decomposition).components is decomposition.components
+
+
+def test_a_model_that_is_copied_with_a_decomposition_is_that_of_the_copy():
+    model, x = model_of(), torch.randn(3, 4)
+    decomposition = decomposition_of(model, "layers.*")
+    with decomposition.ablate(0):
+        expected = model(x)
+    for other, copied in (
+        copy.deepcopy((model, decomposition)),
+        reversed(copy.deepcopy((decomposition, model))),
+    ):
+        assert copied.target.model is other
+        with copied.ablate(0):
+            assert torch.equal(other(x), expected)
+
+
+def test_a_deep_copy_of_a_state_goes_on_alike():
+    x = torch.randn(6, 4)
+    state = apd.init(model_of(), n_components=5, rank=2, selection=apd.TopK(2), optimization=apd.Optimization(steps=4))
+    state, _ = apd.step(state, x)
+    other = copy.deepcopy(state)
+    for _ in range(2):
+        state, _ = apd.step(state, x)
+    assert not torch.equal(other.components.B["W_U.weight"], state.components.B["W_U.weight"])
+    for _ in range(2):
+        other, _ = apd.step(other, x)
+    for ours, theirs in zip(other.components.parameters(), state.components.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_pickling_says_what_to_use_instead():
+    decomposition = decomposition_of(model_of(), "layers.*")
+    state = apd.init(model_of(), n_components=5, rank=2, selection=apd.TopK(2))
+    for thing in (decomposition, decomposition.target, state, apd.watch.fit(decomposition, [torch.randn(9, 4)])):
+        with pytest.raises(apd.ArtifactError, match=r"decomposition.save\(path\) and apd_lens.load"):
+            pickle.dumps(thing)
+    components = pickle.loads(pickle.dumps(decomposition.components))
+    assert components.names == decomposition.components.names
 
 
 def test_bfloat16_weights_have_fingerprints(tmp_path):
