@@ -211,7 +211,7 @@ def _check_about(about: dict[str, Any], file: Path) -> None:
 def _check_types(about: dict[str, Any], types: dict[str, type], where: str) -> None:
     for key, kind in types.items():
         value = about.get(key)
-        if type(value) is not kind or (kind is int and value < 1):
+        if type(value) is not kind or (isinstance(value, int) and value < 1):
             expected = "a whole number from 1 on" if kind is int else f"a {kind.__name__}"
             raise ArtifactError(
                 f"{where}: expected {expected} for {key!r}, got {value!r:.80}. It was not written by this apd_lens: "
