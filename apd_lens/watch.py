@@ -223,8 +223,8 @@ def _monitor_of(decomposition: Decomposition, tensors: dict[str, Tensor], select
     if together.shape != (n_components, n_components) or numbers.shape != (5,):
         raise ArtifactError(f"the shapes are {tuple(together.shape)} and {tuple(numbers.shape)}")
     for name, values in (("together", together), ("numbers", numbers)):
-        if not values.is_floating_point() or not bool(values.isfinite().all()):
-            raise ArtifactError(f"{name} of {values.dtype} holds what is not finite, or no floats")
+        if values.dtype not in (torch.float32, torch.float64) or not bool(values.isfinite().all()):
+            raise ArtifactError(f"{name}, of {values.dtype}, must be finite and of float32 or float64")
     n_data_points, n_empty, floor, mean, std = numbers.tolist()
     if not 0 <= n_empty <= n_data_points or n_data_points < 2 or floor <= 0 or std <= 0 or bool((together < 0).any()):
         raise ArtifactError(f"the numbers {numbers.tolist()} are not possible")

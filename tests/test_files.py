@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -71,6 +72,27 @@ def test_a_save_that_ends_at_any_rename_leaves_the_old_or_the_new_one(tmp_path, 
     assert kills.same(apd.load(folder, model), old if renames < 2 else new)
     old.save(folder)
     assert kills.same(apd.load(folder, model), old)
+    assert sorted(os.listdir(folder)) == ["components.safetensors", "decomposition.json"]
+
+
+def test_a_first_save_that_was_killed_does_not_stand_in_the_way(tmp_path):
+    model, folder = nn.Linear(4, 3), tmp_path / "run"
+    decomposition, replace = decomposition_of(model), os.replace
+
+    def save_and_die() -> None:
+        def replace_factors_only(source: Path, target: Path) -> None:
+            if target.name == "decomposition.json":
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        os.replace = replace_factors_only
+        decomposition.save(folder)
+
+    os.waitpid(kills.in_child(save_and_die), 0)
+    assert len(os.listdir(folder)) == 2  # the factors, and JSON that is not finished
+    assert not (folder / "decomposition.json").exists()
+    decomposition.save(folder)
+    assert kills.same(apd.load(folder, model), decomposition)
     assert sorted(os.listdir(folder)) == ["components.safetensors", "decomposition.json"]
 
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from toy_models import Snapshot, TinyGPT, decomposition_of, interrupted_in_forward, linear_of_known_parts, tiny_gpt2
 
 import apd_lens as apd
-from apd_lens import watch
+from apd_lens import _artifact, watch
 
 
 def known_parts(selection: apd.BatchTopK | apd.TopK | apd.Lp, scale: float = 1.0) -> apd.Decomposition:
@@ -188,6 +188,51 @@ def test_save_and_load(tmp_path):
     (tmp_path / "damaged").write_bytes(b"nonsense that is no file")
     with pytest.raises(apd.ArtifactError, match="Expected a file"):
         watch.load(tmp_path / "damaged", decomposition)
+
+
+def test_a_monitor_with_a_digest_that_fits_must_work_too(tmp_path):
+    decomposition = known_parts(apd.TopK(2))
+    watch.fit(decomposition, [torch.rand(50, 4)]).save(tmp_path / "monitor")
+    tensors, about, unchanged = _artifact.read_tensors(tmp_path / "monitor", at_most=10**4)
+    assert unchanged
+    together, numbers = tensors["together"], tensors["numbers"]
+    other_tensors = [
+        {},
+        {"together": together},
+        {"together": together[:-1].clone(), "numbers": numbers},
+        {"together": together.half(), "numbers": numbers},
+        {"together": together.to(torch.float8_e4m3fn), "numbers": numbers},
+        {"together": together.long(), "numbers": numbers},
+        {"together": together * torch.nan, "numbers": numbers},
+        {"together": -together, "numbers": numbers},
+        {"together": together, "numbers": numbers[:4].clone()},
+        {"together": together, "numbers": -numbers},
+        {"together": together, "numbers": numbers * torch.inf},
+    ]
+    other_selections = ["", "[", "[" * 100_000, "3", "{}", '{"type": "Settings"}', '{"type": "TopK", "k": 99}']
+    other_selections += ['{"type": "TopK", "k": 2, "granularity": "position"}', '{"type": "Lp"}', '{"type": "TopK"}']
+    cases = [(changed, about) for changed in other_tensors]
+    cases += [(tensors, about | {"selection": selection}) for selection in other_selections]
+    cases += [
+        (tensors, {}),
+        (tensors, {"format": about["format"]}),
+        (tensors, about | {"format": "apd_lens monitor 3"}),
+    ]
+    cases += [(tensors, {key: value for key, value in about.items() if key != "selection"})]
+    for changed, known in cases:
+        _artifact.write_tensors(tmp_path / "monitor", changed, known)
+        with pytest.raises(apd.ArtifactError):
+            watch.load(tmp_path / "monitor", decomposition)
+
+
+def test_a_monitor_of_the_first_release_loads(tmp_path):
+    """It has no digest."""
+    decomposition = known_parts(apd.TopK(2))
+    monitor = watch.fit(decomposition, [torch.rand(50, 4)])
+    monitor.save(tmp_path / "new")
+    tensors, about, _ = _artifact.read_tensors(tmp_path / "new", at_most=10**4)
+    safetensors.torch.save_file(tensors, tmp_path / "old", about | {"format": "apd_lens monitor 1"})
+    assert torch.equal(watch.load(tmp_path / "old", decomposition).together, monitor.together)
 
 
 def test_what_cannot_be_a_reference_is_refused():
