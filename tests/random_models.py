@@ -33,6 +33,7 @@ class Chain:
     Attributes:
         shared: what the two middle layers have in common.
         bare: how the forward reads the first middle layer's weight beside calling the layer.
+        scaled: whether a batch has a number for each example as well.
         form: what a batch is.
     """
 
@@ -43,25 +44,27 @@ class Chain:
     activation: str = "tanh"
     ends_in_relu: bool = False
     bare: str = "no"
+    scaled: bool = False
     n_examples: int = 3
     positions: tuple[int, ...] = ()
     form: str = "tensor"
     dtype: torch.dtype = torch.float64
     seed: int = 0
 
-    outcome = RIGHT
+    outcome: str = RIGHT
 
     def model(self) -> nn.Module:
         return _drawn(ChainModel(self), self)
 
     def arguments(self) -> dict[str, Tensor]:
-        return {"x": _normal(self, self.n_examples, *self.positions, 3)}
+        x = _normal(self, self.n_examples, *self.positions, 3)
+        return {"x": x} | ({"scale": _normal(self, self.n_examples) + 1} if self.scaled else {})
 
     def alone(self, example: int) -> dict[str, Tensor]:
         return {name: value[example : example + 1] for name, value in self.arguments().items()}
 
     def position_axes(self) -> tuple[int, ...]:
-        """Of a mask of positions."""
+        """Of a mask of positions; none where positions cannot be data points, since matrices do not share them."""
         return self.positions
 
     def positions_of(self, example: int) -> Tensor:
@@ -77,18 +80,20 @@ class ChainModel(nn.Module):
     def __init__(self, spec: Chain):
         super().__init__()
         self.spec = spec
-        self.first, self.last = _layer(spec, 3, 4), _layer(spec, 4, 3)
-        self.middle = _layer(spec, 4, 4)
+        self.first, self.middle = _layer(spec, 3, 4), _layer(spec, 4, 4)
         self.again = self.middle if spec.shared == "module" else _layer(spec, 4, 4)
         if spec.shared == "parameter":
             self.again.weight = self.middle.weight
         elif spec.shared == "parameter, transposed":
             self.middle, self.again = nn.Linear(4, 4, bias=spec.bias), Conv1D(4, 4)
             self.again.weight = self.middle.weight
+        self.last = _layer(spec, 4, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         act, W = ACTIVATIONS[self.spec.activation], self.middle.weight
         h = act(self.first(x))
+        if scale is not None:
+            h = h * scale.reshape(-1, *[1] * (h.ndim - 1))
         for layer in (self.middle, self.again):
             change = act(layer(h))
             h = h + change if self.spec.residual else change
@@ -135,7 +140,11 @@ class Texts:
         return not (
             (padded and (self.mask == "none" or "square" in self.mask))
             or (padded and self.side == "left" and self.places not in ("none", "argument of each example"))
-            or (padded and self.outputs == "mean" and self.mask not in ("bool", "int", "float", "additive"))
+            or (
+                padded
+                and self.outputs == "mean"
+                and self.mask not in ("bool", "int", "float", "additive", "additive, infinite")
+            )
             or (padded and self.outputs == "last" and self.side == "right")
             or (self.tied_head and self.inputs != "tokens")
             or (self.form == "tensor" and "argument" in self.places)
@@ -167,6 +176,7 @@ class Texts:
             "int": self.real().long(),
             "float": self.real().to(self.dtype),
             "additive": _additive(self.real(), self.dtype),
+            "additive, infinite": _additive(self.real(), self.dtype, -torch.inf),
             "square bool": self._before(width),
             "square additive": _additive(self._before(width), self.dtype),
             "queries and keys, bool": attends,
@@ -190,7 +200,7 @@ class Texts:
         return attends.tril() if self.causal else attends
 
     def position_axes(self) -> tuple[int, ...]:
-        return (self.width,)
+        return (self.width,) if self.outputs == "each position" else ()
 
     def positions_of(self, example: int) -> Tensor:
         return self.real()[example].nonzero()[:, 0]
@@ -242,14 +252,14 @@ class TextsModel(nn.Module):
         """What the mask adds to the scores, `batch query key`."""
         if mask is None:
             return 0.0
-        if self.spec.mask in ("bool", "int", "float", "additive"):
-            return _additive(self._kept(mask).bool(), mask.dtype)[:, None].to(self.up.weight.dtype)
+        if self.spec.mask in ("bool", "int", "float", "additive", "additive, infinite"):
+            return _additive(self._kept(mask).bool(), self.up.weight.dtype)[:, None]
         mask = mask[:, 0] if mask.ndim == 4 else mask
         return mask if mask.is_floating_point() else _additive(mask.bool(), self.up.weight.dtype)
 
     def _kept(self, mask: Tensor) -> Tensor:
         # The model's own convention, which a batch alone (an int mask of ones) keeps to as well.
-        keep = mask == 0 if self.spec.mask == "additive" and mask.is_floating_point() else mask.bool()
+        keep = mask == 0 if self.spec.mask.startswith("additive") and mask.is_floating_point() else mask.bool()
         return keep.to(self.up.weight.dtype)
 
 
@@ -298,7 +308,7 @@ class Translation:
         }
 
     def position_axes(self) -> tuple[int, ...]:
-        return (max(self.decoder_lengths),)
+        return ()
 
     def positions_of(self, example: int) -> Tensor:
         return torch.arange(self.decoder_lengths[example])
@@ -370,7 +380,6 @@ class Images:
         return {"x": self.arguments()["x"][example : example + 1]}
 
     def position_axes(self) -> tuple[int, ...]:
-        """None where convolutions are on grids of several sizes: their pixels are not the same data points."""
         return self.pixels if self.n_layers == 1 and not self.pooled else ()
 
     def positions_of(self, example: int) -> Tensor:
@@ -518,5 +527,5 @@ def _normal(spec: Spec, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(spec.dtype)
 
 
-def _additive(keep: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(keep.shape, dtype=dtype).masked_fill(~keep, FAR)
+def _additive(keep: Tensor, dtype: torch.dtype, far: float = FAR) -> Tensor:
+    return torch.zeros(keep.shape, dtype=dtype).masked_fill(~keep, far)

@@ -184,8 +184,10 @@ def images() -> st.SearchStrategy[Images]:
     return built.filter(Images.makes_sense)
 
 
+BARE = st.sampled_from(["product", "slice", "linear"])
 REFUSABLE = {"outcome": st.just(RIGHT_OR_REFUSED)}
 KEEPS = ("bool", "int", "float")
+ADDITIVE = ("additive", "additive, infinite")
 QUERIES = ("queries and keys, bool", "heads, queries and keys, bool", "heads, queries and keys, additive")
 
 KINDS: dict[str, st.SearchStrategy[Spec]] = {
@@ -194,24 +196,30 @@ KINDS: dict[str, st.SearchStrategy[Spec]] = {
     "texts": texts(),
     "padded texts": masked_texts(*KEEPS),
     "masks of queries and keys": masked_texts(*QUERIES, attention=st.just(True)),
-    "additive masks": masked_texts("additive"),
+    "additive masks": masked_texts(*ADDITIVE),
     "square masks": masked_texts(
         "square bool", "square additive", lengths=LENGTHS, attention=st.just(True), outcome=st.just(RIGHT_OR_REFUSED)
     ),
+    "numbers of each example": chains(
+        scaled=st.just(True), form=st.sampled_from(["tuple", "named tuple", "dict", "mapping"]), **REFUSABLE
+    ),
     "positions as an argument": texts(
+        lengths=st.sampled_from([(2, 2), (3, 3, 3), (3,), (3, 3)]),
         places=st.sampled_from(["shared argument", "argument with a batch axis of one", "argument of each example"]),
         form=st.sampled_from(["tuple", "named tuple", "dict", "mapping"]),
         **REFUSABLE,
     ),
-    "outputs without positions": texts(outputs=st.sampled_from(["mean", "last"]), **REFUSABLE),
+    "outputs without positions": texts(outputs=st.sampled_from(["mean", "last"])),
     "outputs without positions, of padded texts": masked_texts(
-        *KEEPS, "additive", outputs=st.sampled_from(["mean", "last"]), **REFUSABLE
+        *KEEPS, *ADDITIVE, outputs=st.sampled_from(["mean", "last"]), **REFUSABLE
     ),
-    "longer outputs": texts(outputs=st.just("prefix"), **REFUSABLE),
+    "longer outputs": texts(outputs=st.just("prefix")),
     "longer outputs, of padded texts": masked_texts(*KEEPS, outputs=st.just("prefix"), **REFUSABLE),
     "encoder and decoder": translations(),
-    "bare reads of matrices that are not decomposed": chains(bare=st.sampled_from(["product", "slice", "linear"])),
+    "bare reads of another matrix": chains(bare=BARE, shared=st.just("nothing")),
 }
+# Every second matrix is decomposed, and the one that is read is between them.
+PARTS_OF = {"bare reads of another matrix": PARTS.map(lambda parts: replace(parts, some=True))}
 
 
 @contextmanager
@@ -360,7 +368,7 @@ def path_of(parts: Parts, W: dict[str, Tensor], P: dict[str, Tensor]) -> list[di
 @pytest.mark.parametrize("kind", KINDS)
 def test_contexts_and_edits(kind: str):
     @examples(16)
-    @given(spec=KINDS[kind], parts=PARTS)
+    @given(spec=KINDS[kind], parts=PARTS_OF.get(kind, PARTS))
     def check(spec: Spec, parts: Parts) -> None:
         check_contexts(spec, parts)
 
@@ -370,8 +378,90 @@ def test_contexts_and_edits(kind: str):
 @pytest.mark.parametrize("kind", KINDS)
 def test_attributions(kind: str):
     @examples(14)
-    @given(spec=KINDS[kind], parts=PARTS)
+    @given(spec=KINDS[kind], parts=PARTS_OF.get(kind, PARTS))
     def check(spec: Spec, parts: Parts) -> None:
         check_attributions(spec, parts)
 
     check()
+
+
+@examples(20)
+@given(spec=texts(outputs=st.sampled_from(["mean", "last", "prefix"])), parts=PARTS)
+def test_positions_that_matrices_do_not_share_are_refused(spec: Texts, parts: Parts):
+    model, arguments = spec.model(), spec.arguments()
+    decomposition = replace(parts, some=False, granularity="position").of(model)
+    batch = batch_of(spec, arguments)
+    with pytest.raises(apd.ShapeMismatch):
+        decomposition.attributions(batch)
+    with pytest.raises(apd.ShapeMismatch), decomposition.sparse(parts.drawn_mask(*arguments["x"].shape[:2])):
+        call(model, batch)
+
+
+@examples(20)
+@given(spec=chains(bare=BARE), parts=PARTS)
+def test_bare_reads_of_a_decomposed_matrix_are_refused(spec: Chain, parts: Parts):
+    """The error names the matrix, and the model is as it was."""
+    model = spec.model()
+    before, batch = Snapshot.of(model), batch_of(spec, spec.arguments())
+    decomposition = replace(parts, some=False).of(model)
+    mask = parts.drawn_mask(spec.n_examples)
+    for context in (decomposition.ablate([0]), decomposition.only([0]), decomposition.sparse(mask)):
+        with pytest.raises(apd.UnsupportedModel, match=r"middle\.weight"), torch.no_grad(), context:
+            call(model, batch)
+    with pytest.raises(apd.UnsupportedModel, match=r"middle\.weight"):
+        decomposition.attributions(batch)
+    before.assert_unchanged(model)
+
+
+@examples(20)
+@given(
+    spec=st.one_of(chains(), texts(outputs=st.just("each position"))),
+    parts=PARTS,
+    change=st.sampled_from(["one example", "an example more", "one position", "a position more"]),
+)
+def test_masks_of_another_batch_are_refused(spec: Chain | Texts, parts: Parts, change: str):
+    model, arguments = spec.model(), spec.arguments()
+    n_examples, axes = len(arguments["x"]), list(spec.position_axes())
+    if change == "one example" and n_examples > 1:
+        n_examples = 1
+    elif change == "one position" and axes and axes[0] > 1:
+        axes[0] = 1
+    elif change == "a position more" and axes:
+        axes[0] += 1
+    else:
+        n_examples += 1
+    decomposition = parts.of(model)
+    for mask in (parts.drawn_mask(n_examples, *axes), parts.drawn_mask(n_examples)):
+        if mask.shape[:-1] == (len(arguments["x"]),):  # without positions it is one of this batch
+            continue
+        with pytest.raises(apd.ShapeMismatch), torch.no_grad(), decomposition.sparse(mask):
+            call(model, batch_of(spec, arguments))
+
+
+@examples(10)
+@given(spec=texts(inputs=st.just("tokens"), lengths=st.sampled_from([(3,), (4,)]), form=st.just("tensor")), parts=PARTS)
+def test_a_prompt_without_a_batch_axis_is_refused(spec: Texts, parts: Parts):
+    class OneOrMany(nn.Module):
+        """Adds the batch axis where a prompt has none, as hosts do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = spec.model()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x[None] if x.ndim == 1 else x)
+
+    decomposition = parts.of(OneOrMany())
+    with pytest.raises(apd.ApdError):
+        decomposition.attributions(spec.arguments()["x"][0])
+
+
+def test_the_checks_above_can_fail():
+    """Components that change between what is computed and what it is compared with are noticed."""
+    for check in (check_contexts, check_attributions):
+        for spec in (Chain(positions=(2,)), Texts(mask="int"), Images()):
+            check(spec, Parts(granularity="position"))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Substituted, "_copy_with", lambda self, weights: self.model)
+                with pytest.raises(AssertionError):
+                    check(spec, Parts(granularity="position", seed=1))
