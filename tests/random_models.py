@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 LEAVES = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d)
+# Without kinks, at which finite differences would be wrong.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda h: h,
     "tanh": torch.tanh,
     "tanh in place": lambda h: h.tanh_(),
     "gelu": F.gelu,
+    "sigmoid": torch.sigmoid,
 }
 Weights = Mapping[str, Tensor]
 FAR = -1e4  # what additive masks add where no attention is to be paid
@@ -42,7 +44,7 @@ class Chain:
     residual: bool = True
     shared: str = "nothing"
     activation: str = "tanh"
-    ends_in_relu: bool = False
+    ending: str = "none"
     bare: str = "no"
     scaled: bool = False
     n_examples: int = 3
@@ -100,8 +102,7 @@ class ChainModel(nn.Module):
         bare = {"product": lambda: h @ W.T, "slice": lambda: h[..., :2] @ W[:2], "linear": lambda: F.linear(h, W)}
         if self.spec.bare != "no":
             h = h + bare[self.spec.bare]()
-        y = self.last(h)
-        return y.relu() if self.spec.ends_in_relu else y
+        return ACTIVATIONS[self.spec.ending](self.last(h))
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ class Texts:
         side: where the padding is.
         places: where position embeddings are looked up.
         mask: the form of `attention_mask`.
+        shared: what is computed once for all examples: a projection of "learned vectors", the same "with a batch axis"
+            of one, or embeddings of "relative positions" `query key`, which are added to attention scores.
         outputs: "each position", their "mean", the "last" one, or each position behind a learned "prefix".
     """
 
@@ -122,6 +125,7 @@ class Texts:
     attention: bool = True
     causal: bool = True
     mask: str = "none"
+    shared: str = "nothing"
     tied_head: bool = True
     outputs: str = "each position"
     bias: bool = True
@@ -146,6 +150,7 @@ class Texts:
                 and self.mask not in ("bool", "int", "float", "additive", "additive, infinite")
             )
             or (padded and self.outputs == "last" and self.side == "right")
+            or (padded and self.side == "left" and self.shared not in ("nothing", "relative positions"))
             or (self.tied_head and self.inputs != "tokens")
             or (self.form == "tensor" and "argument" in self.places)
             or (self.form in ("tensor", "tuple", "named tuple") and self.mask != "none")
@@ -200,7 +205,7 @@ class Texts:
         return attends.tril() if self.causal else attends
 
     def position_axes(self) -> tuple[int, ...]:
-        return (self.width,) if self.outputs == "each position" else ()
+        return (self.width,) if self.outputs == "each position" and self.shared != "relative positions" else ()
 
     def positions_of(self, example: int) -> Tensor:
         return self.real()[example].nonzero()[:, 0]
@@ -219,6 +224,10 @@ class TextsModel(nn.Module):
         self.embed = nn.Embedding(5, 4) if spec.inputs == "tokens" else nn.Linear(3, 4, bias=spec.bias)
         if spec.places != "none":
             self.place = nn.Embedding(6, 4)
+        if spec.shared == "relative positions":
+            self.relative = nn.Embedding(11, 4)
+        elif spec.shared != "nothing":
+            self.learned, self.project = nn.Parameter(torch.empty(6, 3)), nn.Linear(3, 4, bias=spec.bias)
         if spec.attention:
             self.q, self.k, self.v = (nn.Linear(4, 4, bias=spec.bias) for _ in range(3))
         self.up, self.down = nn.Linear(4, 5, bias=spec.bias), Conv1D(4, 5)
@@ -233,8 +242,15 @@ class TextsModel(nn.Module):
         h = self.embed(x)
         if spec.places != "none":
             h = h + self.place(torch.arange(width) if places is None else places)
+        if spec.shared == "learned vectors":
+            h = h + self.project(self.learned[:width])
+        elif spec.shared == "learned vectors, with a batch axis":
+            h = h + self.project(self.learned[None, :width])
         if spec.attention:
             scores = self.q(h) @ self.k(h).mT / 2
+            if spec.shared == "relative positions":
+                at = torch.arange(width)
+                scores = scores + self.relative(at[:, None] - at + 5).sum(-1)
             scores = scores.masked_fill(~spec._before(width), FAR)
             scores = scores + self._added(attention_mask)
             h = h + torch.softmax(scores, -1) @ self.v(h)

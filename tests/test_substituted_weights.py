@@ -30,6 +30,7 @@ def examples(number: int) -> settings:
         derandomize=True,
         database=None,
         deadline=None,
+        report_multiple_bugs=False,
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.differing_executors],
     )
@@ -100,6 +101,7 @@ PARTS = st.builds(
 SEEDS = st.sampled_from(range(50))
 DTYPES = st.sampled_from([torch.float64, torch.float64, torch.float32])
 LENGTHS = st.sampled_from([(3,), (2, 2), (3, 3), (4, 4), (3, 3, 3), (2, 2, 2), (1, 1)])
+SQUARES = st.sampled_from([(2, 2), (3, 3, 3), (3,), (3, 3)])  # as many examples as positions, or not
 PADDED = st.sampled_from([(3, 2), (2, 1), (1, 3, 2), (3, 1, 3), (2, 3, 4), (1, 2), (3, 3)])
 
 
@@ -111,7 +113,7 @@ def chains(**changes: st.SearchStrategy[Any]) -> st.SearchStrategy[Chain]:
         "residual": st.booleans(),
         "shared": st.sampled_from(["nothing", "module", "parameter", "parameter, transposed"]),
         "activation": st.sampled_from(["none", "tanh", "tanh in place", "gelu"]),
-        "ends_in_relu": st.booleans(),
+        "ending": st.sampled_from(["none", "sigmoid", "tanh"]),
         "n_examples": st.sampled_from([1, 2, 3, 4]),
         "positions": st.sampled_from([(), (1,), (2,), (3,), (4,), (2, 2)]),
         "form": st.sampled_from(["tensor", "tuple", "named tuple", "dict", "mapping"]),
@@ -204,10 +206,16 @@ KINDS: dict[str, st.SearchStrategy[Spec]] = {
         scaled=st.just(True), form=st.sampled_from(["tuple", "named tuple", "dict", "mapping"]), **REFUSABLE
     ),
     "positions as an argument": texts(
-        lengths=st.sampled_from([(2, 2), (3, 3, 3), (3,), (3, 3)]),
+        lengths=SQUARES,
         places=st.sampled_from(["shared argument", "argument with a batch axis of one", "argument of each example"]),
         form=st.sampled_from(["tuple", "named tuple", "dict", "mapping"]),
         **REFUSABLE,
+    ),
+    "learned vectors": texts(
+        lengths=SQUARES, shared=st.sampled_from(["learned vectors", "learned vectors, with a batch axis"]), **REFUSABLE
+    ),
+    "relative positions": texts(
+        lengths=SQUARES, shared=st.just("relative positions"), attention=st.just(True), **REFUSABLE
     ),
     "outputs without positions": texts(outputs=st.sampled_from(["mean", "last"])),
     "outputs without positions, of padded texts": masked_texts(
