@@ -87,7 +87,7 @@ class Parts:
 
 PARTS = st.builds(
     Parts,
-    n_components=st.sampled_from([2, 3, 4]),
+    n_components=st.sampled_from([2, 3, 4, 9]),  # with 9, effects are pulled back from outputs, with 2 pushed forward
     rank=st.sampled_from([1, 2, 3]),
     some=st.booleans(),
     biases=st.booleans(),
