@@ -88,7 +88,7 @@ class Decomposition:
             return self._attributed(batch)[0]
         with evaluating(self.target.model):
             watched = self._watch(batch)
-        return metric_effects(watched, self.components, self.settings.selection.granularity, metric)
+            return metric_effects(watched, self.components, self.settings.selection.granularity, metric)
 
     @torch.inference_mode(False)
     def attribution_error(self, batch: Batch, k: K | None = None) -> AttributionError:
