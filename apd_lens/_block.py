@@ -89,7 +89,7 @@ class Block(io.IOBase, ContextDecorator):
     """
 
     def __init__(self, make: Callable[[], Part]):
-        self._make = make
+        self.make = make
         self._life: Generator[Any, None, None] | None = None
 
     def start(self) -> Any:
@@ -103,7 +103,7 @@ class Block(io.IOBase, ContextDecorator):
             with _LOCK:
                 if self._life is not None and self._life.gi_frame is not None:
                     raise AlreadyActive("This context is entered already. Leave it before you enter it again.")
-                self._life = life = _lifetime(self._make())
+                self._life = life = _lifetime(self.make())
                 self.close = partial(next, life, None)  # what __exit__ calls
                 return next(life)
         except BaseException:

@@ -71,6 +71,7 @@ class _TakenOut(Part):
 
     Attributes:
         originals: name -> what the places of a matrix held before; empty when all are put back.
+        putting_back: whether some are put back already, so that the matrices are not what the edit made of them.
         record: in `edits_of` the model while the edit is in.
     """
 
@@ -80,6 +81,7 @@ class _TakenOut(Part):
         self.target, self.components, self.chosen = target, decomposition.components, chosen
         self.originals: dict[str, list[Tensor]] = {}
         self.record: Applied | None = None
+        self.putting_back = False
 
     def do(self) -> None:
         target, names = self.target, self.components.names
@@ -101,7 +103,7 @@ class _TakenOut(Part):
 
     def undo(self) -> None:
         try:
-            if self.is_in:
+            if self.is_in and not self.putting_back:
                 self._check_can_be_undone()
         except ApdError:
             raise
@@ -129,6 +131,7 @@ class _TakenOut(Part):
             )
 
     def put_back(self) -> None:
+        self.putting_back = True
         for name, values in self.originals.items():
             _put(self.target, name, values)
         edits = edits_of(self.target.model)
@@ -152,8 +155,12 @@ class Edit(Block):
         self._taken_out = taken_out
 
     def start(self) -> "Edit":
-        super().start()
-        return self
+        try:
+            super().start()
+            return self
+        except BaseException:  # an interrupt between the two lines
+            self.close()
+            raise
 
     # In C: there is no line between `apply_edit` and the block at which an interrupt could come.
     __enter__ = io.IOBase.__enter__
