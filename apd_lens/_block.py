@@ -106,9 +106,9 @@ class Block(io.IOBase, ContextDecorator):
                 self._life = life = _lifetime(self.make())
                 self.close = partial(next, life, None)  # what __exit__ calls
                 return next(life)
-        except BaseException:
+        except BaseException as error:
             if life is not None:
-                next(life, None)
+                life.throw(error)  # which undoes what is done
             raise
 
     def __enter__(self) -> Any:

@@ -20,7 +20,7 @@ from apd_lens._target import WeightMatrix, evaluating
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import faults  # noqa: E402
+import faults
 
 BATCH = torch.linspace(-1, 1, 24).reshape(6, 4)
 
@@ -36,27 +36,25 @@ def dropout_mlp() -> nn.Sequential:
 @pytest.mark.parametrize("host", faults.hosts())
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # HookedTransformer is deprecated
 def test_at_lines(host: str, use: Callable[[faults.Host], None]):
-    lines = 30 if host == "torch MLP" else 8
+    lines = 20 if host == "torch MLP" else 4
     counts, found = faults.trials(faults.hosts()[host], use, lines, moments=0, seed=0)
     assert found == []
     assert counts["interrupted"] == lines
 
 
-@pytest.mark.parametrize("line", range(40))
-def test_while_the_context_is_entered_or_left(line: int):
-    """At every line of what enters and leaves it."""
+def test_at_every_line_of_what_enters_and_leaves_a_context():
     model = dropout_mlp()
     decomposition = decomposition_of(model)
     before = Snapshot.of(model)
 
     def use(_: Any) -> None:
-        with decomposition.ablate(0):
+        with decomposition.ablate(0), evaluating(model):
             pass
 
     error, lines = faults.at_line(use, None, -1)
     assert error is None
-    for at in range(line, lines, 40):
-        error, _ = faults.at_line(use, None, at)
+    for line in range(lines):
+        error, _ = faults.at_line(use, None, line)
         assert type(error) is KeyboardInterrupt
         before.assert_unchanged(model)
 
@@ -148,12 +146,8 @@ def test_hooks_of_activations_are_removed():
 
 
 def test_grad_mode_is_put_back():
-    with pytest.raises(KeyboardInterrupt), torch.no_grad(), evaluating(dropout_mlp()):
-        torch.set_grad_enabled(True)  # as where an interrupt keeps torch from switching it off
-        _interrupt()
-    assert torch.is_grad_enabled()
     with evaluating(dropout_mlp()):
-        torch.set_grad_enabled(False)
+        torch.set_grad_enabled(False)  # as where an interrupt keeps torch from putting it back
     assert torch.is_grad_enabled()
 
 
