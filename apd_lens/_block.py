@@ -6,6 +6,7 @@ line, and an interrupt before that line would leave the model changed. So a `Blo
 `try`. If an interrupt comes while the generator puts things back, it does so once more, and then raises the interrupt.
 """
 
+import inspect
 import io
 import threading
 from collections.abc import Callable, Generator, Iterable
@@ -101,7 +102,7 @@ class Block(io.IOBase, ContextDecorator):
         life = None
         try:
             with _LOCK:
-                if self._life is not None and self._life.gi_frame is not None:
+                if self._life is not None and inspect.getgeneratorstate(self._life) != inspect.GEN_CLOSED:
                     raise AlreadyActive("This context is entered already. Leave it before you enter it again.")
                 self._life = life = _lifetime(self.make())
                 self.close = partial(next, life, None)  # what __exit__ calls
