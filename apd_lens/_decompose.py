@@ -133,8 +133,9 @@ class State:
 
     def updates(self) -> int:
         """Number of steps that changed the components; less than `step` where one failed that was looked at late."""
-        moments = next(iter(self.optimizer.state.values()), None)
-        return 0 if moments is None else int(moments["step"])
+        # An interrupt in the first update may have left moments that are not filled yet.
+        moments = next(iter(self.optimizer.state.values()), {})
+        return int(moments.get("step", 0))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from apd_lens._artifact import (
 )
 from apd_lens._attribution import GradientAttribution, metric_effects
 from apd_lens._batches import Batch, check_finite, on_device
+from apd_lens._block import Block, Part
 from apd_lens._components import ParameterComponents, effective_rank, singular_values, sum_of_components
 from apd_lens._edited import check_unedited
 from apd_lens._errors import ArtifactError, InvalidSetting, ShapeMismatch, UnsupportedModel
@@ -95,7 +96,7 @@ class Decomposition:
             return self._attributed(batch)[0]
         with evaluating(self.target.model):
             watched = self._watch(batch)
-        return metric_effects(watched, self.components, self.settings.selection.granularity, metric)
+            return metric_effects(watched, self.components, self.settings.selection.granularity, metric)
 
     @torch.inference_mode(False)
     def attribution_error(self, batch: Batch, k: K | None = None) -> AttributionError:
@@ -281,7 +282,13 @@ class Decomposition:
 
     def _context(self, intercept: Intercept) -> AbstractContextManager[None]:
         check_unedited(self.target.model)
-        return self.target.intercepted(self.components.names, intercept)
+        block = self.target.intercepted(self.components.names, intercept)
+
+        def make() -> Part:
+            check_unedited(self.target.model)  # it may have been edited since
+            return block.make()
+
+        return Block(make)
 
     def _selection(self, batch: Batch, k: K | None) -> Selection:
         selection = with_k(self.settings.selection, k)

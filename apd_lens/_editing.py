@@ -1,14 +1,16 @@
 """Taking components out of a model's own parameters, in place, and putting them back."""
 
+import io
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from apd_lens._block import Block, Part
 from apd_lens._decomposition import Chosen, Decomposition, about_matrices, edited_value, fitted, numbers_of
 from apd_lens._edited import Applied, edits_of
-from apd_lens._errors import AlreadyActive, ArtifactError, InvalidSetting, UnsupportedModel
+from apd_lens._errors import AlreadyActive, ApdError, ArtifactError, InvalidSetting, UnsupportedModel
 from apd_lens._patch import is_patched
 from apd_lens._target import TargetModel, WeightMatrix
 from apd_lens._wrap import wrap
@@ -48,14 +50,10 @@ def apply_edit(model: Any, decomposition: Decomposition, ablate: Chosen) -> "Edi
             f"{difference}."
         )
     _check_can_be_edited(target, [component for edit in earlier for component in edit.ablated], chosen, list(matrices))
-    return _applied(target, decomposition, chosen)
+    return Edit(_TakenOut(target, decomposition, chosen)).start()
 
 
 def _check_can_be_edited(target: TargetModel, out: list[int], chosen: list[int], names: list[str]) -> None:
-    if is_patched(target.model):
-        raise AlreadyActive(
-            "This model is inside a sparse, ablate or only context (or a decompose run). Leave it before editing."
-        )
     if again := sorted(set(out) & set(chosen)):
         raise InvalidSetting(f"Components {again} are out of this model already; out are {out}.")
     whole = wrap(target.model).weights
@@ -68,27 +66,81 @@ def _check_can_be_edited(target: TargetModel, out: list[int], chosen: list[int],
             )
 
 
-def _applied(target: TargetModel, decomposition: Decomposition, chosen: list[int]) -> "Edit":
-    components = decomposition.components
-    edits, kept, record = edits_of(target.model), {}, None
-    try:
-        for name in components.names if chosen else ():
-            value = edited_value(target, components, name, chosen)
-            kept[name] = [place.clone() for place in _places(target, name)]
+class _TakenOut(Part):
+    """Components are out of a model's own parameters.
+
+    Attributes:
+        originals: name -> what the places of a matrix held before; empty when all are put back.
+        putting_back: whether some are put back already, so that the matrices are not what the edit made of them.
+        record: in `edits_of` the model while the edit is in.
+    """
+
+    lasting = True
+
+    def __init__(self, target: TargetModel, decomposition: Decomposition, chosen: list[int]):
+        self.target, self.components, self.chosen = target, decomposition.components, chosen
+        self.originals: dict[str, list[Tensor]] = {}
+        self.record: Applied | None = None
+        self.putting_back = False
+
+    def do(self) -> None:
+        target, names = self.target, self.components.names
+        if is_patched(target.model):
+            raise AlreadyActive(
+                "This model is inside a sparse, ablate or only context (or a decompose run). Leave it before editing."
+            )
+        for name in names if self.chosen else ():
+            value = edited_value(target, self.components, name, self.chosen)
+            self.originals[name] = [place.clone() for place in _places(target, name)]
             _put(target, name, _stored(target, name, value))
-        digests = {name: target.weights[name].fingerprint() for name in components.names}
-        record = Applied(weakref.ref(components), chosen, digests)
-        edits.append(record)
-        return Edit(target, record, kept)
-    except BaseException:
-        for name, values in kept.items():
-            _put(target, name, values)
-        if record in edits:
-            edits.remove(record)
-        raise
+        digests = {name: target.weights[name].fingerprint() for name in names}
+        self.record = Applied(weakref.ref(self.components), self.chosen, digests)
+        edits_of(target.model).append(self.record)
+
+    @property
+    def is_in(self) -> bool:
+        return self.record in edits_of(self.target.model)
+
+    def undo(self) -> None:
+        try:
+            if self.is_in and not self.putting_back:
+                self._check_can_be_undone()
+        except ApdError:
+            raise
+        except BaseException:
+            self.put_back()
+            raise
+        self.put_back()
+
+    def _check_can_be_undone(self) -> None:
+        assert self.record is not None
+        self.check_is_last()
+        for name in self.originals:
+            if self.target.weights[name].fingerprint() != self.record.fingerprints[name]:
+                raise ArtifactError(
+                    f"{name} was changed, or moved to another dtype, since components {self.chosen} were taken out "
+                    "of it. undo(force=True) puts back what it was before, and that change is lost."
+                )
+
+    def check_is_last(self) -> None:
+        last = edits_of(self.target.model)[-1]
+        if last is not self.record:
+            raise AlreadyActive(
+                f"Components {last.ablated} were taken out after {self.chosen}. Undo that edit first: edits are "
+                "undone in reverse order."
+            )
+
+    def put_back(self) -> None:
+        self.putting_back = True
+        for name, values in self.originals.items():
+            _put(self.target, name, values)
+        edits = edits_of(self.target.model)
+        if self.record in edits:
+            edits.remove(self.record)
+        self.originals = {}
 
 
-class Edit:
+class Edit(Block):
     """Components that are out of a model's own parameters; made by `apply_edit`. A context that undoes itself.
 
     Attributes:
@@ -96,17 +148,30 @@ class Edit:
         ablated: the components that this edit took out.
     """
 
-    def __init__(self, target: TargetModel, record: Applied, originals: dict[str, list[Tensor]]):
-        self.model = target.model
-        self.ablated = record.ablated
-        self._target = target
-        self._record = record
-        self._originals = originals
+    def __init__(self, taken_out: _TakenOut):
+        super().__init__(lambda: taken_out)
+        self.model = taken_out.target.model
+        self.ablated = taken_out.chosen
+        self._taken_out = taken_out
+
+    def start(self) -> "Edit":
+        try:
+            super().start()
+            return self
+        except BaseException:  # an interrupt between the two lines
+            self.close()
+            raise
+
+    # In C: there is no line between `apply_edit` and the block at which an interrupt could come.
+    __enter__ = io.IOBase.__enter__
+
+    def __del__(self) -> None:
+        """The edit stays when nobody holds this."""
 
     @property
     def undone(self) -> bool:
         """Whether the components are back."""
-        return self._record not in edits_of(self.model)
+        return not self._taken_out.is_in
 
     def undo(self, *, force: bool = False) -> None:
         """Puts the matrices back, bit for bit; an interrupt is raised when that is done.
@@ -118,39 +183,17 @@ class Edit:
             AlreadyActive: undone already, or a later edit of the model is not.
             ArtifactError: a matrix was changed since, by training perhaps, and no `force`.
         """
-        edits = edits_of(self.model)
-        if self._record not in edits:
+        if self.undone:
             raise AlreadyActive(f"{self} was undone already.")
-        if edits[-1] is not self._record:
-            raise AlreadyActive(
-                f"Components {edits[-1].ablated} were taken out after {self.ablated}. Undo that edit first: edits are "
-                "undone in reverse order."
-            )
-        for name in self._originals if not force else ():
-            if self._target.weights[name].fingerprint() != self._record.fingerprints[name]:
-                raise ArtifactError(
-                    f"{name} was changed, or moved to another dtype, since components {self.ablated} were taken out "
-                    "of it. undo(force=True) puts back what it was before, and that change is lost."
-                )
+        self._taken_out.check_is_last()
+        undo = self._taken_out.put_back if force else self._taken_out.undo
         try:
-            self._restore()
-        except BaseException:
-            self._restore()
+            undo()
+        except ApdError:
             raise
-
-    def _restore(self) -> None:
-        for name, values in self._originals.items():
-            _put(self._target, name, values)
-        edits = edits_of(self.model)
-        if self._record in edits:
-            edits.remove(self._record)
-
-    def __enter__(self) -> "Edit":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if not self.undone:
-            self.undo()
+        except BaseException:
+            self._taken_out.put_back()
+            raise
 
     def __repr__(self) -> str:
         state = "undone" if self.undone else "taken out"
@@ -186,7 +229,8 @@ def _parameters(matrix: WeightMatrix, value: Tensor) -> list[tuple[Tensor, Tenso
     return pairs
 
 
-@torch.inference_mode()  # in which parameters may be written to, also those that were made in inference mode
 def _put(target: TargetModel, name: str, values: list[Tensor]) -> None:
-    for place, value in zip(_places(target, name), values, strict=True):
-        place.copy_(value)
+    # In inference mode also parameters that were made in it can be written to. This guard is left in C.
+    with torch._C._InferenceMode(True):
+        for place, value in zip(_places(target, name), values, strict=True):
+            place.copy_(value)

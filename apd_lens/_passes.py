@@ -1,7 +1,7 @@
 """Forward passes of the user's model: watched (x and y of every use are kept) and replaced (components for weights)."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from apd_lens._batches import Batch, call, n_examples, replicated, some_examples
+from apd_lens._block import Block, Handles
 from apd_lens._components import ParameterComponents
 from apd_lens._errors import InvalidOutput, InvalidSetting, ShapeMismatch, SiteNotCalled
 from apd_lens._finite import Reading, count_not_finite, raise_first
@@ -187,6 +189,7 @@ def watched_pass(
         _activations(target.model, hidden) as kept,
     ):
         picked = explained_output(output, call(target.model, batch), examples)
+        _check_kept(hidden, kept)
         real = real_positions(batch)
         picked = zero_at_padding(picked, real)
     return WatchedPass(
@@ -227,6 +230,7 @@ def replaced_pass(
         _activations(target.model, hidden) as kept,
     ):
         picked = explained_output(output, call(target.model, batch), n_examples(batch))
+        _check_kept(hidden, kept)
         return zero_at_padding(picked, real_positions(batch)), kept
 
 
@@ -342,21 +346,22 @@ def _in_host_dtype(y: Tensor, x: Tensor, original: Callable[[], Tensor]) -> Tens
     return y if torch.is_autocast_enabled(y.device.type) else y.to(x.dtype)
 
 
-@contextmanager
-def _activations(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Inside, the outputs of the named submodules (a TransformerLens hook point is one) are kept by name."""
+def _activations(model: nn.Module, names: Iterable[str]) -> Block:
+    """Inside, the outputs of the named submodules (a TransformerLens hook point is one) in forwards of this thread are
+    kept by name."""
     kept: dict[str, Tensor] = {}
-
-    names = list(names)
+    here = threading.get_ident()
 
     def keep(name: str, module: nn.Module, args: Any, activation: Any) -> None:
+        if threading.get_ident() != here:
+            return
         if not isinstance(activation, Tensor):
             raise InvalidSetting(
                 f"The submodule {name!r} returns a {type(activation).__name__}, not a tensor to compare."
             )
         kept[name] = activation
 
-    with ExitStack() as stack:
+    def handles() -> Iterator[RemovableHandle]:
         for name in names:
             try:
                 module = model.get_submodule(name)
@@ -364,9 +369,12 @@ def _activations(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, T
                 raise InvalidSetting(
                     f"The model has no submodule {name!r} whose activations could be compared."
                 ) from None
-            handle = module.register_forward_hook(partial(keep, name))
-            stack.callback(handle.remove)
-        yield kept
-        for name in names:
-            if name not in kept:
-                raise SiteNotCalled(f"The forward pass did not call {name!r}, whose activations were to be compared.")
+            yield module.register_forward_hook(partial(keep, name))
+
+    return Block(lambda: Handles(handles(), kept))
+
+
+def _check_kept(names: Iterable[str], kept: dict[str, Tensor]) -> None:
+    for name in names:
+        if name not in kept:
+            raise SiteNotCalled(f"The forward pass did not call {name!r}, whose activations were to be compared.")

@@ -13,37 +13,54 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from apd_lens._block import Block, Part
 from apd_lens._errors import InvalidSetting
+from apd_lens._owner import Owner
 
 # Called as forward(module, original, *args, **kwargs); `original` is what would have run without the patch.
 PatchedForward = Callable[..., Any]
 
 
-class _Patch:
-    """The callable that stands in the place of one module's forward.
+class Patch(Part):
+    """The callable that stands in the place of one module's forward: calls of `module` by the owner of the context run
+    `forward(module, original, *args, **kwargs)`, and calls by others what the module would run without it.
 
     It knows its module by a weak reference and leaves itself behind when the module is copied or pickled: a plain
     closure would go on computing with the original's weights.
+
+    If somebody else puts their own forward over it, theirs stays in the end, and the patch becomes a pass-through.
     """
 
-    def __init__(self, module: nn.Module, forward: PatchedForward, previous: Callable[..., Any] | None):
+    def __init__(self, module: nn.Module, forward: PatchedForward, owner: Owner):
         self.module = weakref.ref(module)
         self.forward: PatchedForward | None = forward
-        self.previous = previous
+        self.owner = owner
+        self.previous: Callable[..., Any] | None = None
+
+    def do(self) -> None:
+        module = self.module()
+        assert module is not None
+        self.previous = _innermost(module)
+        _set_innermost(module, self)
+
+    def undo(self) -> None:
+        self.forward = None
+        module = self.module()
+        if module is not None and _innermost(module) is self:
+            _set_innermost(module, self.previous)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        original = self.original
-        if self.forward is None:
+        original, forward = self.original, self.forward
+        if forward is None or not self.owner.runs():
             return original(*args, **kwargs)
-        return self.forward(self.module(), original, *args, **kwargs)
+        return forward(self.module(), original, *args, **kwargs)
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -70,7 +87,7 @@ class _Front:
     Leaves itself behind when the module is copied or pickled.
     """
 
-    def __init__(self, state: Any, patch: _Patch):
+    def __init__(self, state: Any, patch: Patch):
         self.state, self.patch = state, patch
 
     def body(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -91,31 +108,21 @@ def _class_forward(module: Any) -> Callable[..., Any]:
     return types.MethodType(type(module).forward, module)
 
 
-@contextmanager
-def patched(module: nn.Module, forward: PatchedForward) -> Iterator[None]:
-    """Inside, calls of `module` run `forward(module, original, *args, **kwargs)`; after it the module is as before.
-
-    If somebody else has put their own forward over ours meanwhile, theirs stays and ours becomes a pass-through.
+class NotBehindATrace(Part):
+    """Refuses a context that a trace of nnsight has taken its block out of, to run it later.
 
     Raises:
-        InvalidSetting: left by a trace of nnsight that takes its block out of this context and runs it later.
+        InvalidSetting: at the end of the context.
     """
-    patch = _Patch(module, forward, previous=_innermost(module))
-    try:
-        _set_innermost(module, patch)
-        yield
-    except Exception as error:
+
+    def undo(self) -> None:
+        error = sys.exception()
         if type(error).__name__ == "ExitTracingException" and type(error).__module__.startswith("nnsight."):
             raise InvalidSetting(
                 "In one `with` statement, this context came after a trace of nnsight, which runs the block without "
                 "what comes after it. Put it before the trace: `with decomposition.sparse(mask), model.trace(x):`, or "
                 "in a `with` of its own."
             ) from None
-        raise
-    finally:
-        patch.forward = None
-        if _innermost(module) is patch:
-            _set_innermost(module, patch.previous)
 
 
 def _innermost(module: nn.Module) -> Callable[..., Any] | None:
@@ -130,7 +137,7 @@ def _set_innermost(module: nn.Module, forward: Callable[..., Any] | None) -> Non
     controller = _controller(module)
     if controller is not None:
         state = _state(controller)
-        controller.state = _Front(state, forward) if isinstance(forward, _Patch) else state
+        controller.state = _Front(state, forward) if isinstance(forward, Patch) else state
     elif forward is not None:  # written to `__dict__`, since some hosts redirect attribute writes
         module.__dict__["forward"] = forward
     else:
@@ -159,11 +166,11 @@ def _take_back(module: nn.Module, controller: Any) -> None:
     if not str(getattr(state.original, "__module__", "")).startswith("nnsight."):
         return
     closed_over = [cell.cell_contents for cell in state.original.__closure__ or ()]
-    outer = next((value for value in closed_over if isinstance(value, _Patch)), None)
+    outer = next((value for value in closed_over if isinstance(value, Patch)), None)
     if outer is None:
         return
     inner = outer
-    while isinstance(inner.previous, _Patch):
+    while isinstance(inner.previous, Patch):
         inner = inner.previous
     state.body = state.original = _unbound(module, inner.previous)
     inner.previous = None
@@ -185,37 +192,47 @@ def in_nnsight_trace(module: nn.Module) -> bool:
     return controller is not None and controller.state.active()[0] is not None
 
 
-@contextmanager
-def outside_traces(model: nn.Module) -> Iterator[None]:
+def outside_traces(model: nn.Module) -> Block:
     """Inside, forwards of the model are no part of a trace of nnsight that is running on it."""
-    controller = _controller(model)
-    interleaver = None if controller is None else controller.state.active()[0]
-    if interleaver is None:
-        yield
-        return
-    interleaver.interleaving = False
-    try:
-        yield
-    finally:
-        interleaver.interleaving = True
+    return Block(lambda: _OutsideTraces(model))
 
 
-@contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Inside, a model of which torch.compile has compiled all or a part runs as it was written: what was compiled does
-    not see what stands in for a forward, and cannot be compiled with it."""
-    modules = model.modules() if "torch._dynamo" in sys.modules else ()
-    if any(
-        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
-        for module in modules
-    ):
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
-        yield
+class _OutsideTraces(Part):
+    def __init__(self, model: nn.Module):
+        controller = _controller(model)
+        self._interleaver = None if controller is None else controller.state.active()[0]
+
+    def do(self) -> None:
+        if self._interleaver is not None:
+            self._interleaver.interleaving = False
+
+    def undo(self) -> None:
+        if self._interleaver is not None:
+            self._interleaver.interleaving = True
+
+
+class Uncompiled(Part):
+    """A model of which torch.compile has compiled all or a part runs as it was written: what was compiled does not see
+    what stands in for a forward, and cannot be compiled with it."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._stance: Any = None
+
+    def do(self) -> None:
+        modules = self._model.modules() if "torch._dynamo" in sys.modules else ()
+        if any(
+            type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+            for module in modules
+        ):
+            self._stance = torch.compiler.set_stance("force_eager")
+
+    def undo(self) -> None:
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
 
 
 def is_patched(model: nn.Module) -> bool:
     """Whether a patch of ours is at work on the model or on one of its submodules."""
     patches = map(_innermost, model.modules())
-    return any(isinstance(patch, _Patch) and patch.forward is not None for patch in patches)
+    return any(isinstance(patch, Patch) and not patch.owner.is_over for patch in patches)

@@ -6,8 +6,7 @@ in a residual stream of width 1000, what a layer writes is read by the 25 neuron
 And where the last thing that happens is a nonlinearity of each output on its own, all that is linear in front of it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from apd_lens._block import Block, Handles
 from apd_lens._passes import WatchedPass
 
 # Gradients count as the same for all examples if they differ by no more than so many roundings.
@@ -183,15 +183,9 @@ def _affine_maps(
     return {i: maps[i] for i in direct if is_affine(i)}
 
 
-@contextmanager
-def cut_off(ys: Sequence[Tensor]) -> Iterator[None]:
+def cut_off(ys: Sequence[Tensor]) -> Block:
     """Inside, no gradient comes through these."""
-    handles = [y.register_hook(torch.zeros_like) for y in ys]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return Block(lambda: Handles(y.register_hook(torch.zeros_like) for y in ys))
 
 
 def _gradients(root: Tensor | GradientEdge, at_root: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:

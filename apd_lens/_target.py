@@ -7,8 +7,8 @@ else in apd_lens goes through `TargetModel`.
 import difflib
 import fnmatch
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn, Protocol, runtime_checkable
@@ -18,8 +18,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from apd_lens._block import Block, Part, Together
 from apd_lens._errors import AlreadyActive, ApdError, ArtifactError, SiteNotCalled, UnknownWeight, UnsupportedModel
-from apd_lens._patch import PatchedForward, in_nnsight_trace, is_patched, patched, uncompiled
+from apd_lens._owner import Owner
+from apd_lens._patch import NotBehindATrace, Patch, PatchedForward, Uncompiled, in_nnsight_trace, is_patched
 from apd_lens._table import table
 
 
@@ -320,34 +322,28 @@ class TargetModel:
         """
         return TargetModel(self.model, self.adapter, self._untied, self.prepare, biases)
 
-    @contextmanager
-    def intercepted(self, names: Iterable[str], intercept: Intercept, observed: Iterable[str] = ()) -> Iterator[None]:
+    def intercepted(self, names: Iterable[str], intercept: Intercept, observed: Iterable[str] = ()) -> Block:
         """Inside, every use of the named matrices in a forward of the user's model goes through `intercept`.
 
-        What torch.compile has compiled of the model runs inside as it was written, which rounds otherwise.
+        Other threads run the plain model meanwhile, see `Owner`. What torch.compile has compiled of the model runs
+        inside as it was written, which rounds otherwise.
 
         Args:
             observed: further matrices whose uses do, but which a forward may go past.
 
         Raises:
-            AlreadyActive: the model is intercepted already.
+            AlreadyActive: the model is intercepted already; in a forward: see `Owner.runs`.
             SiteNotCalled: a forward of the whole model ended without reaching one of the uses.
             UnsupportedModel: in a forward, a decomposed bias is added elsewhere than behind its matrix.
         """
-        if is_patched(self.model):
-            raise AlreadyActive(
-                f"This {type(self.model).__name__} is already inside a sparse, ablate or only context (or a decompose "
-                "run). Contexts do not nest on one model: leave the first before entering the second."
-            )
         matrices = [self.weights[name] for name in names]
         with_bias = {matrix.name for matrix in matrices if matrix.bias is not None}
         expected = {use.site for matrix in matrices for use in matrix.uses}
         matrices += [self.weights[name] for name in observed]
-        called: set[str] = set()
-        input_axes = 0
+        forward = _Forward()
 
         def at_use(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-            called.add(use.site)
+            forward.called.add(use.site)
             if use.matrix in with_bias:
                 if bias is None:
                     raise UnsupportedModel(
@@ -356,7 +352,7 @@ class TargetModel:
                         "leave out biases=True."
                     )
                 x, bias = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1), None
-            if not x.is_floating_point() and x.ndim == 1 and input_axes > 1:
+            if not x.is_floating_point() and x.ndim == 1 and forward.input_axes > 1:
                 # A lookup of positions that all examples share, such as wpe(arange(pos)): it has no batch axis.
                 y = intercept(use, x[None], lambda: original()[None], bias)
             else:
@@ -367,13 +363,12 @@ class TargetModel:
             return y
 
         def at_root(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            nonlocal input_axes
-            called.clear()
-            input_axes = max(
+            forward.called.clear()
+            forward.input_axes = max(
                 (value.ndim for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), default=0
             )
             output = original(*args, **kwargs)
-            missing = sorted(expected - called)
+            missing = sorted(expected - forward.called)
             # In a trace the user may skip modules or stop.
             if missing and self.adapter.runs_every_use(args, kwargs) and not in_nnsight_trace(model):
                 raise SiteNotCalled(
@@ -384,12 +379,18 @@ class TargetModel:
                 )
             return output
 
-        with ExitStack() as stack:
-            stack.enter_context(uncompiled(self.model))
-            for module, forward in self.adapter.patches(self.model, matrices, at_use):
-                stack.enter_context(patched(module, forward))
-            stack.enter_context(patched(self.model, at_root))
-            yield
+        def parts() -> Together:
+            if is_patched(self.model):
+                raise AlreadyActive(
+                    f"This {type(self.model).__name__} is already inside a sparse, ablate or only context (or a "
+                    "decompose run). Contexts do not nest on one model: leave the first before entering the second."
+                )
+            owner = Owner(type(self.model).__name__)
+            patches = [*self.adapter.patches(self.model, matrices, at_use), (self.model, at_root)]
+            patched = [Patch(module, forward, owner) for module, forward in patches]
+            return Together([NotBehindATrace(), Uncompiled(self.model), *patched, owner])
+
+        return Block(parts)
 
     def __copy__(self) -> "TargetModel":
         return self
@@ -465,15 +466,62 @@ def _d_in(matrix: WeightMatrix) -> str:
     return str(matrix.d_in) if matrix.bias is None else f"{matrix.d_in - 1} + 1"
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode, so that dropout is off and running statistics stay; after it, as it was."""
-    training_before = model.training
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+class _Forward(threading.local):
+    """What is known of the forward of the whole model that runs in this thread.
+
+    Attributes:
+        called: sites that it has come to.
+        input_axes: the most axes that one of its inputs has.
+    """
+
+    def __init__(self) -> None:
+        self.called: set[str] = set()
+        self.input_axes = 0
+
+
+def evaluating(model: nn.Module) -> Block:
+    """Inside, the model is in eval mode, so that dropout is off and running statistics stay; after it, as it was.
+
+    Of several threads, or blocks in blocks, the last one puts the modes back. So is grad mode of this thread.
+    """
+    return Block(lambda: _Evaluating(model))
+
+
+@dataclass(frozen=True, eq=False)
+class _Modes:
+    """How a model was before it was evaluated, and by whom it is."""
+
+    training: bool
+    of_each: list[tuple[nn.Module, bool]]
+    users: "set[_Evaluating]"
+
+
+_MODES: dict[nn.Module, _Modes] = {}
+
+
+class _Evaluating(Part):
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._grad_enabled = torch.is_grad_enabled()
+
+    def do(self) -> None:
+        model = self._model
+        if model in _MODES:
+            _MODES[model].users.add(self)
+        else:
+            _MODES[model] = _Modes(model.training, [(module, module.training) for module in model.modules()], {self})
         model.eval()
-        yield
-    finally:
-        model.train(training_before)  # a TransformerBridge switches modules that are not among its own
-        for module, training in modes:
-            module.training = training
+
+    def undo(self) -> None:
+        torch.set_grad_enabled(self._grad_enabled)
+        before = _MODES.get(self._model)
+        if before is None or self not in before.users:
+            return
+        if len(before.users) == 1:
+            try:
+                self._model.train(before.training)  # a TransformerBridge switches modules that are not among its own
+            finally:
+                for module, training in before.of_each:
+                    module.training = training
+            del _MODES[self._model]
+        before.users.discard(self)

@@ -25,7 +25,7 @@ from transformer_lens.model_bridge.generalized_components.attention import Atten
 
 from apd_lens import Intercept, Units, Use, WeightMatrix
 from apd_lens._torch_modules import TorchAdapter
-from apd_transformer_lens._shadow import Shadow, shadowed
+from apd_transformer_lens._shadow import Shadow, kept, shadowed
 
 # Component of a block -> its leaves, in the order of the forward pass -> names, as in HookedTransformer.
 _IN_BLOCK = {
@@ -208,20 +208,22 @@ def _split_at_boot(model: TransformerBridge) -> Iterator[nn.Module | None]:
 def _attention(
     attn: Any, original: Callable[..., Any], *args: Any, uses: _Uses, intercept: Intercept, **kwargs: Any
 ) -> Any:
-    with shadowed(
-        attn,
-        _project_per_head_qkv=partial(_to_heads, attn, attn._project_per_head_qkv, uses, intercept),
-        _compute_per_head_result=partial(_from_heads, attn, attn._compute_per_head_result, uses, intercept),
-        _pattern=None,  # where the bridge keeps its last pattern, and with it all that the pattern was made from
+    with (
+        shadowed(
+            attn,
+            _project_per_head_qkv=partial(_to_heads, attn, uses, intercept),
+            _compute_per_head_result=partial(_from_heads, attn, uses, intercept),
+        ),
+        kept(attn, "_pattern"),  # the bridge's last pattern, and with it all that the pattern was made from
     ):
         return original(*args, **kwargs)
 
 
 def _to_heads(
     attn: nn.Module,
-    original: Callable[..., Tensor],
     uses: _Uses,
     intercept: Intercept,
+    original: Callable[..., Tensor],
     linear: nn.Module,
     x: Tensor,
     n_heads: int,
@@ -248,9 +250,9 @@ def _to_heads(
 
 def _from_heads(
     attn: nn.Module,
-    original: Callable[..., Tensor],
     uses: _Uses,
     intercept: Intercept,
+    original: Callable[..., Tensor],
     z: Tensor,
     n_heads: int,
     d_head: int,

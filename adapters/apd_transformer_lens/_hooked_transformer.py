@@ -16,7 +16,7 @@ these are put back to their examples and positions.
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -41,7 +41,6 @@ from transformer_lens.components.mlps.moe import MoE
 from transformer_lens.utilities import get_offset_position_ids
 
 from apd_lens import Bias, Intercept, Units, Use, WeightMatrix
-from apd_lens._patch import patched
 from apd_transformer_lens._shadow import Shadow, shadowed
 
 _PLAIN = "d_in d_out -> d_in d_out"
@@ -93,6 +92,9 @@ class HookedTransformerAdapter:
             uses = {name: wanted[site] for name, site in sites.items() if site in wanted}
             if uses:
                 yield component.module, partial(component.forward, uses=uses, intercept=intercept)
+            for name, use in uses.items() if component.forward is _mixture_of_experts else ():
+                leaf = component.module.get_submodule(name)
+                yield leaf, partial(_routed_leaf, name=name, use=use, intercept=intercept)
 
     def runs_every_use(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         given = _FORWARD_SIGNATURE.bind(None, *args, **kwargs).arguments
@@ -339,27 +341,26 @@ class _Routing:
         return torch.where(self.read["hook_expert_indices"].mT == expert)[1]
 
 
+# Of the mixture of experts whose forward runs now.
+_ROUTING: ContextVar[_Routing] = ContextVar("apd_transformer_lens routing")
+
+
 def _mixture_of_experts(
     mlp: MoE | GptOssMoE, original: Callable[..., Tensor], x: Tensor, *, uses: _Uses, intercept: Intercept
 ) -> Tensor:
     """Intercepts the router and the experts, each on `batch pos`: x and y are 0 where a token was not routed there."""
     routing = _Routing(x.shape[:2])
-    leaves = {
-        name: partial(_routed_leaf, name=name, routing=routing, use=use, intercept=intercept)
-        for name, use in uses.items()
-    }
-    with ExitStack() as stack:
-        stack.enter_context(shadowed(mlp, hook_expert_indices=_keep(routing.read, "hook_expert_indices")))
-        for name, leaf in leaves.items():
-            stack.enter_context(patched(mlp.get_submodule(name), leaf))
+    _ROUTING.set(routing)
+    with shadowed(mlp, hook_expert_indices=_keep(routing.read, "hook_expert_indices")):
         out = original(x)
-    for name, leaf in leaves.items():
+    for name, use in uses.items():
         # GptOssMoE does not call an expert that no token was routed to.
         if name not in routing.called and routing.read and len(routing.tokens(name)) == 0:
             linear = mlp.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             product = partial(F.linear, weight=linear.weight, bias=linear.bias)
-            no_rows = leaf(linear, product, x.new_zeros(0, linear.in_features))
+            no_rows = x.new_zeros(0, linear.in_features)
+            no_rows = _routed_leaf(linear, product, no_rows, name=name, use=use, intercept=intercept)
             out = torch.cat([out.flatten(), no_rows.flatten()]).view_as(out)  # the same, with y in its graph
     return out
 
@@ -370,10 +371,10 @@ def _routed_leaf(
     rows: Tensor,
     *,
     name: str,
-    routing: _Routing,
     use: Use,
     intercept: Intercept,
 ) -> Tensor:
+    routing = _ROUTING.get()
     routing.called.add(name)
     tokens = routing.tokens(name).to(rows.device)
     row_of = torch.full((routing.shape.numel(),), len(rows), device=rows.device)

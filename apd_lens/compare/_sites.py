@@ -2,13 +2,14 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from apd_lens._batches import Batch
+from apd_lens._block import Block, Handles
 from apd_lens._errors import InvalidBatches, InvalidSetting, SiteNotCalled
 
 
@@ -50,8 +51,7 @@ def reading(model: nn.Module, sites: Iterable[str]) -> Iterator[dict[str, Tensor
     _check_called(sites, kept)
 
 
-@contextmanager
-def rewriting(model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def rewriting(model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Block:
     """Inside, every forward of the model goes on with what a site's function makes of the activation there.
 
     Raises:
@@ -70,11 +70,12 @@ def rewriting(model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]
             return output
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    with ExitStack() as stack:
-        for site, function in changes.items():
-            handle = site_module(model, site).register_forward_hook(partial(change, site, function))
-            stack.callback(handle.remove)
-        yield
+    return Block(
+        lambda: Handles(
+            site_module(model, site).register_forward_hook(partial(change, site, function))
+            for site, function in changes.items()
+        )
+    )
 
 
 def _check_called(sites: Iterable[str], called: Iterable[str]) -> None:
