@@ -164,6 +164,7 @@ class StepInfo:
         return None if self.mean_active is None else int((self.last_active > self.step - ALIVE_WINDOW).sum())
 
 
+@torch.inference_mode(False)
 def init(
     model: Any,
     *,
@@ -237,8 +238,10 @@ def init(
     )
 
 
+@torch.inference_mode(False)  # with gradients, whatever they are outside
 def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
-    """One training step on one batch. The model is only looked at: afterwards it is as it was.
+    """One training step on one batch. The model is only looked at: afterwards it is as it was. Steps beyond
+    `Optimization(steps=...)` go on with the learning rate of the last one, and with all schedules at their end.
 
     Raises:
         NonFinite: NaN or infinity in the batch, the target's output or a loss term; the components are as they were
@@ -246,7 +249,7 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
             `state.decomposition()` does, or moves that are due; no step since then has changed the components.
     """
     settings = state.settings
-    progress = state.step / settings.optimization.steps
+    progress = min(1.0, state.step / settings.optimization.steps)
 
     with evaluating(state.target.model):
         seen = watch(state, batch)
@@ -324,6 +327,7 @@ def update(
     return rate
 
 
+@torch.inference_mode(False)
 def decompose(
     model: Any,
     batches: Iterable[Batch] | Callable[[int], Batch],

@@ -186,7 +186,7 @@ def pairwise_product(
     dtype = torch.get_autocast_dtype(A.device.type) if autocast else A.dtype
     A, B = A.to(dtype), B.to(dtype)
     data_axes = mask.shape[:-1]
-    rows = x.expand(*data_axes, *x.shape[len(data_axes) :]).flatten(0, len(data_axes) - 1)[active.data_points]
+    rows = x.expand(*data_axes, *x.shape[len(data_axes) :]).flatten(0, len(data_axes) - 1).index_select(0, active.data_points)
     factors = [A, B]
     if x.is_floating_point():
         rows = rows.to(dtype)
