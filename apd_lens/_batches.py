@@ -37,7 +37,7 @@ def call(model: nn.Module, batch: Batch) -> Any:
 def _check_can_take(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: TypeError) -> None:
     """Raises InvalidBatches if the model's forward has no such parameters."""
     try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
+        inspect.signature(type(model).forward).bind(model, *args, **kwargs)
     except TypeError as misfit:
         given = [type(value).__name__ for value in args] + [f"{name}={type(kwargs[name]).__name__}" for name in kwargs]
         raise InvalidBatches(

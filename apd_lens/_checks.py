@@ -5,6 +5,7 @@ Inside the package nothing is checked at run time, except in the tests, which ch
 
 import dataclasses
 import functools
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -76,3 +77,5 @@ def check_fields(settings: Any) -> None:
         if not is_bearable(value, cast(Any, field.type), conf=_CONF):
             expected = field.type.__name__ if isinstance(field.type, type) else re.sub(r"\b\w+\.", "", str(field.type))
             raise InvalidSetting(f"{type(settings).__name__}({field.name}=...) takes {expected}, got {value!r}.")
+        if isinstance(value, float) and math.isnan(value):
+            raise InvalidSetting(f"{type(settings).__name__}({field.name}=...) takes a number, got NaN.")

@@ -19,6 +19,7 @@ from apd_lens._batches import Batch, on_device, readings_of_batch, same_argument
 from apd_lens._cluster_moves import ClusterMoves, make_cluster_moves
 from apd_lens._components import (
     ParameterComponents,
+    full_precision,
     initial_components,
     normalize_columns,
     remove_parallel_gradients,
@@ -562,6 +563,7 @@ def moves_are_due(settings: Settings, step: int) -> bool:
     return moves is not None and done % moves.every == 0 and done < moves.until * settings.optimization.steps
 
 
+@full_precision()
 def make_moves(state: State, watched: WatchedPass, attributions: Tensor, mask: Tensor | None) -> int:
     """Makes the moves that the settings ask for, in place; returns how many."""
     moves, components, optimizer = state.settings.moves, state.components, state.optimizer

@@ -226,8 +226,10 @@ def _of_adjacency(graph: Mapping[str, Any]) -> Circuit:
     kinds += [f"m{layer}" for layer in range(n_layers) for _ in range(n_pos)]
     kinds += ["input"] * n_pos + ["logits"] * n_logits
     names = sorted(set(kinds))
-    member = torch.zeros(len(kinds), len(names))
-    member[torch.arange(len(kinds)), torch.tensor([names.index(kind) for kind in kinds])] = 1
+    member = torch.zeros(len(kinds), len(names), dtype=torch.float32, device="cpu")
+    member[
+        torch.arange(len(kinds), device="cpu"), torch.tensor([names.index(kind) for kind in kinds], device="cpu")
+    ] = 1
     sums = member.T @ weights @ member
     edges = {
         (names[source], names[target], ""): sums[target, source].item()

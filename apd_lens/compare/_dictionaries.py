@@ -163,7 +163,8 @@ class Dictionary:
         Args:
             parameters: how many of the model's numbers belong to one.
         """
-        return Dictionary(site, torch.eye(n), torch.eye(n), activation="identity", parameters=parameters)
+        identity = torch.eye(n, dtype=torch.float32, device="cpu")
+        return Dictionary(site, identity, identity, activation="identity", parameters=parameters)
 
     @property
     def n_latents(self) -> int:
@@ -228,7 +229,7 @@ def random_dictionary(dictionary: Dictionary, seed: int = 0) -> Dictionary:
     generator = torch.Generator().manual_seed(seed)
 
     def directions(like: Float[Tensor, "latents d"]) -> Float[Tensor, "latents d"]:
-        drawn = torch.randn(like.shape, generator=generator).to(like)
+        drawn = torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu").to(like)
         return torch.linalg.qr(drawn)[0] if dictionary.activation == "identity" else F.normalize(drawn, dim=1)
 
     decoder = directions(dictionary.decoder)
