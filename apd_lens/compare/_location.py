@@ -2,7 +2,7 @@
 live in its nodes."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -62,7 +62,7 @@ class Overlap:
 
 def overlap(
     scores: Mapping[str, float] | Circuit,
-    known: Iterable[str] | Circuit,
+    known: Iterable[str | Sequence[int]] | Circuit,
     k: int | None = None,
     *,
     n_null: int = 1000,
@@ -108,7 +108,7 @@ def overlap(
     )
 
 
-def _chosen(known: Iterable[str] | Circuit) -> set[str]:
+def _chosen(known: Iterable[str | Sequence[int]] | Circuit) -> set[str]:
     if not isinstance(known, Circuit):
         return {node(name) for name in known}
     if known.chosen is None:
@@ -228,7 +228,7 @@ class Location:
 def locate(
     decomposition: Decomposition,
     batches: Iterable[Batch],
-    known: Iterable[str] | Circuit,
+    known: Iterable[str | Sequence[int]] | Circuit,
     metric: Metric | None = None,
     *,
     top: int | None = None,
@@ -258,7 +258,8 @@ def locate(
     if not of_circuit or not of_circuit <= set(nodes):
         raise InvalidSetting(
             f"Expected a circuit of {level}s among those of the decomposed matrices ({', '.join(nodes[:12])}"
-            f"{', ...' if len(nodes) > 12 else ''}), got {sorted(of_circuit)[:12]}."
+            f"{', ...' if len(nodes) > 12 else ''}), got {sorted(of_circuit)[:12]}. Of a circuit with nodes of several "
+            "kinds give those of one: [node for node in circuit.chosen if node.startswith('a')]."
         )
     is_known = torch.tensor([name in of_circuit for name in nodes], device="cpu")
     importance, chosen, attribution = _what_matters(decomposition, batches, metric, top, level, units)
