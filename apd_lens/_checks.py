@@ -49,7 +49,7 @@ _CONF = BeartypeConf(is_pep484_tower=True)
 
 @contextmanager
 def _undrawn() -> Iterator[None]:
-    """Afterwards Python's global random numbers are where they were: beartype draws which item of a list it looks at."""
+    """Python's global random state stays as it is: beartype draws which item of a list it looks at."""
     state = random.getstate()
     try:
         yield

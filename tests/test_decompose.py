@@ -333,7 +333,7 @@ BAD_INPUT = {
     "an iterator": (
         lambda: {"batches": iter(batches())},
         apd.InvalidBatches,
-        "ended after 3 and cannot be gone through again. Give a list",
+        "ended after 3 and cannot be gone through again: a generator",
     ),
     "a bare tensor": (
         lambda: {"batches": batches()[0]},
