@@ -3,7 +3,6 @@ of giving batches and components."""
 
 import copy
 import json
-import random
 import textwrap
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def small_model() -> nn.Sequential:
 
 
 def data(n: int = 9) -> torch.Tensor:
-    return torch.randn(n, 6, generator=torch.Generator().manual_seed(1))
+    return torch.randn(n, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
 
 
 def trained(model: nn.Module | None = None, **options: object) -> apd.Decomposition:
@@ -128,12 +127,12 @@ def test_steps_beyond_the_last_go_on_as_at_the_end(schedule):
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("options", [{}, {"selection": apd.Lp()}, {"moves": apd.SplitMoves(every=2)}])
 def test_training_with_gradients_switched_off_outside(off, options):
-    expected = trained(**options)
+    expected, model, other = trained(**options), small_model(), small_model()
     with off():
-        came = trained(**options)
+        came = trained(model, **options)
         assert torch.is_grad_enabled() is False
         assert torch.is_inference_mode_enabled() is (off is torch.inference_mode)
-        state = apd.init(small_model(), n_components=4, rank=2, optimization=STEPS)
+        state = apd.init(other, n_components=4, rank=2, optimization=STEPS)
         state, info = apd.step(state, data())
         assert info.loss.isfinite()
         attributions = came.attributions(data(), lambda output: output[:, 0])
@@ -262,11 +261,6 @@ def test_sums_of_weights_inside_autocast_are_exact():
 
 
 def test_global_random_numbers_stay_where_they_were(tmp_path: Path):
-    state, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    outside.run("import apd_lens")
-    model, x = nn.Sequential(nn.Linear(6, 3)), data()
-    random.setstate(state)
-    torch.set_rng_state(of_torch)
     code = """
 import random, numpy, torch
 import apd_lens as apd
@@ -282,8 +276,6 @@ print(random.getstate() == before[0], str(numpy.random.get_state()) == before[1]
 print(torch.equal(torch.get_rng_state(), before[2]))
 """
     assert outside.run(f"path = {str(tmp_path / 'report.html')!r}\n{code}") == "True True\nTrue\n"
-    assert model(x).shape == (9, 3)
-    np.random.set_state(of_numpy)  # noqa: NPY002
 
 
 # --- components as people give them
@@ -343,7 +335,7 @@ def test_nan_is_no_setting():
 # --- batches as people give them
 
 
-@pytest.mark.parametrize("batches", [{"x": data()}, "text", data(), data().numpy(), None, 3])
+@pytest.mark.parametrize("batches", [{"x": data()}, "text", data(), data().numpy()])
 def test_one_batch_in_the_place_of_several(batches):
     for call in (
         lambda: outside_checks(apd.decompose)(small_model(), batches, **FEW),
