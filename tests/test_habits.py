@@ -180,8 +180,8 @@ def everything(decomposition: apd.Decomposition) -> dict[str, object]:
         "watch": apd.watch.fit(decomposition, [x]).score(x).surprise,
         "curve": str(compare.faithfulness_curve(decomposition, [x], metric)),
         "edits": str(compare.edit_effects(decomposition, [0], [x], [x])),
-        "map": str(compare.attribution_map(decomposition, [x], metric)),
-        "signed": str(compare.signed_attributions(decomposition, [x], metric)),
+        "map": [matrix.total for matrix in compare.attribution_map(decomposition, [x], metric).matrices],
+        "signed": compare.signed_attributions(decomposition, [x], metric).attribution,
         "audit": apd.metrics.ablation_path_audit(decomposition, x, n_draws=2, ascent_steps=2).worst,
     }
 
