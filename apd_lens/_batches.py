@@ -261,7 +261,7 @@ def _check_several(batches: Any, expected: str) -> None:
     is_one = isinstance(batches, Tensor | Mapping | str | bytes) or hasattr(batches, "__array__")
     if not is_one and isinstance(batches, Iterable):
         return
-    came = type(batches).__name__
+    came = "tensor" if isinstance(batches, Tensor) else type(batches).__name__
     if is_one and hasattr(batches, "shape"):
         came = f"one {came} of shape {tuple(batches.shape)}"
     raise InvalidBatches(

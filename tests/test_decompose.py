@@ -338,7 +338,7 @@ BAD_INPUT = {
     "a bare tensor": (
         lambda: {"batches": batches()[0]},
         apd.InvalidBatches,
-        r"got one tensor of shape \(6, 4\). .* give \[tensor\]",
+        r"got one tensor of shape \(6, 4\). .* give \[batch\]",
     ),
     "an output that is no tensor": (
         lambda: {"model": Wrong(lambda y: (y, y))},
