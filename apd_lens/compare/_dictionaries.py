@@ -174,7 +174,8 @@ class Dictionary:
                 raise _other_kind(path, f"it holds {', '.join(other)}")
             if threshold is None and "threshold" in tensors:
                 threshold = "threshold"
-            activation = "jumprelu" if threshold is not None else said.get("activation", "relu")
+            of_file: Activation = "jumprelu" if threshold is not None else said.get("activation", "relu")
+            activation = of_file
         names = {"encoder": encoder, "decoder": decoder, "encoder_bias": encoder_bias}
         names |= {"decoder_bias": decoder_bias, "threshold": threshold}
         found = {field: _named(tensors, name, field, path) for field, name in names.items() if name is not None}
