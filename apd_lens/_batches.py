@@ -262,8 +262,8 @@ def _check_several(batches: Any, expected: str) -> None:
     if not is_one and isinstance(batches, Iterable):
         return
     came = "tensor" if isinstance(batches, Tensor) else type(batches).__name__
-    if is_one and hasattr(batches, "shape"):
-        came = f"one {came} of shape {tuple(batches.shape)}"
+    if is_one and (shape := getattr(batches, "shape", None)) is not None:
+        came = f"one {came} of shape {tuple(shape)}"
     raise InvalidBatches(
         f"Expected batches, {expected}, got {came}. Of one batch give [batch], of a function step -> batch, where the "
         "batches are to end, some: [function(step) for step in range(20)]."

@@ -324,7 +324,7 @@ def numbers_of(chosen: Chosen, components: ParameterComponents) -> list[int]:
         chosen = chosen.flatten()
     given = as_python(chosen)
     several = isinstance(given, Iterable) and not isinstance(given, str | bytes)
-    numbers = [as_python(item) for item in given] if several else [given]
+    numbers: list[Any] = [as_python(item) for item in given] if several else [given]
     if several and len(numbers) == n and all(isinstance(item, bool) for item in numbers):
         numbers = [number for number, is_chosen in enumerate(numbers) if is_chosen]
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in numbers):
