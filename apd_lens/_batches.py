@@ -1,5 +1,6 @@
 """Batches: what a model is called with."""
 
+import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,26 @@ def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def call(model: nn.Module, batch: Batch) -> Any:
     """The model's return value on a batch."""
     args, kwargs = arguments(batch)
-    return model(*args, **kwargs)
+    try:
+        return model(*args, **kwargs)
+    except TypeError as error:
+        _check_can_take(model, args, kwargs, error)
+        raise
+
+
+def _check_can_take(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: TypeError) -> None:
+    """Raises InvalidBatches if the model's forward has no such parameters."""
+    try:
+        inspect.signature(type(model).forward).bind(model, *args, **kwargs)
+    except TypeError as misfit:
+        given = [type(value).__name__ for value in args] + [f"{name}={type(kwargs[name]).__name__}" for name in kwargs]
+        raise InvalidBatches(
+            f"{type(model).__name__} cannot be called with what the batch gives it, ({', '.join(given)}): {misfit}. "
+            "The tensors of a tuple or list are positional arguments, the items of a dict keyword arguments. Where a "
+            "DataLoader gives (x, y) and the model takes x, pick it: batches=[x for x, _ in loader]."
+        ) from error
+    except ValueError:  # a signature that Python cannot tell
+        return
 
 
 def tensors(batch: Batch) -> list[Tensor]:
@@ -194,41 +214,32 @@ def one_pass(batches: Iterable[Batch]) -> Iterator[Batch]:
     Raises:
         InvalidBatches: not iterable, empty, or a bare tensor or mapping.
     """
-    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
-        came = f"one tensor of shape {tuple(batches.shape)}" if isinstance(batches, Tensor) else type(batches).__name__
-        raise InvalidBatches(
-            f"Expected batches, an iterable that ends (a list, a DataLoader), got {came}. Of one batch give [batch], "
-            "of a function step -> batch some: [function(step) for step in range(20)]."
-        )
+    _check_several(batches, "an iterable that ends (a list, a DataLoader)")
     empty = True
     for batch in batches:
         empty = False
         yield batch
     if empty:
-        raise InvalidBatches("The stream of batches is empty, or was used up before: expected at least one batch.")
+        raise InvalidBatches(
+            "The stream of batches is empty, or was used up before: expected at least one batch. A generator can be "
+            "gone through once only; give a list of it, list(generator), or a DataLoader."
+        )
 
 
 def stream(batches: Iterable[Batch] | Callable[[int], Batch], first_step: int = 0) -> Iterator[Batch]:
     """Batches without end: a function step -> batch is called for each step, an iterable is gone through again.
 
     Raises:
-        InvalidBatches: not iterable, empty, or used up after one pass (a generator); or a bare tensor.
+        InvalidBatches: not iterable, empty, or used up after one pass (a generator); or one batch instead of several.
     """
-    if isinstance(batches, Tensor):
-        raise InvalidBatches(
-            f"Expected a stream of batches, got one tensor of shape {tuple(batches.shape)}. For one batch that is used "
-            "in every step, give [tensor]."
-        )
-    if not isinstance(batches, Iterable):
-        if not callable(batches):
-            raise InvalidBatches(
-                f"Expected batches as an iterable that can be gone through again (a DataLoader, a list) or a function "
-                f"step -> batch, got {type(batches).__name__}."
-            )
+    if not isinstance(batches, Iterable) and callable(batches):
         step = first_step
         while True:
             yield batches(step)
             step += 1
+    _check_several(
+        batches, "an iterable that can be gone through again (a list, a DataLoader) or a function step -> batch"
+    )
     n_batches = 0
     while True:
         n_before = n_batches
@@ -239,6 +250,21 @@ def stream(batches: Iterable[Batch] | Callable[[int], Batch], first_step: int = 
             raise InvalidBatches(
                 "The stream of batches is empty: expected at least one batch."
                 if n_batches == 0
-                else f"The stream of batches ended after {n_batches} and cannot be gone through again. Give a list, a "
-                "DataLoader or a function step -> batch instead of an iterator."
+                else f"The stream of batches ended after {n_batches} and cannot be gone through again: a generator or "
+                "iterator gives each batch once, and training goes through them until all its steps are done. Give a "
+                "list of it, list(generator), a DataLoader, or a function step -> batch."
             )
+
+
+def _check_several(batches: Any, expected: str) -> None:
+    """Raises InvalidBatches for one batch in the place of several, and for what cannot be gone through."""
+    is_one = isinstance(batches, Tensor | Mapping | str | bytes) or hasattr(batches, "__array__")
+    if not is_one and isinstance(batches, Iterable):
+        return
+    came = "tensor" if isinstance(batches, Tensor) else type(batches).__name__
+    if is_one and (shape := getattr(batches, "shape", None)) is not None:
+        came = f"one {came} of shape {tuple(shape)}"
+    raise InvalidBatches(
+        f"Expected batches, {expected}, got {came}. Of one batch give [batch], of a function step -> batch, where the "
+        "batches are to end, some: [function(step) for step in range(20)]."
+    )

@@ -5,6 +5,8 @@ Inside the package nothing is checked at run time, except in the tests, which ch
 
 import dataclasses
 import functools
+import math
+import random
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -45,9 +47,19 @@ _R = TypeVar("_R")
 _CONF = BeartypeConf(is_pep484_tower=True)
 
 
+@contextmanager
+def _undrawn() -> Iterator[None]:
+    """Python's global random state stays as it is: beartype draws which item of a list it looks at."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
 def checked(function: Callable[_P, _R], error: type[ApdError] = ShapeMismatch) -> Callable[_P, _R]:
     """The function, raising `error` where an argument or the result is not of its annotated type and shape."""
-    inner = jaxtyped(function, typechecker=beartype(conf=_CONF))
+    inner = jaxtyped(function, typechecker=lambda signature: _undrawn()(beartype(conf=_CONF)(signature)))
 
     @functools.wraps(function)
     def outer(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -73,6 +85,10 @@ def check_fields(settings: Any) -> None:
     """Raises InvalidSetting if a field of a dataclass does not hold what it is annotated with."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if not is_bearable(value, cast(Any, field.type), conf=_CONF):
+        with _undrawn():
+            fits = is_bearable(value, cast(Any, field.type), conf=_CONF)
+        if not fits:
             expected = field.type.__name__ if isinstance(field.type, type) else re.sub(r"\b\w+\.", "", str(field.type))
             raise InvalidSetting(f"{type(settings).__name__}({field.name}=...) takes {expected}, got {value!r}.")
+        if isinstance(value, float) and math.isnan(value):
+            raise InvalidSetting(f"{type(settings).__name__}({field.name}=...) takes a number, got NaN.")

@@ -143,7 +143,7 @@ def similarities(
     components: ParameterComponents, weights: Mapping[str, Tensor], among: Sequence[int]
 ) -> Float[Tensor, "n n"]:
     """Σ_l <P_c,l , P_e,l> / ‖W_l‖² for all pairs of some components, from their factors."""
-    total = torch.zeros(len(among), len(among), device=components.A[components.names[0]].device)
+    total = torch.zeros(len(among), len(among), device=components.A[components.names[0]].device, dtype=torch.float32)
     for name, weight in weights.items():
         A, B = components.A[name][list(among)], components.B[name][list(among)]
         total += inner_products(A, B, A, B) / weight.square().sum()

@@ -1,6 +1,7 @@
 """Parameter components: vectors in parameter space that span all decomposed matrices, stored as low-rank factors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,19 @@ from apd_lens._target import Use, WeightMatrix
 
 # Numbers in a temporary of `inner_products`.
 _AT_ONCE = 2**24
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Inside, autocast is off: sums and products of weights are no pass of a model. Also a decorator."""
+    devices = [device for device in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(device)]
+    try:
+        for device in devices:
+            torch.set_autocast_enabled(device, False)
+        yield
+    finally:
+        for device in devices:
+            torch.set_autocast_enabled(device, True)
 
 
 class ParameterComponents(nn.Module):
@@ -44,6 +58,7 @@ class ParameterComponents(nn.Module):
     def n_components(self) -> int:
         return len(self._B[0])
 
+    @full_precision()
     def component_weights(self, name: str) -> Float[Tensor, "C d_in d_out"]:
         """P_c of one matrix for every component, as full matrices."""
         return self.A[name] @ self.B[name]
@@ -98,6 +113,7 @@ class _Transposed(torch.autograd.Function):
         return gradient.mT.detach()
 
 
+@full_precision()
 def sum_of_components(
     A: Float[Tensor, "*seeds C d_in m"], B: Float[Tensor, "*seeds C m d_out"]
 ) -> Float[Tensor, "*seeds d_in d_out"]:
@@ -113,6 +129,7 @@ def side_by_side(
     return rearrange(A, "... C d_in m -> ... d_in (C m)"), rearrange(B, "... C m d_out -> ... (C m) d_out")
 
 
+@full_precision()
 def inner_products(
     A: Float[Tensor, "C d_in m"],
     B: Float[Tensor, "C m d_out"],
@@ -162,7 +179,7 @@ def initial_components(
         dtype = torch.promote_types(weight.dtype, torch.float32)
 
         def xavier(fan_in: int, fan_out: int) -> Tensor:
-            factor = torch.randn(n_components, fan_in, fan_out, generator=generator, dtype=dtype)  # noqa: B023
+            factor = torch.randn(n_components, fan_in, fan_out, generator=generator, dtype=dtype, device="cpu")  # noqa: B023
             return (factor * scale * (2 / (fan_in + fan_out)) ** 0.5).to(weight.device)  # noqa: B023
 
         A[matrix.name], B[matrix.name] = xavier(d_in, m), xavier(m, d_out)
@@ -199,6 +216,7 @@ def remove_parallel_gradients(components: ParameterComponents) -> None:
 
 
 @torch.no_grad()
+@full_precision()
 def random_components(components: ParameterComponents, seed: int = 0) -> ParameterComponents:
     """A null control: random components, each with the singular values of its model in every matrix.
 
@@ -208,7 +226,7 @@ def random_components(components: ParameterComponents, seed: int = 0) -> Paramet
     generator = torch.Generator().manual_seed(seed)
 
     def random_orthonormal(like: Tensor) -> Tensor:
-        noise = torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+        noise = torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
         return torch.linalg.qr(noise)[0]
 
     A, B = {}, {}
@@ -219,6 +237,7 @@ def random_components(components: ParameterComponents, seed: int = 0) -> Paramet
 
 
 @torch.no_grad()
+@full_precision()
 def singular_values(components: ParameterComponents, name: str) -> Float[Tensor, "C m"]:
     """Singular values of every component in one matrix, largest first.
 
@@ -249,6 +268,7 @@ def _share(A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"]) -> Float
     return squares / squares.sum(0).clamp_min(torch.finfo(squares.dtype).tiny)
 
 
+@full_precision()
 def column_squares(A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"]) -> Float[Tensor, "C d_out"]:
     """‖P_c[:, j]‖² = bᵀ (Aᵀ A) b for every column b of B, without building A @ B."""
     return einsum(B, A.mT @ A, B, "C m d_out, C m n, C n d_out -> C d_out")

@@ -20,6 +20,7 @@ from apd_lens._batches import Batch, on_device, readings_of_batch, same_argument
 from apd_lens._cluster_moves import ClusterMoves, make_cluster_moves
 from apd_lens._components import (
     ParameterComponents,
+    full_precision,
     initial_components,
     normalize_columns,
     remove_parallel_gradients,
@@ -173,6 +174,7 @@ class StepInfo:
         return None if self.mean_active is None else int((self.last_active > self.step - ALIVE_WINDOW).sum())
 
 
+@torch.inference_mode(False)
 def init(
     model: Any,
     *,
@@ -246,8 +248,10 @@ def init(
     )
 
 
+@torch.inference_mode(False)  # with gradients, whatever they are outside
 def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
-    """One training step on one batch. The model is only looked at: afterwards it is as it was.
+    """One training step on one batch. The model is only looked at: afterwards it is as it was. Steps beyond
+    `Optimization(steps=...)` go on with the learning rate of the last one, and with all schedules at their end.
 
     Raises:
         NonFinite: NaN or infinity in the batch, the target's output or a loss term; the components are as they were
@@ -255,7 +259,7 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
             `state.decomposition()` does, or moves that are due; no step since then has changed the components.
     """
     settings = state.settings
-    progress = state.step / settings.optimization.steps
+    progress = min(1.0, state.step / settings.optimization.steps)
 
     with evaluating(state.target.model):
         seen = watch(state, batch)
@@ -333,6 +337,7 @@ def update(
     return rate
 
 
+@torch.inference_mode(False)
 def decompose(
     model: Any,
     batches: Iterable[Batch] | Callable[[int], Batch],
@@ -567,6 +572,7 @@ def moves_are_due(settings: Settings, step: int) -> bool:
     return moves is not None and done % moves.every == 0 and done < moves.until * settings.optimization.steps
 
 
+@full_precision()
 def make_moves(state: State, watched: WatchedPass, attributions: Tensor, mask: Tensor | None) -> int:
     """Makes the moves that the settings ask for, in place; returns how many."""
     moves, components, optimizer = state.settings.moves, state.components, state.optimizer

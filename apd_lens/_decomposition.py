@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -48,8 +48,8 @@ from apd_lens._wrap import wrap
 # Dtypes that the weights of a model may be rounded to.
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# Components by their numbers.
-Chosen = int | Iterable[int] | Int[Tensor, "*n"]
+# Components by their numbers, or a mask with a bool for each.
+Chosen = SupportsIndex | Iterable[SupportsIndex] | Int[Tensor, "*n"] | Bool[Tensor, " C"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,20 +335,33 @@ def ready(decomposition: Decomposition, batch: Batch, where: str) -> tuple[Batch
 
 
 def numbers_of(chosen: Chosen, components: ParameterComponents) -> list[int]:
-    """The numbers of the components that a user has chosen.
+    """The numbers of the components that a user has chosen; of a mask with a bool for each, those where it is True.
 
     Raises:
-        InvalidSetting: no such component, or one twice.
+        InvalidSetting: no such component, or one twice; or what is neither whole numbers nor such a mask.
     """
-    if isinstance(chosen, Tensor):
-        chosen = chosen.flatten().tolist()
-    numbers = [chosen] if isinstance(chosen, int) else [int(component) for component in chosen]
-    wrong = [component for component in numbers if not 0 <= component < components.n_components]
-    if wrong or len(set(numbers)) != len(numbers):
+    n = components.n_components
+    if isinstance(chosen, Tensor) and chosen.dtype != torch.bool:
+        chosen = chosen.flatten()
+    given = as_python(chosen)
+    several = isinstance(given, Iterable) and not isinstance(given, str | bytes)
+    numbers: list[Any] = [as_python(item) for item in given] if several else [given]
+    if several and len(numbers) == n and all(isinstance(item, bool) for item in numbers):
+        numbers = [number for number, is_chosen in enumerate(numbers) if is_chosen]
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in numbers):
         raise InvalidSetting(
-            f"Expected distinct component numbers from 0 to {components.n_components - 1}, got {wrong or numbers}."
+            f"Expected whole numbers of components from 0 to {n - 1}, or a mask with a bool for each of the {n} "
+            f"components, got {str(chosen)[:100]!r}."
         )
+    wrong = [number for number in numbers if not 0 <= number < n]
+    if wrong or len(set(numbers)) != len(numbers):
+        raise InvalidSetting(f"Expected distinct component numbers from 0 to {n - 1}, got {wrong or numbers}.")
     return numbers
+
+
+def as_python(value: Any) -> Any:
+    """What an array, a tensor, or one of their numbers is in Python's own types; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def edited_value(

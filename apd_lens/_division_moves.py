@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apd_lens._checks import check_fields
-from apd_lens._components import ParameterComponents
+from apd_lens._components import ParameterComponents, full_precision
 from apd_lens._errors import InvalidSetting
 from apd_lens._jacobian import random_cotangents
 from apd_lens._moves import inputs_of_data_points, of_data_points, part_for, refactor, settle
@@ -85,13 +85,14 @@ class Flow:
 
 
 @torch.no_grad()
+@full_precision()
 def start_as_a_whole(components: ParameterComponents, weights: dict[str, Tensor]) -> None:
     """Component 0 becomes the weights, or their best approximation of its rank; all others are made tiny."""
     for name, weight in weights.items():
         A, B = components.A[name], components.B[name]
         A.mul_(_TINY)
         B.mul_(_TINY)
-        refactor(A, B, 0, weight, torch.eye(weight.shape[1]).to(weight))
+        refactor(A, B, 0, weight, torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device))
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ class LateChecks:
     """
 
     def __init__(self, device: torch.device):
-        self.failed = torch.zeros((), device=device)
+        self.failed = torch.zeros((), device=device, dtype=torch.float32)
         self._unread: deque[tuple[Tensor, torch.cuda.Event | None, Sequence[Reading]]] = deque()
 
     def add(self, readings: Sequence[Reading]) -> None:

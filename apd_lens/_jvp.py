@@ -70,7 +70,9 @@ def pushforward(watched: WatchedPass) -> Pushforward | None:
         return None
     n_examples, *rest = again.output.shape
     device = again.output.device
-    drawn = torch.randn(rest, generator=torch.Generator(device).manual_seed(0), device=device).to(again.output)
+    drawn = torch.randn(rest, generator=torch.Generator(device).manual_seed(0), device=device, dtype=torch.float32).to(
+        again.output
+    )
     v = drawn.repeat(n_examples, *[1] * len(rest)).requires_grad_()
     ys = [call.y for call in again.calls]
     try:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from apd_lens._checks import check_fields
-from apd_lens._components import ParameterComponents
+from apd_lens._components import ParameterComponents, full_precision
 from apd_lens._errors import InvalidSetting
 from apd_lens._padding import Real, padded, without_padding, zero_at_padding
 from apd_lens._passes import Call
@@ -99,7 +99,7 @@ def settle(
         return
     for factor in components.parameters():
         _forget_moments(optimizer.state.get(factor, {}), touched)
-        drawn = torch.randn(len(touched), *factor.shape[1:], generator=generator, dtype=factor.dtype)
+        drawn = torch.randn(len(touched), *factor.shape[1:], generator=generator, dtype=factor.dtype, device="cpu")
         factor[touched] += noise * drawn.to(factor.device)
 
 
@@ -214,8 +214,8 @@ def part_for(
     n_points = X.any(1).sum().clamp_min(1)  # padding is zero
     added = ridge * X.square().sum() / n_points + torch.finfo(A.dtype).tiny
     if len(X) < X.shape[1]:  # (XᵀX + λ)⁻¹ Xᵀ = Xᵀ (XXᵀ + λ)⁻¹
-        return X.mT @ torch.linalg.solve(X @ X.mT + added * torch.eye(len(X)).to(X), wanted)
-    return torch.linalg.solve(X.mT @ X + added * torch.eye(X.shape[1]).to(X), X.mT @ wanted)
+        return X.mT @ torch.linalg.solve(X @ X.mT + added * torch.eye(len(X), dtype=X.dtype, device=X.device), wanted)
+    return torch.linalg.solve(X.mT @ X + added * torch.eye(X.shape[1], dtype=X.dtype, device=X.device), X.mT @ wanted)
 
 
 def _share_done(part: Tensor, whole: Tensor, B: Tensor, x: Tensor) -> float:
@@ -235,7 +235,7 @@ def _inputs_of(name: str, calls: Sequence[Call]) -> tuple[Use, Tensor]:
 
 def _random_projection(x: Inputs, d_in: int, generator: torch.Generator) -> Float[Tensor, " data"]:
     """Normalised inputs of each data point, summed over positions, times a random direction."""
-    direction = torch.randn(d_in, generator=generator).to(x.device)
+    direction = torch.randn(d_in, generator=generator, dtype=torch.float32, device="cpu").to(x.device)
     if x.is_floating_point():
         direction = direction.to(x.dtype)
         along = (x @ direction) / x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
@@ -262,12 +262,19 @@ def refactor(
 
 
 @torch.no_grad()
+@full_precision()
 def start_with_matrices(components: ParameterComponents, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
     """Component l becomes the whole l-th matrix, or its best approximation of its rank, and nothing in the others."""
     for number, (name, weight) in enumerate(weights.items()):
         for factor in components.parameters():
             factor[number] = 0.0
-        refactor(components.A[name], components.B[name], number, weight, torch.eye(weight.shape[1]).to(weight))
+        refactor(
+            components.A[name],
+            components.B[name],
+            number,
+            weight,
+            torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device),
+        )
 
 
 def _forget_moments(state: Mapping[str, Any], touched: list[int]) -> None:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from apd_lens._batches import Batch, call, n_examples, replicated, some_examples
 from apd_lens._block import Block, Handles
 from apd_lens._components import ParameterComponents
-from apd_lens._errors import InvalidOutput, InvalidSetting, ShapeMismatch, SiteNotCalled
+from apd_lens._errors import InvalidOutput, InvalidSetting, ShapeMismatch, SiteNotCalled, UnsupportedModel
 from apd_lens._finite import Reading, count_not_finite, raise_first
 from apd_lens._padding import Real, document_lengths, padded, real_positions, zero_at_padding
 from apd_lens._patch import outside_traces
@@ -160,6 +160,7 @@ def watched_pass(
     replaced: Intercept | None = None,
 ) -> WatchedPass:
     """Runs the target on a batch, with `replaced` in the place of the named weights, and keeps x and y of every use."""
+    _check_differentiable(target.model)
     examples = n_examples(batch)
     calls: list[Call] = []
     before_others: list[Tensor] = []
@@ -192,6 +193,12 @@ def watched_pass(
         _check_kept(hidden, kept)
         real = real_positions(batch)
         picked = zero_at_padding(picked, real)
+    if not picked.requires_grad:
+        raise InvalidOutput(
+            f"The explained output of this {type(target.model).__name__} has no gradient to any decomposed matrix: "
+            "output=, or the model, detaches it or makes it under torch.no_grad, or it does not depend on them. Give "
+            "an output= that picks what the model computed as it is."
+        )
     return WatchedPass(
         output=picked,
         real=real,
@@ -200,6 +207,15 @@ def watched_pass(
         hidden={name: activation.detach() for name, activation in kept.items()},
         run=Run(target, names, batch, output, replaced),
     )
+
+
+def _check_differentiable(model: nn.Module) -> None:
+    """Raises UnsupportedModel for a model made in inference mode, whose parameters can be in no graph."""
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise UnsupportedModel(
+            f"This {type(model).__name__} was made inside torch.inference_mode, so no gradient can go through it. Make "
+            "or load it outside, or take a copy there: copy.deepcopy(model)."
+        )
 
 
 def sparse_pass(

@@ -65,7 +65,9 @@ def in_few_dimensions(
     if on_gpu(vectors.device):
         return None
     flat = vectors.reshape(-1, vectors.shape[-1])
-    mixtures = torch.randn(FEW, len(flat), generator=torch.Generator().manual_seed(0), dtype=flat.dtype) @ flat
+    mixtures = (
+        torch.randn(FEW, len(flat), generator=torch.Generator().manual_seed(0), dtype=flat.dtype, device="cpu") @ flat
+    )
     Q = torch.linalg.qr(mixtures.mT)[0].mT
     z = flat @ Q.mT
     rest = (flat - z @ Q).abs().max()
@@ -186,7 +188,11 @@ def pairwise_product(
     dtype = torch.get_autocast_dtype(A.device.type) if autocast else A.dtype
     A, B = A.to(dtype), B.to(dtype)
     data_axes = mask.shape[:-1]
-    rows = x.expand(*data_axes, *x.shape[len(data_axes) :]).flatten(0, len(data_axes) - 1)[active.data_points]
+    rows = (
+        x.expand(*data_axes, *x.shape[len(data_axes) :])
+        .flatten(0, len(data_axes) - 1)
+        .index_select(0, active.data_points)
+    )
     factors = [A, B]
     if x.is_floating_point():
         rows = rows.to(dtype)

@@ -109,7 +109,9 @@ def find_readout(watched: WatchedPass, root: Tensor | GradientEdge) -> Readout:
     """
     ys, xs = [call.y for call in watched.calls], inputs(watched)
     tensors = [*ys, *xs]
-    v = torch.randn(watched.output.shape[1:], generator=torch.Generator().manual_seed(0)).expand_as(watched.output)
+    v = torch.randn(
+        watched.output.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+    ).expand_as(watched.output)
     v = v.to(watched.output)
     full = {i: gradient for i, gradient in enumerate(_gradients(root, v, tensors)) if gradient is not None}
     calls, places = [i for i in full if i < len(ys)], [i for i in full if i >= len(ys)]
@@ -171,7 +173,9 @@ def _affine_maps(
         y = tensors[b]
         wide = [i for i in of if tensors[i].ndim == 2 and tensors[i].shape[1] >= y.shape[1]]
         with cut_off([tensors[other] for other in known if other != b]):
-            rows = spread_over_examples(y, y, torch.eye(y.shape[1]).to(y), [tensors[i] for i in wide])
+            rows = spread_over_examples(
+                y, y, torch.eye(y.shape[1], dtype=y.dtype, device=y.device), [tensors[i] for i in wide]
+            )
         for i, M in zip(wide, rows, strict=True):
             if M is not None:
                 maps[i][b] = M[:, 0]

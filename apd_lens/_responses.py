@@ -26,7 +26,7 @@ from apd_lens._batches import (
     same_but_for_examples,
     some_examples,
 )
-from apd_lens._components import ParameterComponents
+from apd_lens._components import ParameterComponents, full_precision
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting, MissingExtra, ShapeMismatch
 from apd_lens._losses import Distance, distance_of_each
@@ -120,8 +120,8 @@ class TopExamples:
         """One row for each component and example; `position` is that of the largest attribution."""
         C, n = self.example.shape
         columns = {
-            "component": torch.arange(C).repeat_interleave(n),
-            "rank": torch.arange(n).repeat(C),
+            "component": torch.arange(C, device="cpu").repeat_interleave(n),
+            "rank": torch.arange(n, device="cpu").repeat(C),
             "example": self.example.flatten(),
             "attribution": self.attribution.flatten(),
             "active": self.active.flatten(),
@@ -169,7 +169,7 @@ class Effects:
         by = torch.cat([self.promoted_by, self.suppressed_by.flip(1)], 1)
         return frame(
             {
-                "component": torch.arange(C).repeat_interleave(2 * n),
+                "component": torch.arange(C, device="cpu").repeat_interleave(2 * n),
                 "output": units.flatten(),
                 "effect": by.flatten(),
             }
@@ -249,7 +249,7 @@ class Responses:
         and the one that it suppresses most, what its ablation changes, and the component that it fires with most (−1:
         with none)."""
         effects, others = self.effects, self.together.strongest(1)[:, 0]
-        components = torch.arange(len(others))
+        components = torch.arange(len(others), device="cpu")
         columns = {
             "component": components,
             "active": self.active,
@@ -325,8 +325,8 @@ def respond(
         raise InvalidSetting(f"Expected at least one example and one output, got examples={examples}, {outputs=}.")
     C = decomposition.components.n_components
     n_seen, n_data_points, top = 0, 0, None
-    attribution = torch.zeros(C, dtype=torch.float64)
-    counts = torch.zeros(C, C, dtype=torch.int64)
+    attribution = torch.zeros(C, dtype=torch.float64, device="cpu")
+    counts = torch.zeros(C, C, dtype=torch.int64, device="cpu")
     for some in observations:
         data, mask = some.data(some.attributions), some.data(some.mask)
         attribution += data.sum(0, dtype=torch.float64).cpu()
@@ -347,6 +347,7 @@ def respond(
     )
 
 
+@full_precision()
 def add_coactivation(counts: Num[Tensor, "C C"], mask: Bool[Tensor, "data C"]) -> None:
     """counts += maskᵀ mask, over the components that are active at all; in place."""
     active = mask.any(0).nonzero()[:, 0]
@@ -421,7 +422,7 @@ class _Group:
     def places(self, numbers: Tensor) -> Int[Tensor, "..."]:
         """Where the examples of these numbers are in the batch; −1 for those that are not."""
         found = [self.place.get(number, -1) for number in numbers.flatten().tolist()]
-        return torch.tensor(found, dtype=torch.long).view(numbers.shape)
+        return torch.tensor(found, dtype=torch.long, device="cpu").view(numbers.shape)
 
 
 def _groups(top: TopExamples) -> list[_Group]:
@@ -458,7 +459,7 @@ def _attributions_of_positions(
                 component, rank = ((places >= first) & (places < first + len(found))).nonzero(as_tuple=True)
                 parts.append((component, rank, found[places[component, rank] - first, :, component]))
             width = max(width, n_positions)
-    by_position = torch.full((*top.example.shape, width), float("nan"))
+    by_position = torch.full((*top.example.shape, width), float("nan"), dtype=torch.float32, device="cpu")
     for component, rank, values in parts:
         by_position[component, rank, : values.shape[1]] = values
     return by_position
@@ -567,8 +568,11 @@ class _Ablation:
         what these are to be divided by."""
         component, rank = (counts & (places >= 0)).nonzero(as_tuple=True)
         device = next(self.components.parameters()).device
-        numbers = torch.zeros(len(places), 3, device=device)
-        effects, weights = torch.zeros(len(places), self.n_outputs, device=device), numbers[:, 0].clone()
+        numbers = torch.zeros(len(places), 3, device=device, dtype=torch.float32)
+        effects, weights = (
+            torch.zeros(len(places), self.n_outputs, device=device, dtype=torch.float32),
+            numbers[:, 0].clone(),
+        )
         at_once = max(1, memory // self.bytes_each)
         for c, r in zip(component.split(at_once), rank.split(at_once), strict=True):
             distinct, which = places[c, r].unique(return_inverse=True)
@@ -582,8 +586,9 @@ class _Ablation:
             counted = self.counted(top, c + first, r, change, real_positions(batch))
             c = c.to(device)
             numbers.index_add_(0, c, of_each.to(numbers))
-            effects.index_add_(0, c, torch.einsum("ip,ipo->io", counted, change))
-            weights.index_add_(0, c, counted.sum(1))
+            with full_precision():
+                effects.index_add_(0, c, torch.einsum("ip,ipo->io", counted, change).to(effects))
+            weights.index_add_(0, c, counted.sum(1).to(weights))
         return numbers, effects, weights
 
     def output(self, batch: Batch, chosen: list[int]) -> Float[Tensor, "pairs *pos n_outputs"]:

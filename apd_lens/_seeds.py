@@ -107,7 +107,7 @@ def step_seeds(state: SeedsState, batch: Batch) -> tuple[SeedsState, list[StepIn
         ApdError: as `step`.
     """
     first, settings = state.singles[0], state.singles[0].settings
-    progress = state.step / settings.optimization.steps
+    progress = min(1.0, state.step / settings.optimization.steps)
 
     with evaluating(first.target.model):
         seen = watch(replace(first, step=state.step, seen=state.seen), batch)
@@ -147,6 +147,7 @@ def step_seeds(state: SeedsState, batch: Batch) -> tuple[SeedsState, list[StepIn
     return replace(state, last_active=last_active, step=state.step + 1, seen=seen), infos
 
 
+@torch.inference_mode(False)
 def decompose_seeds(
     model: Any,
     batches: Iterable[Batch] | Callable[[int], Batch],

@@ -57,7 +57,8 @@ class Optimization:
 
 
 def learning_rate(optimization: Optimization, step: int) -> float:
-    """The learning rate of a step, counted from 0."""
+    """The learning rate of a step, counted from 0; beyond the last one, that of the last."""
+    step = min(step, optimization.steps - 1)
     progress = step / optimization.steps
     if progress < optimization.warmup:
         return optimization.lr * (step + 1) / math.ceil(optimization.warmup * optimization.steps)

@@ -7,7 +7,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from apd_lens._components import ParameterComponents, inner_products, random_components, sum_of_components
+from apd_lens._components import (
+    ParameterComponents,
+    full_precision,
+    inner_products,
+    random_components,
+    sum_of_components,
+)
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting, MissingExtra, ShapeMismatch
 from apd_lens._table import table
@@ -50,6 +56,7 @@ class Stability:
 
 
 @torch.no_grad()
+@full_precision()
 def stability(
     decompositions: Sequence[Decomposition] | Sequence[ParameterComponents],
     *,
@@ -81,7 +88,7 @@ def stability(
         raise InvalidSetting(f"Stability compares at least two decompositions, got {len(sets)}.")
     _check_same_matrices(sets)
     if alive is None:
-        alive = [torch.ones(some.n_components, dtype=torch.bool) for some in sets]
+        alive = [torch.ones(some.n_components, dtype=torch.bool, device="cpu") for some in sets]
     _check_alive(alive, sets)
     twins = [random_components(components) for components in sets]
     scales = _squared_norms(decompositions[0])
@@ -177,7 +184,7 @@ def _squared_norms(decomposition: Decomposition | ParameterComponents) -> dict[s
 
 
 def _between_seeds(values: Float[Tensor, "S S"]) -> Float[Tensor, " pairs"]:
-    return values[~torch.eye(len(values), dtype=torch.bool)]
+    return values[~torch.eye(len(values), dtype=torch.bool, device="cpu")]
 
 
 def _row(name: str, found: Float[Tensor, "S S"], null: Float[Tensor, "S S"]) -> tuple[str, ...]:

@@ -153,7 +153,7 @@ def _axes(module: nn.Module) -> dict[str, int]:
 def _scale(module: nn.Module) -> float:
     """What an embedding multiplies its rows by. Hugging Face does it in the dtype of the weights."""
     scale = getattr(module, "embed_scale", 1.0) if _is_scaled_embedding(module) else 1.0
-    return float(torch.as_tensor(scale).to(module.weight.dtype))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return float(torch.as_tensor(scale, device="cpu").to(module.weight.dtype))  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def _is_scaled_embedding(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from apd_lens._ascent import ascend, harder
 from apd_lens._batches import Batch
 from apd_lens._checks import checked
-from apd_lens._components import ParameterComponents, singular_values
+from apd_lens._components import ParameterComponents, full_precision, singular_values
 from apd_lens._components import effective_rank as _effective_rank
 from apd_lens._decomposition import Decomposition, ready
 from apd_lens._errors import InvalidSetting, ShapeMismatch
@@ -93,6 +93,7 @@ def features_alone(
 
 
 @checked
+@full_precision()
 def neuron_contributions(
     W_E: Float[Tensor, "n_features d_resid"],
     W_in: Float[Tensor, "*C d_resid neurons"],
@@ -205,6 +206,7 @@ class DescriptionLength:
 
 
 @checked
+@full_precision()
 def description_length(
     mask: Bool[Tensor, "batch *pos C"], rank: Float[Tensor, " C"], alpha: float
 ) -> DescriptionLength:
@@ -222,7 +224,7 @@ def description_length(
     active = mask.flatten(0, -2).to(rank.dtype)
     n_active = active.sum(1).mean()
     return DescriptionLength(
-        selection=(n_active * torch.tensor(float(active.shape[1])).log2()).item(),
+        selection=(n_active * torch.tensor(float(active.shape[1]), dtype=torch.float32, device="cpu").log2()).item(),
         parameters=alpha * (active @ rank).mean().item(),
         alpha=alpha,
     )
@@ -316,7 +318,9 @@ def ablation_path_audit(
     off = 1 - s.to(next(decomposition.components.parameters()))
 
     generator = torch.Generator().manual_seed(seed)
-    directions = [torch.rand(off.shape, generator=generator).to(off) for _ in range(n_draws)]
+    directions = [
+        torch.rand(off.shape, generator=generator, dtype=torch.float32, device="cpu").to(off) for _ in range(n_draws)
+    ]
     together, random, worst = [], [], []
     hardest = torch.ones_like(off)
     with torch.no_grad():
@@ -331,7 +335,10 @@ def ablation_path_audit(
         together.append(errors[0].mean())
         random.append(torch.stack(errors[1:]).mean())
         worst.append(largest.mean())
-    return AblationPath(torch.tensor(amounts), *(torch.stack(curve).cpu() for curve in (together, random, worst)))
+    return AblationPath(
+        torch.tensor(amounts, dtype=torch.float32, device="cpu"),
+        *(torch.stack(curve).cpu() for curve in (together, random, worst)),
+    )
 
 
 def _errors_of(decomposition: Decomposition, batch: Batch, mask: Mask) -> Callable[[Tensor], Tensor]:
@@ -366,7 +373,7 @@ def _errors_under(
 
 
 def _half(like: Bool[Tensor, "batch *pos C"], generator: torch.Generator | None) -> Bool[Tensor, "batch *pos C"]:
-    return torch.rand(like.shape, generator=generator, device=like.device) < 0.5
+    return torch.rand(like.shape, generator=generator, device=like.device, dtype=torch.float32) < 0.5
 
 
 def _check_audit(amounts: Sequence[float], n_draws: int, ascent_steps: int) -> None:

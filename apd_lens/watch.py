@@ -21,7 +21,7 @@ from torch import Tensor
 from apd_lens._artifact import decode_settings, encode_settings, read_tensors, write_tensors
 from apd_lens._batches import Batch, one_pass
 from apd_lens._checks import checked
-from apd_lens._components import ParameterComponents
+from apd_lens._components import ParameterComponents, full_precision
 from apd_lens._decomposition import Decomposition, ready
 from apd_lens._errors import ArtifactError, InvalidBatches, InvalidSetting, NonFinite
 from apd_lens._files import user_path
@@ -92,7 +92,11 @@ class Monitor:
         mask = self.selection(attributions, real)
         distance = _distances(self.decomposition, batch, mask, real)
         table = rarity(self.together, self.n_data_points)
-        empty = -torch.tensor((self.n_empty + 0.5) / (self.n_data_points + 1)).log().item()
+        empty = (
+            -torch.tensor((self.n_empty + 0.5) / (self.n_data_points + 1), dtype=torch.float32, device="cpu")
+            .log()
+            .item()
+        )
         surprise, component, given = _rarest(table.to(mask.device), mask.flatten(0, -2), empty)
         residual = ((distance + self.residual_floor).log() - self.residual_mean) / self.residual_std
         surprise = surprise.to(residual.dtype).view_as(residual)
@@ -113,7 +117,7 @@ class Monitor:
         numbers = [self.n_data_points, self.n_empty, self.residual_floor, self.residual_mean, self.residual_std]
         write_tensors(
             user_path(path),
-            {"together": self.together.cpu(), "numbers": torch.tensor(numbers, dtype=torch.float64)},
+            {"together": self.together.cpu(), "numbers": torch.tensor(numbers, dtype=torch.float64, device="cpu")},
             {
                 "format": _FORMAT,
                 "selection": json.dumps(encode_settings(self.selection)),
@@ -148,7 +152,7 @@ def fit(decomposition: Decomposition, batches: Iterable[Batch], *, k: K | None =
         NonFinite: a batch, or the output, holds NaN or infinity.
     """
     n_components = decomposition.components.n_components
-    together = torch.zeros(n_components, n_components, dtype=torch.float64)
+    together = torch.zeros(n_components, n_components, dtype=torch.float64, device="cpu")
     n_data_points, n_empty, thresholds, distances = 0, 0, [], []
     selection = with_k(decomposition.settings.selection, k)
     for batch in one_pass(batches):
@@ -334,6 +338,7 @@ class Mahalanobis:
     mean: Float[Tensor, " d"]
     precision: Float[Tensor, "d d"]
 
+    @full_precision()
     def score(self, activations: Float[Tensor, "data d"]) -> Float[Tensor, " data"]:
         """(a − μ)ᵀ Σ⁻¹ (a − μ) of every row."""
         centred = activations.to(self.mean) - self.mean
@@ -341,6 +346,7 @@ class Mahalanobis:
 
 
 @checked
+@full_precision()
 def mahalanobis(activations: Iterable[Float[Tensor, "_ d"]], ridge: float = 1e-6) -> Mahalanobis:
     """The baseline that knows no components: distance of activations from those on the reference data.
 
@@ -353,14 +359,20 @@ def mahalanobis(activations: Iterable[Float[Tensor, "_ d"]], ridge: float = 1e-6
 
     Source: Lee et al. 2018, "A simple unified framework for detecting out-of-distribution samples", with one class.
     """
-    n, total, squares = 0, torch.tensor(0.0), torch.tensor(0.0)
+    n, total, squares = (
+        0,
+        torch.tensor(0.0, dtype=torch.float64, device="cpu"),
+        torch.tensor(0.0, dtype=torch.float64, device="cpu"),
+    )
     for some in one_pass(activations):
         rows = some.detach().double()
         n, total, squares = n + len(rows), total + rows.sum(0).cpu(), squares + (rows.mT @ rows).cpu()
     mean = total / n
     covariance = squares / n - mean[:, None] * mean
     variance = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
-    return Mahalanobis(mean, torch.linalg.inv(covariance + ridge * variance * torch.eye(len(mean))))
+    return Mahalanobis(
+        mean, torch.linalg.inv(covariance + ridge * variance * torch.eye(len(mean), dtype=torch.float32, device="cpu"))
+    )
 
 
 @checked

@@ -333,12 +333,12 @@ BAD_INPUT = {
     "an iterator": (
         lambda: {"batches": iter(batches())},
         apd.InvalidBatches,
-        "ended after 3 and cannot be gone through again. Give a list",
+        "ended after 3 and cannot be gone through again: a generator",
     ),
     "a bare tensor": (
         lambda: {"batches": batches()[0]},
         apd.InvalidBatches,
-        r"got one tensor of shape \(6, 4\). .* give \[tensor\]",
+        r"got one tensor of shape \(6, 4\). .* give \[batch\]",
     ),
     "an output that is no tensor": (
         lambda: {"model": Wrong(lambda y: (y, y))},

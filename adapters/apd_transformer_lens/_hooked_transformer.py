@@ -336,7 +336,7 @@ class _Routing:
 
     def tokens(self, name: str) -> Tensor:
         if name == "W_gate":
-            return torch.arange(self.shape.numel())
+            return torch.arange(self.shape.numel(), device="cpu")
         expert = int(name.split(".")[1])
         return torch.where(self.read["hook_expert_indices"].mT == expert)[1]
 

@@ -187,7 +187,7 @@ def activation_match(
         if len(mask) < 2:
             raise InvalidBatches("A batch with one data point cannot be shuffled. Give larger batches.")
         values = mask.float() if value == "mask" else attributions.float()
-        order = torch.randperm(len(latents), generator=generator).to(latents.device)
+        order = torch.randperm(len(latents), generator=generator, device="cpu").to(latents.device)
         others = torch.empty_like(latents)
         others[order] = latents[order.roll(1)]  # one cycle, so that none stays in its place
         some, some_null = (activation_sums(mask, values, each > least, each.float()) for each in (latents, others))

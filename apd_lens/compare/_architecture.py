@@ -219,8 +219,8 @@ def units_by_name(
 def unit_numbers(units: Units, width: int) -> Int[Tensor, " width"]:
     """The unit that each row or column of the side belongs to; `units.number` for the row of a bias."""
     per_block = width // (units.number * units.copies)
-    numbers = torch.arange(units.number).repeat_interleave(per_block).repeat(units.copies)
-    return torch.cat([numbers, torch.full((width - len(numbers),), units.number)])
+    numbers = torch.arange(units.number, device="cpu").repeat_interleave(per_block).repeat(units.copies)
+    return torch.cat([numbers, torch.full((width - len(numbers),), units.number, device="cpu")])
 
 
 def attribution_map(

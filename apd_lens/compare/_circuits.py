@@ -1,7 +1,7 @@
 """Circuits that other tools found, read from their tensors and files.
 
 Nodes are heads "a3.7", MLPs "m3", neurons "m3.12", matrices by their names, and "input" and "logits". Other ways to
-write them ("a3.h7", "L3H7", "mlp_3") are read as these.
+write them ("a3.h7", "L3H7", (3, 7), "mlp_3", and those of EAP-IG, AutoCircuit and ACDC) are read as these.
 """
 
 import csv
@@ -21,9 +21,18 @@ from apd_lens._errors import ApdError, ArtifactError, InvalidSetting, ShapeMisma
 from apd_lens._files import user_path
 from apd_lens.compare._architecture import node_name
 
-_HEAD = re.compile(r"[al]?(\d+)(?:\.h?|h)(\d+)", re.IGNORECASE)
-_MLP = re.compile(r"m(?:lp)?_?(\d+)(?:\.(\d+))?", re.IGNORECASE)
+_HEAD = re.compile(
+    r"(?:[al]|attn|head)?[_ ]?(\d+)(?:\.h?|h)(\d+)(?:[._]([qkv])|<([qkv])>)?"  # EAP-IG; AutoCircuit: "A0.1.Q"
+    r"|[(\[]\s*(\d+)\s*,\s*(\d+)\s*[)\]]"  # a pair
+    r"|blocks\.(\d+)\.attn\.hook_(?:result|z|([qkv])(?:_input)?)\s*\[[^\d\]]*(\d+)\]",  # ACDC
+    re.IGNORECASE,
+)
+_MLP = re.compile(
+    r"m(?:lp)?[_ ]?(\d+)(?:\.(\d+))?|blocks\.(\d+)\.hook_mlp_(?:in|out)\s*(?:\[[^\d\]]*\])?", re.IGNORECASE
+)
 _END = {"input": "input", "embed": "input", "embeds": "input", "logits": "logits", "output": "logits"}
+_END |= {"resid start": "input", "resid end": "logits", "unembed": "logits"}
+_END |= {"hook_embed": "input", "hook_pos_embed": "input", "blocks.0.hook_resid_pre": "input"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,32 +65,45 @@ class Circuit:
         return table.sort_values("score", key=abs, ascending=False, kind="stable")
 
 
-def node(name: str) -> str:
+def node(name: str | Sequence[int]) -> str:
     """A node's name as it is written here.
 
-    >>> [node(name) for name in ("a3.h7", "L3H7", "3.7", "mlp_2", "m2.11", "embed", "blocks.0.attn.W_Q")]
+    >>> [node(name) for name in ("a3.h7", "L3H7", (3, 7), "mlp_2", "m2.11", "embed", "blocks.0.attn.W_Q")]
     ['a3.7', 'a3.7', 'a3.7', 'm2', 'm2.11', 'input', 'blocks.0.attn.W_Q']
+
+    Raises:
+        InvalidSetting: neither a name nor a pair of layer and head.
     """
+    return _node_and_input(name)[0]
+
+
+def _node_and_input(name: str | Sequence[int]) -> tuple[str, str]:
+    """A node's name as it is written here, and which input of a head is meant: "q", "k", "v", or ""."""
+    if not isinstance(name, str):
+        if not isinstance(name, Sequence) or len(name) != 2:
+            raise InvalidSetting(f"Expected a node's name such as 'a3.7' or 'm3', or (layer, head), got {name!r}.")
+        name = f"({name[0]}, {name[1]})"
     name = name.strip()
-    if name.lower() in _END:
-        return _END[name.lower()]
+    if (end := _END.get(name.lower().removesuffix("[:]"))) is not None:
+        return end, ""
     if head := _HEAD.fullmatch(name):
-        return f"a{int(head[1])}.{int(head[2])}"
+        layer, unit = head[1] or head[5] or head[7], head[2] or head[6] or head[9]
+        return f"a{int(layer)}.{int(unit)}", (head[3] or head[4] or head[8] or "").lower()
     if mlp := _MLP.fullmatch(name):
-        return f"m{int(mlp[1])}" + ("" if mlp[2] is None else f".{int(mlp[2])}")
-    return name
+        return f"m{int(mlp[1] or mlp[3])}" + ("" if mlp[2] is None else f".{int(mlp[2])}"), ""
+    return name, ""
 
 
 def edge(name: str) -> tuple[str, str, str]:
     """From, to, and by which input of a head.
 
-    >>> edge("input->a0.h0<q>"), edge("a0.1->m2")
-    (('input', 'a0.0', 'q'), ('a0.1', 'm2', ''))
+    >>> edge("input->a0.h0<q>"), edge("a0.1->m2"), edge("MLP 0->A1.3.K")
+    (('input', 'a0.0', 'q'), ('a0.1', 'm2', ''), ('m0', 'a1.3', 'k'))
     """
-    written = re.fullmatch(r"(.+?)\s*->\s*(.+?)(?:<([qkv])>)?", name.strip())
-    if written is None:
+    start, arrow, end = name.partition("->")
+    if not (start.strip() and arrow and end.strip()):
         raise ArtifactError(f"Expected an edge such as 'a0.1->m2' or 'input->a0.0<q>', got {name!r}.")
-    return node(written[1]), node(written[2]), written[3] or ""
+    return node(start), *_node_and_input(end)
 
 
 def circuit_of_scores(scores: Tensor, axes: str = "layer head", baseline: float = 0.0) -> Circuit:
@@ -160,9 +182,9 @@ def read_circuit(path: str | Path, axes: str = "layer head", baseline: float = 0
     try:
         match path.suffix:
             case ".json":
-                return _of_json(json.loads(path.read_text()))
+                return _of_json(json.loads(path.read_text(encoding="utf-8-sig")))
             case ".csv":
-                with path.open(newline="") as file:
+                with path.open(newline="", encoding="utf-8-sig") as file:
                     return _of_records(list(csv.DictReader(file)))
             case ".pt":
                 return _of_saved(_load(path), axes, baseline)
@@ -227,8 +249,10 @@ def _of_adjacency(graph: Mapping[str, Any]) -> Circuit:
     kinds += [f"m{layer}" for layer in range(n_layers) for _ in range(n_pos)]
     kinds += ["input"] * n_pos + ["logits"] * n_logits
     names = sorted(set(kinds))
-    member = torch.zeros(len(kinds), len(names))
-    member[torch.arange(len(kinds)), torch.tensor([names.index(kind) for kind in kinds])] = 1
+    member = torch.zeros(len(kinds), len(names), dtype=torch.float32, device="cpu")
+    member[
+        torch.arange(len(kinds), device="cpu"), torch.tensor([names.index(kind) for kind in kinds], device="cpu")
+    ] = 1
     sums = member.T @ weights @ member
     edges = {
         (names[source], names[target], ""): sums[target, source].item()
@@ -303,6 +327,10 @@ def _of_links(graph: Mapping[str, Any]) -> Circuit:
     kinds = {}
     for given in graph["nodes"]:
         kind = given["feature_type"]
+        if kind not in ("embedding", "logit") and "transcoder" not in kind and "mlp" not in kind:
+            raise ArtifactError(
+                f"Node {given['node_id']!r} is a {kind!r}. Read are features and errors of transcoders of MLPs."
+            )
         kinds[given["node_id"]] = {"embedding": "input", "logit": "logits"}.get(kind, f"m{given['layer']}")
     edges: dict[tuple[str, str, str], float] = {}
     for link in graph["links"]:
@@ -317,14 +345,15 @@ def _of_records(records: Sequence[Mapping[str, Any]]) -> Circuit:
     edges: dict[str, float] = {}
     for number, record in enumerate(records, 1):
         score = record.get("score", record.get("weight")) if isinstance(record, Mapping) else None
-        if score is None:
-            raise ArtifactError(f"Entry {number} has no score: {record}.")
+        score = None if score is None or not str(score).strip() else float(score)
+        if score is None or math.isnan(score):
+            raise ArtifactError(f"Entry {number} has no score: {record}. Leave out what was not scored.")
         if "edge" in record:
-            edges[record["edge"]] = float(score)
+            edges[record["edge"]] = score
         elif "source" in record and "target" in record:
-            edges[f"{record['source']}->{record['target']}"] = float(score)
+            edges[f"{record['source']}->{record['target']}"] = score
         elif "node" in record:
-            nodes[node(record["node"])] = float(score)
+            nodes[node(record["node"])] = score
         else:
             raise ArtifactError(f"Entry {number} names neither a node, an edge, nor source and target: {record}.")
     if not nodes and not edges:

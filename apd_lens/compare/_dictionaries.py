@@ -1,7 +1,8 @@
 """Dictionaries of other methods: an encoder, a decoder, and the place in the model that they read and write."""
 
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,34 @@ from apd_lens.compare._sites import rewriting
 Activation = Literal["relu", "topk", "jumprelu", "identity"]
 
 Latents = Float[Tensor, "batch *pos latents"]
+
+# How other libraries call an activation.
+_ACTIVATIONS: dict[str, Activation] = {
+    "standard": "relu",
+    "transcoder": "relu",
+    "relu": "relu",
+    "topk": "topk",
+    "jumprelu": "jumprelu",
+    "jumprelu_transcoder": "jumprelu",
+    "identity": "identity",
+}
+_DICT_CLASSES: dict[str, Activation] = {
+    "AutoEncoder": "relu",
+    "AutoEncoderTopK": "topk",
+    "JumpReluAutoEncoder": "jumprelu",
+    "BatchTopKSAE": "jumprelu",
+}
+# Fields of a cfg.json that change what an SAE computes, and the values with which they do not.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "normalize_activations": ("none", None, False),
+    "rescale_acts_by_decoder_norm": (False, None),
+    "finetuning_scaling_factor": (False, None),
+    "reshape_activations": ("none", "hook_z", None),
+    "hook_head_index": (None,),
+    "skip_connection": (False, None),
+}
+# Names of tensors that only SAEs of other kinds have.
+_OF_OTHER_KINDS = {"b_gate", "b_mag", "r_mag", "W_gate", "W_skip", "log_threshold", "scaling_factor"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +145,9 @@ class Dictionary:
         decoder_bias: str | None = "b_dec",
         threshold: str | None = None,
         n_latents: int | None = None,
-        activation: Activation = "relu",
+        activation: Activation | None = None,
         k: int | None = None,
-        subtract_decoder_bias: bool = False,
+        subtract_decoder_bias: bool | None = None,
         site_out: str | None = None,
     ) -> "Dictionary":
         """A dictionary from another library's file, without the library: .safetensors, .npz, or .pt of tensors alone.
@@ -127,14 +156,27 @@ class Dictionary:
         biases, or from `n_latents`.
 
         Args:
-            encoder, decoder, encoder_bias, decoder_bias, threshold: names of the tensors in the file; None for none.
+            encoder, decoder, encoder_bias, decoder_bias: names of the tensors in the file; None for none.
+            threshold: the same; None for "threshold" where there is one and `activation` is not given.
             n_latents: where the lengths of the biases do not tell.
+            activation, k, subtract_decoder_bias: None for what the file says of itself: in its tensors, or in the
+                cfg.json (SAELens, sparsify) or config.json (dictionary_learning) beside it. Where nothing is said,
+                "relu", and the bias stays.
 
         Raises:
-            InvalidSetting: no such file, kind of file, or tensor in it: lists those there are.
+            InvalidSetting: no such file, kind of file, or tensor in it: lists those there are; or the file says that it
+                is of a kind that encoder and decoder do not describe.
             ShapeMismatch: shapes that do not fit together, or do not tell which axis is the latents'.
         """
         tensors = _tensors_in(user_path(path))
+        said = _kind_beside(user_path(path))
+        if activation is None:
+            if other := sorted(_OF_OTHER_KINDS & tensors.keys()):
+                raise _other_kind(path, f"it holds {', '.join(other)}")
+            if threshold is None and "threshold" in tensors:
+                threshold = "threshold"
+            of_file: Activation = "jumprelu" if threshold is not None else said.get("activation", "relu")
+            activation = of_file
         names = {"encoder": encoder, "decoder": decoder, "encoder_bias": encoder_bias}
         names |= {"decoder_bias": decoder_bias, "threshold": threshold}
         found = {field: _named(tensors, name, field, path) for field, name in names.items() if name is not None}
@@ -151,9 +193,11 @@ class Dictionary:
             encoder_bias=found.get("encoder_bias"),
             decoder_bias=found.get("decoder_bias"),
             activation=activation,
-            k=k,
+            k=said.get("k") if k is None and activation == "topk" else k,
             threshold=found.get("threshold"),
-            subtract_decoder_bias=subtract_decoder_bias,
+            subtract_decoder_bias=(
+                said.get("subtract_decoder_bias", False) if subtract_decoder_bias is None else subtract_decoder_bias
+            ),
             site_out=site_out,
         )
 
@@ -164,7 +208,8 @@ class Dictionary:
         Args:
             parameters: how many of the model's numbers belong to one.
         """
-        return Dictionary(site, torch.eye(n), torch.eye(n), activation="identity", parameters=parameters)
+        identity = torch.eye(n, dtype=torch.float32, device="cpu")
+        return Dictionary(site, identity, identity, activation="identity", parameters=parameters)
 
     @property
     def n_latents(self) -> int:
@@ -229,7 +274,7 @@ def random_dictionary(dictionary: Dictionary, seed: int = 0) -> Dictionary:
     generator = torch.Generator().manual_seed(seed)
 
     def directions(like: Float[Tensor, "latents d"]) -> Float[Tensor, "latents d"]:
-        drawn = torch.randn(like.shape, generator=generator).to(like)
+        drawn = torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu").to(like)
         return torch.linalg.qr(drawn)[0] if dictionary.activation == "identity" else F.normalize(drawn, dim=1)
 
     decoder = directions(dictionary.decoder)
@@ -374,6 +419,76 @@ def _tensors_in(path: Path) -> dict[str, Tensor]:
         f"Expected a file that ends in .safetensors, .npz or .pt, got {path.name}. Read it yourself and give the "
         "tensors: Dictionary(site, encoder, decoder, ...)."
     )
+
+
+def _other_kind(path: str | os.PathLike[str], reason: str) -> InvalidSetting:
+    return InvalidSetting(
+        f"{path} is of a kind that from_file does not know: {reason}. Load it with the library that made it "
+        "(Dictionary.from_sae_lens takes an SAE of SAELens), or say what it is: activation=, k=, "
+        "subtract_decoder_bias=."
+    )
+
+
+def _kind_beside(path: Path) -> dict[str, Any]:
+    """What cfg.json or config.json beside a file says: "activation", "k" and "subtract_decoder_bias", if it does.
+
+    Raises:
+        InvalidSetting: it says something that a `Dictionary` is not.
+    """
+    for name, read in (("cfg.json", _of_cfg), ("config.json", _of_trainer)):
+        beside = path.parent / name
+        if not beside.is_file():
+            continue
+        try:
+            cfg = json.loads(beside.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InvalidSetting(f"{beside} is no JSON: {error}. Move it, or {path.name}, elsewhere.") from error
+        if isinstance(cfg, dict):
+            try:
+                return read(cfg)
+            except InvalidSetting as error:
+                raise _other_kind(path, f"{name} says {error}") from None
+    return {}
+
+
+def _of_cfg(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """SAELens and sparsify."""
+    for field, plain in _PLAIN.items():
+        if cfg.get(field, plain[0]) not in plain:
+            raise InvalidSetting(f"{field}={cfg[field]!r}")
+    activation = cfg.get("activation_fn_str", cfg.get("activation_fn", cfg.get("activation")))
+    if cfg.get("architecture", "standard") not in ("standard", "transcoder") or activation is None:
+        activation = cfg.get("architecture")
+    elif cfg.get("architecture") == "transcoder":
+        activation = "relu"
+    said: dict[str, Any] = {}
+    if activation is not None:
+        said["activation"] = _known(str(activation), _ACTIVATIONS)
+    k = cfg.get("k", (cfg.get("activation_fn_kwargs") or {}).get("k"))
+    if k is not None:
+        said["k"] = int(k)
+    if "apply_b_dec_to_input" in cfg:
+        said["subtract_decoder_bias"] = bool(cfg["apply_b_dec_to_input"])
+    elif "expansion_factor" in cfg and "num_latents" in cfg:  # sparsify
+        said["subtract_decoder_bias"] = not cfg.get("transcode", False)
+        said.setdefault("activation", "topk")
+    return said
+
+
+def _of_trainer(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """dictionary_learning; any other config.json says nothing."""
+    trainer = cfg.get("trainer")
+    if not isinstance(trainer, Mapping) or "dict_class" not in trainer:
+        return {}
+    activation = _known(str(trainer["dict_class"]), _DICT_CLASSES)
+    said = {"activation": activation, "subtract_decoder_bias": trainer["dict_class"] != "JumpReluAutoEncoder"}
+    return said | ({"k": int(trainer["k"])} if "k" in trainer else {})
+
+
+def _known(kind: str, kinds: Mapping[str, Activation]) -> Activation:
+    if kind not in kinds:
+        raise InvalidSetting(f"{kind!r}; known are {', '.join(kinds)}")
+    return kinds[kind]
 
 
 def _named(tensors: dict[str, Tensor], name: str, field: str, path: str | os.PathLike[str]) -> Tensor:

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from apd_lens._batches import Batch
-from apd_lens._components import ParameterComponents, random_components
+from apd_lens._components import ParameterComponents, full_precision, random_components
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting, ShapeMismatch, UnknownWeight
 from apd_lens._padding import Real, zero_at_padding
@@ -75,6 +75,7 @@ class DirectionMatch:
 
 
 @torch.no_grad()
+@full_precision()
 def direction_cosines(
     A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"], directions: Float[Tensor, "n d_out"]
 ) -> Float[Tensor, "C n"]:
@@ -142,7 +143,7 @@ def direction_match(
         check_batches(batches, times=2)
     generator = torch.Generator().manual_seed(seed)
     others = random_components(decomposition.components, seed) if untrained is None else untrained
-    random = torch.randn(directions.shape, generator=generator)
+    random = torch.randn(directions.shape, generator=generator, dtype=torch.float32, device="cpu")
     kinds = {
         "found": (decomposition, directions),
         "random_directions": (decomposition, random),
@@ -172,7 +173,7 @@ def _signed_directions(
     Of any length: only the sign of the products with other directions counts.
     """
     A, B = decomposition.components.factors(use)
-    inputs = torch.zeros(A.shape[:2]).to(A)
+    inputs = torch.zeros(A.shape[:2], dtype=torch.float32, device="cpu").to(A)
     for batch in batches:
         with evaluating(decomposition.target.model):
             watched = decomposition._watch(batch)

@@ -154,7 +154,7 @@ def edit_effects(
     return EditEffects(
         kind=[edit.kind for edit in edits],
         edit=[edit.name for edit in edits],
-        norm=torch.tensor([_norm(decomposition, edit) for edit in edits]),
+        norm=torch.tensor([_norm(decomposition, edit) for edit in edits], dtype=torch.float32, device="cpu"),
         on_target=on.distances,
         other=off.distances,
         metric=on.metric,
@@ -251,7 +251,7 @@ def _other_edits(
     components: ParameterComponents, chosen: list[int], n: int, others: Iterable[int] | Tensor | None, seed: int
 ) -> Iterator[_Edit]:
     pool = range(components.n_components) if others is None else numbers_of(others, components)
-    left = torch.tensor([component for component in pool if component not in chosen])
+    left = torch.tensor([component for component in pool if component not in chosen], device="cpu")
     if n and len(left) < len(chosen):
         raise InvalidSetting(
             f"{len(chosen)} components are taken out, and there are {len(left)} others to compare with. Give more "
@@ -259,7 +259,7 @@ def _other_edits(
         )
     generator = torch.Generator().manual_seed(seed)
     for _ in range(n):
-        drawn = left[torch.randperm(len(left), generator=generator)[: len(chosen)]].tolist()
+        drawn = left[torch.randperm(len(left), generator=generator, device="cpu")[: len(chosen)]].tolist()
         yield _Edit("other components", _named(drawn), components, drawn)
 
 

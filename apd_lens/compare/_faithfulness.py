@@ -159,7 +159,10 @@ def faithfulness_curve(
         raise InvalidSetting(f"sizes must be numbers of {unit}s between 0 and {n_units}, got {sizes}.")
     if n_draws < 1 or ascent_steps < 1:
         raise InvalidSetting(f"Expected n_draws and ascent_steps of at least 1, got {n_draws} and {ascent_steps}.")
-    totals = {name: torch.zeros(len(sizes), dtype=torch.float64) for name in ("own", "random", "worst", "shuffled")}
+    totals = {
+        name: torch.zeros(len(sizes), dtype=torch.float64, device="cpu")
+        for name in ("own", "random", "worst", "shuffled")
+    }
     model, none, mean_scores = _whole(gates, batches, metric, scores is None)
     if model == none:
         raise InvalidSetting(
@@ -167,7 +170,7 @@ def faithfulness_curve(
         )
     sign = 1.0 if model > none else -1.0
     generator = torch.Generator().manual_seed(seed)
-    shuffles = [torch.rand(n_units, generator=generator) for _ in range(n_draws)]
+    shuffles = [torch.rand(n_units, generator=generator, dtype=torch.float32, device="cpu") for _ in range(n_draws)]
     n_data = 0
     for batch in one_pass(batches):
         batch = gates.prepared(batch)
@@ -186,7 +189,7 @@ def faithfulness_curve(
                 totals[name][index] += value.double().sum().cpu()
         n_data += n_examples(batch)
     recovered = {name: ((total / n_data - none) / (model - none)).float() for name, total in totals.items()}
-    return FaithfulnessCurve(unit, gates.names, torch.tensor(sizes), **recovered, model=model, none=none)
+    return FaithfulnessCurve(unit, gates.names, torch.tensor(sizes, device="cpu"), **recovered, model=model, none=none)
 
 
 def default_sizes(n_units: int) -> list[int]:
@@ -220,7 +223,9 @@ def _three_maskings(
         hardest, largest = kept, harm(kept)
         own, draws = largest, []
         for _ in range(n_draws):
-            gamma = torch.maximum(kept, torch.rand(kept.shape, generator=generator).to(kept))
+            gamma = torch.maximum(
+                kept, torch.rand(kept.shape, generator=generator, dtype=torch.float32, device="cpu").to(kept)
+            )
             draws.append(harm(gamma))
             hardest, largest = harder(hardest, largest, gamma, draws[-1])
     _, largest = ascend(harm, hardest, largest, kept, 2.5 / ascent_steps, ascent_steps)
@@ -240,16 +245,16 @@ def _order(scores: Tensor, n: int, n_units: int, device: torch.device) -> Int[Te
 
 def _first(order: Int[Tensor, "batch *pos units"], size: int) -> Float[Tensor, "batch *pos units"]:
     """1 for the first units of the order, 0 for the rest."""
-    return torch.zeros(order.shape, device=order.device).scatter_(-1, order[..., :size], 1.0)
+    return torch.zeros(order.shape, device=order.device, dtype=torch.float32).scatter_(-1, order[..., :size], 1.0)
 
 
 def _whole(gates: "_Gates", batches: Iterable[Batch], metric: Metric, score: bool) -> tuple[float, float, Tensor]:
     """The metric with all units on, as the model is, and with all off; and how much each unit matters, if asked."""
     model, none, n_data = 0.0, 0.0, 0
-    scores = torch.zeros(len(gates.names), device=gates.device)
+    scores = torch.zeros(len(gates.names), device=gates.device, dtype=torch.float32)
     for batch in one_pass(batches):
         batch, n = gates.prepared(batch), n_examples(batch)
-        off = torch.zeros(n, len(gates.names), device=gates.device)
+        off = torch.zeros(n, len(gates.names), device=gates.device, dtype=torch.float32)
         with torch.no_grad():
             model += gates.metric(batch, metric, None).double().sum().item()
             none += gates.metric(batch, metric, off).double().sum().item()
@@ -292,7 +297,9 @@ class _Gates:
     def attributions(self, batch: Batch, metric: Metric) -> Float[Tensor, "batch units"]:
         """∂metric/∂γ with all units on."""
         with torch.enable_grad():
-            gamma = torch.ones(n_examples(batch), len(self.names), device=self.device, requires_grad=True)
+            gamma = torch.ones(
+                n_examples(batch), len(self.names), device=self.device, requires_grad=True, dtype=torch.float32
+            )
             return torch.autograd.grad(self.metric(batch, metric, gamma).sum(), gamma)[0]
 
 
@@ -356,7 +363,10 @@ def _pass(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | No
 @torch.no_grad()
 def _means(gates: _Gates, batches: Iterable[Batch]) -> dict[str, Float[Tensor, " d_in"]]:
     """Mean of what each matrix reads, over all real positions."""
-    sums = {name: torch.zeros(gates.target.weights[name].d_in, device=gates.device) for name in gates.matrices}
+    sums = {
+        name: torch.zeros(gates.target.weights[name].d_in, device=gates.device, dtype=torch.float32)
+        for name in gates.matrices
+    }
     counts = {name: torch.zeros_like(some) for name, some in sums.items()}
 
     for batch in one_pass(batches):

@@ -2,7 +2,7 @@
 live in its nodes."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -62,7 +62,7 @@ class Overlap:
 
 def overlap(
     scores: Mapping[str, float] | Circuit,
-    known: Iterable[str] | Circuit,
+    known: Iterable[str | Sequence[int]] | Circuit,
     k: int | None = None,
     *,
     n_null: int = 1000,
@@ -93,14 +93,14 @@ def overlap(
     if not 0 < k <= len(given):
         raise InvalidSetting(f"k must be between 1 and {len(given)}, the number of nodes, got {k}.")
     nodes = list(given)
-    is_known = torch.tensor([name in of_circuit for name in nodes])
-    sizes = torch.tensor([abs(given[name]) for name in nodes], dtype=torch.float64)
+    is_known = torch.tensor([name in of_circuit for name in nodes], device="cpu")
+    sizes = torch.tensor([abs(given[name]) for name in nodes], dtype=torch.float64, device="cpu")
     order = sizes.argsort(dim=0, descending=True, stable=True)
-    found = torch.zeros(len(nodes), dtype=torch.bool).index_fill_(0, order[:k], True)
+    found = torch.zeros(len(nodes), dtype=torch.bool, device="cpu").index_fill_(0, order[:k], True)
     ranks = torch.from_numpy(stats.rankdata(sizes.numpy()))
     return Overlap(
         nodes=nodes,
-        scores=torch.tensor([float(given[name]) for name in nodes]),
+        scores=torch.tensor([float(given[name]) for name in nodes], dtype=torch.float32, device="cpu"),
         known=is_known,
         found=found,
         measures={name: value.item() for name, value in _measures(found, ranks, is_known).items()},
@@ -108,7 +108,7 @@ def overlap(
     )
 
 
-def _chosen(known: Iterable[str] | Circuit) -> set[str]:
+def _chosen(known: Iterable[str | Sequence[int]] | Circuit) -> set[str]:
     if not isinstance(known, Circuit):
         return {node(name) for name in known}
     if known.chosen is None:
@@ -118,8 +118,10 @@ def _chosen(known: Iterable[str] | Circuit) -> set[str]:
 
 def _random_sets(known: Bool[Tensor, " nodes"], n: int, seed: int) -> Bool[Tensor, "n nodes"]:
     """n random sets of as many nodes."""
-    drawn = torch.rand(n, len(known), generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
-    return torch.zeros(n, len(known), dtype=torch.bool).scatter_(1, drawn[:, : int(known.sum())], True)
+    drawn = torch.rand(
+        n, len(known), generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu"
+    ).argsort(dim=1)
+    return torch.zeros(n, len(known), dtype=torch.bool, device="cpu").scatter_(1, drawn[:, : int(known.sum())], True)
 
 
 def _measures(
@@ -226,7 +228,7 @@ class Location:
 def locate(
     decomposition: Decomposition,
     batches: Iterable[Batch],
-    known: Iterable[str] | Circuit,
+    known: Iterable[str | Sequence[int]] | Circuit,
     metric: Metric | None = None,
     *,
     top: int | None = None,
@@ -256,9 +258,10 @@ def locate(
     if not of_circuit or not of_circuit <= set(nodes):
         raise InvalidSetting(
             f"Expected a circuit of {level}s among those of the decomposed matrices ({', '.join(nodes[:12])}"
-            f"{', ...' if len(nodes) > 12 else ''}), got {sorted(of_circuit)[:12]}."
+            f"{', ...' if len(nodes) > 12 else ''}), got {sorted(of_circuit)[:12]}. Of a circuit with nodes of several "
+            "kinds give those of one: [node for node in circuit.chosen if node.startswith('a')]."
         )
-    is_known = torch.tensor([name in of_circuit for name in nodes])
+    is_known = torch.tensor([name in of_circuit for name in nodes], device="cpu")
     importance, chosen, attribution = _what_matters(decomposition, batches, metric, top, level, units)
     location = Location(
         nodes=nodes,
@@ -268,7 +271,7 @@ def locate(
         weight=_rows(of_nodes),
         attribution=attribution,
         weight_of_model=_rows(weight_map(_model_as_component(decomposition), units).amounts(level))[0],
-        null_shares=torch.zeros(0, 2),
+        null_shares=torch.zeros(0, 2, dtype=torch.float32, device="cpu"),
     )
     shares = []
     for draw in range(n_null):
@@ -282,7 +285,7 @@ def locate(
             attribution=attribution,
         )
         shares.append(null.shares())
-    return replace(location, null_shares=torch.tensor(shares).reshape(-1, 2))
+    return replace(location, null_shares=torch.tensor(shares, dtype=torch.float32, device="cpu").reshape(-1, 2))
 
 
 def _what_matters(
@@ -294,7 +297,7 @@ def _what_matters(
     units: Mapping[str, Units] | None,
 ) -> tuple[Float[Tensor, " C"], list[int], Float[Tensor, "C nodes"]]:
     """Importance, the components that matter, and the shares of their attribution."""
-    total, n_data = torch.zeros(decomposition.components.n_components, dtype=torch.float64), 0
+    total, n_data = torch.zeros(decomposition.components.n_components, dtype=torch.float64, device="cpu"), 0
     for batch in one_pass(batches):
         ready = on_device(decomposition.target.prepare(batch), next(decomposition.components.parameters()).device)
         attributions = decomposition.attributions(batch, None if metric is None else metric_on(metric, ready))
@@ -316,7 +319,7 @@ def _model_as_component(decomposition: Decomposition) -> Decomposition:
     """The weights themselves as the one component."""
     A = {name: decomposition.target.weights[name].value()[None] for name in decomposition.components.names}
     A = {name: value.to(decomposition.components.A[name].dtype) for name, value in A.items()}
-    B = {name: torch.eye(value.shape[2]).to(value)[None] for name, value in A.items()}
+    B = {name: torch.eye(value.shape[2], dtype=value.dtype, device=value.device)[None] for name, value in A.items()}
     return replace(decomposition, components=ParameterComponents(A, B))
 
 

@@ -68,7 +68,7 @@ class Matching:
             expected = (len(self.partner), len(self.component))
             raise ShapeMismatch(f"Expected a likeness of shape {expected}, got {tuple(likeness.shape)}.")
         rows = (self.partner >= 0).nonzero()[:, 0]
-        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")]
         columns = self.partner[rows]
         found, exchanged = (likeness.cpu()[rows, some].mean().item() for some in (columns, columns.roll(1)))
         return found, exchanged
@@ -77,14 +77,14 @@ class Matching:
         """One row for each component, or latent, that counts."""
         if of == "latent":
             columns = {
-                "latent": torch.arange(len(self.component)),
+                "latent": torch.arange(len(self.component), device="cpu"),
                 "best component": self.component,
                 "likeness": self.best_of_latent,
                 "components above": self.components_above,
             }
             return _frame(columns, self.component >= 0)
         columns = {
-            "component": torch.arange(len(self.latent)),
+            "component": torch.arange(len(self.latent), device="cpu"),
             "best latent": self.latent,
             "likeness": self.best_of_component,
             "one to one": self.partner,
@@ -119,7 +119,7 @@ def matching(
     some = likeness.cpu()[rows][:, columns]
 
     def spread(values: Tensor, places: Int[Tensor, " n"], length: int, other: float) -> Tensor:
-        return torch.full((length,), other, dtype=values.dtype).index_copy_(0, places, values)
+        return torch.full((length,), other, dtype=values.dtype, device="cpu").index_copy_(0, places, values)
 
     best, latent = some.max(1)
     best_of_latent, component = some.max(0)
@@ -154,7 +154,7 @@ def with_null(frame: pd.DataFrame, **nulls: Matching) -> pd.DataFrame:
 
 def _counted(counts: Bool[Tensor, " given"] | None, n: int, what: str) -> Int[Tensor, " counted"]:
     if counts is None:
-        return torch.arange(n)
+        return torch.arange(n, device="cpu")
     if counts.shape != (n,):
         raise ShapeMismatch(f"Expected an entry for each of the {n} {what}, got {tuple(counts.shape)}.")
     if not counts.any():

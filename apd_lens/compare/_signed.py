@@ -98,9 +98,12 @@ def signed_attributions(
     if steps < 1:
         raise InvalidSetting(f"signed_attributions needs at least 1 step, got {steps}.")
     n_components = decomposition.components.n_components
-    attribution = torch.zeros(n_components, dtype=torch.float64)
-    ablation, change, n_data = torch.zeros(n_components, dtype=torch.float64), 0.0, 0
-    by_position, counts = torch.zeros(0, n_components, dtype=torch.float64), torch.zeros(0, 1)
+    attribution = torch.zeros(n_components, dtype=torch.float64, device="cpu")
+    ablation, change, n_data = torch.zeros(n_components, dtype=torch.float64, device="cpu"), 0.0, 0
+    by_position, counts = (
+        torch.zeros(0, n_components, dtype=torch.float64, device="cpu"),
+        torch.zeros(0, 1, dtype=torch.float32, device="cpu"),
+    )
     has_positions = True
     for batch in one_pass(batches):
         with evaluating(decomposition.target.model):

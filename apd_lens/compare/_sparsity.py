@@ -164,14 +164,16 @@ def sparsity(
         for name, model in models.items():
             for point in model.points(batch, real, ks, alpha):
                 of_point, _ = _loss(target_output, point.output, loss, expected, real)
-                numbers = torch.tensor([of_point, *point.counted], dtype=torch.float64)
-                sums[name, point.k] = sums.get((name, point.k), torch.zeros(())) + n * numbers
+                numbers = torch.tensor([of_point, *point.counted], dtype=torch.float64, device="cpu")
+                sums[name, point.k] = (
+                    sums.get((name, point.k), torch.zeros((), dtype=torch.float32, device="cpu")) + n * numbers
+                )
     if not sums:
         raise InvalidBatches("There are no batches: expected at least one.")
     points = torch.stack(list(sums.values())).float() / weight
     return Sparsity(
         tuple(name for name, _ in sums),
-        torch.tensor([k for _, k in sums]),
+        torch.tensor([k for _, k in sums], device="cpu"),
         *points.unbind(1),
         target_loss=of_target / weight,
     )
@@ -198,7 +200,7 @@ class _Components:
         components = decomposition.components
         ranks = metrics.ranks(components)
         sizes = [components.A[name].shape[1] + components.B[name].shape[2] for name in components.names]
-        return _Components(decomposition, ranks.sum(1), ranks @ torch.tensor(sizes).to(ranks))
+        return _Components(decomposition, ranks.sum(1), ranks @ torch.tensor(sizes, device="cpu").to(ranks))
 
     def points(self, batch: Batch, real: Real, ks: Sequence[float], alpha: float) -> Iterator["_Point"]:
         target, components, output = self.decomposition.target, self.decomposition.components, self.decomposition.output
@@ -280,7 +282,7 @@ class _Spliced:
             generator = torch.Generator(output.device).manual_seed(self.seed)
             cotangents = random_cotangents(output, K, "rademacher", generator)
         at_once = max(1, _MEMORY // (2 * sum(each.numel() * each.element_size() for each in leaves)))
-        squares = [torch.zeros(())] * len(leaves)
+        squares = [torch.zeros((), dtype=torch.float32, device="cpu")] * len(leaves)
         for first in range(0, cotangents.count, at_once):
             rows = cotangents.rows(first, min(first + at_once, cotangents.count))
             gradients = torch.autograd.grad(
@@ -338,7 +340,7 @@ def _of_latents(
     alpha: float,
     real: Real,
 ) -> Counted:
-    ones = torch.ones(dictionary.n_latents, device=mask.device)
+    ones = torch.ones(dictionary.n_latents, device=mask.device, dtype=torch.float32)
     return _counted(mask, ones, _parameters(decomposition, dictionary) * ones, alpha, real)
 
 

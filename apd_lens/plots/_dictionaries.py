@@ -69,7 +69,7 @@ def _free_best(likeness: Float[Tensor, "C latents"]) -> Int[Tensor, " C"]:
 
 
 def _and_the_rest(first: Int[Tensor, " some"], n: int) -> Int[Tensor, " n"]:
-    rest = torch.ones(n, dtype=torch.bool)
+    rest = torch.ones(n, dtype=torch.bool, device="cpu")
     rest[first] = False
     return torch.cat([first, rest.nonzero()[:, 0]])
 
@@ -100,7 +100,7 @@ def best_matches(
     if not best or any(len(values) == 0 for values in best.values()):
         raise InvalidSetting(f"Expected values under each name, got {dict.fromkeys(best)}.")
     low = min(0.0, min(values.min().item() for values in best.values()))
-    edges = torch.linspace(low, 1.0, 41).tolist()
+    edges = torch.linspace(low, 1.0, 41, dtype=torch.float32, device="cpu").tolist()
     for name, (colour, style) in _styles(best, nulls).items():
         values = best[name]
         mean = f"{name}, mean {values.mean().item():.2f}"

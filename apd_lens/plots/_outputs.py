@@ -79,7 +79,7 @@ def single_feature_responses(
 
 
 def _evenly(n: int, most: int) -> list[int]:
-    return torch.linspace(0, n - 1, min(n, most)).round().int().tolist()
+    return torch.linspace(0, n - 1, min(n, most), dtype=torch.float32, device="cpu").round().int().tolist()
 
 
 @checked
@@ -103,7 +103,7 @@ def feature_loss(
     Source: the paper's residual MLP.
     """
     ax, curves = axes(ax, 7.5), plain_curves({"target": target, **_named_sparse(sparse)}, target)
-    order = plain(target).argsort(descending=True) if by_loss else torch.arange(len(target))
+    order = plain(target).argsort(descending=True) if by_loss else torch.arange(len(target), device="cpu")
     size = 24 if len(order) <= 40 else 12
     for (name, losses), colour, marker in zip(curves.items(), [TARGET, *PALETTE], "osD^vP*", strict=False):
         mean = f"{name}, mean {losses.mean().item():.2g}"
@@ -155,7 +155,7 @@ def loss_by_active(
     ax, curves = axes(ax, 7.5), plain_curves({"target": target, **_named_sparse(sparse)}, target)
     numbers, group, counts = n_active.cpu().unique(return_inverse=True, return_counts=True)
     for (name, losses), colour, marker in zip(curves.items(), [TARGET, *PALETTE], "osD^vP*", strict=False):
-        mean = torch.zeros(len(numbers), dtype=losses.dtype).index_add_(0, group, losses) / counts
+        mean = torch.zeros(len(numbers), dtype=losses.dtype, device="cpu").index_add_(0, group, losses) / counts
         squares = torch.zeros_like(mean).index_add_(0, group, (losses - mean[group]).square())
         error = 2 * (squares / (counts - 1).clamp_min(1) / counts).sqrt()
         below = torch.minimum(error, 0.9 * mean)

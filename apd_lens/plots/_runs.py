@@ -53,12 +53,14 @@ def loss_curves(history: History, *, ax: Axes | None = None) -> Figure | SubFigu
     ax = axes(ax, 7.5)
     steps = [entry["step"] for entry in entries]
     for name, colour in zip(names, colours(len(names)), strict=True):
-        values = torch.tensor([entry.get(name, torch.nan) for entry in entries])
+        values = torch.tensor([entry.get(name, torch.nan) for entry in entries], dtype=torch.float32, device="cpu")
         values[values <= 0] = torch.nan
         width = -(-len(values) // 100)
         if width > 1:
             ax.plot(steps, values.numpy(), color=colour, linewidth=0.6, alpha=0.3)
-        middle, means = (_means(series, width) for series in (torch.tensor(steps, dtype=torch.float64), values))
+        middle, means = (
+            _means(series, width) for series in (torch.tensor(steps, dtype=torch.float64, device="cpu"), values)
+        )
         ax.plot(middle.numpy(), means.numpy(), color=colour, linewidth=1.6, label=name)
     ax.set(yscale="log", xlabel="step", ylabel="loss term, without its coefficient", title="Loss terms in training")
     grid(ax)
@@ -139,7 +141,7 @@ def seed_stability(
     figure, drawn = plt.subplots(
         1, n_matrices, figsize=(side * n_matrices + 1.4, side + 1.0), layout="constrained", squeeze=False
     )
-    gap = torch.full((1, n_seeds), torch.nan)
+    gap = torch.full((1, n_seeds), torch.nan, dtype=torch.float32, device="cpu")
     for ax, name, values, null_row in zip(drawn[0], names, similarity, null, strict=True):
         rows = torch.cat([values, gap.to(values), null_row[None]])
         ax.imshow(rows.numpy(), cmap=POSITIVE, vmin=0, vmax=1, interpolation="nearest")

@@ -89,7 +89,12 @@ def roc(
         n = int(ranks.max()) + 1
         # From the highest score down: how many of each lie at or above it.
         found, alarms = (
-            torch.cat([torch.zeros(1), ranks[some].bincount(minlength=n).flip(0).cumsum(0) / some.sum()])
+            torch.cat(
+                [
+                    torch.zeros(1, dtype=torch.float32, device="cpu"),
+                    ranks[some].bincount(minlength=n).flip(0).cumsum(0) / some.sum(),
+                ]
+            )
             for some in (odd, ~odd)
         )
         ax.plot(
@@ -133,9 +138,11 @@ def score_histogram(
             f"{len(odd)} and {n_bins}."
         )
     ax = axes(ax, 7.0)
-    edges = torch.linspace(values.min().item(), values.max().item() + 1e-9, n_bins + 1).tolist()
+    edges = torch.linspace(
+        values.min().item(), values.max().item() + 1e-9, n_bins + 1, dtype=torch.float32, device="cpu"
+    ).tolist()
     for name, some, colour in (("normal", ~odd, PALETTE[0]), ("anomalous", odd, PALETTE[1])):
-        shares = torch.full((int(some.sum()),), 1 / int(some.sum())).numpy()
+        shares = torch.full((int(some.sum()),), 1 / int(some.sum()), device="cpu").numpy()
         ax.hist(values[some].numpy(), edges, weights=shares, color=colour, alpha=0.2)
         ax.hist(values[some].numpy(), edges, weights=shares, color=colour, histtype="step", lw=1.6, label=name)
     ax.set(xlabel=score_name, ylabel="share of data points", title="Normal and anomalous data points")

@@ -119,7 +119,7 @@ def _left_out(n: int) -> str:
 
 def _quiver(ax: Axes, vectors: Float[Tensor, "n 2"], of_vectors: Sequence[str]) -> None:
     x, y = vectors.T.numpy()
-    origin = torch.zeros(len(vectors)).numpy()
+    origin = torch.zeros(len(vectors), dtype=torch.float32, device="cpu").numpy()
     ax.quiver(
         origin,
         origin,
@@ -139,7 +139,7 @@ def _row_images(
     rows: Float[Tensor, "n_features d"], components: Float[Tensor, "C n_features d"], order: list[int]
 ) -> Figure:
     best = metrics.best_components(rows, components)
-    matched = components[best, torch.arange(len(rows))]
+    matched = components[best, torch.arange(len(rows), device="cpu")]
     norms = components[order].norm(dim=2).T / rows.norm(dim=1, keepdim=True)
     figure, (left, middle, right) = plt.subplots(
         1, 3, figsize=(13, 5.2), width_ratios=(1, 1, 1.8), layout="constrained"
@@ -183,12 +183,12 @@ def neuron_contributions(
     best = metrics.best_components(target, components) if component_of is None else component_of.cpu()
     if not 0 <= best.min() <= best.max() < len(components):
         raise InvalidSetting(f"component_of must hold numbers from 0 to {len(components) - 1}, got {best.tolist()}.")
-    own = components[best, torch.arange(n_features)]
+    own = components[best, torch.arange(n_features, device="cpu")]
 
     figure, both = plt.subplots(
         2, 1, sharex=True, sharey=True, layout="constrained", figsize=(max(7.0, 0.17 * n_features), 5.6)
     )
-    features = torch.arange(n_features).repeat_interleave(n_neurons).numpy()
+    features = torch.arange(n_features, device="cpu").repeat_interleave(n_neurons).numpy()
     of_dots = colours(n_neurons) * n_features
     large = 0.25 * torch.stack([target, own]).abs().max()
     for ax, values, title in zip(both, (target, own), ("target", "component of each feature"), strict=True):

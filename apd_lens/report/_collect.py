@@ -99,7 +99,7 @@ class _Running:
 
     @staticmethod
     def of(decomposition: Decomposition, ks: list[int]) -> "_Running":
-        never = torch.full((decomposition.components.n_components,), torch.iinfo(torch.long).max)
+        never = torch.full((decomposition.components.n_components,), torch.iinfo(torch.long).max, device="cpu")
         return _Running(decomposition, ks, never, by_k=[0.0] * len(ks))
 
     def add(self, some: Observed, with_nothing: bool = False) -> None:
@@ -206,11 +206,13 @@ class _Sample:
     """Rows drawn at random from a stream: those with the largest of random keys, in the order in which they came."""
 
     generator: torch.Generator
-    rows: Tensor = field(default_factory=lambda: torch.zeros(0))
-    keys: Tensor = field(default_factory=lambda: torch.zeros(0))
+    rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float32, device="cpu"))
+    keys: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float32, device="cpu"))
 
     def add(self, rows: Float[Tensor, "data C"]) -> None:
-        keys = torch.cat([self.keys, torch.rand(len(rows), generator=self.generator)])
+        keys = torch.cat(
+            [self.keys, torch.rand(len(rows), generator=self.generator, dtype=torch.float32, device="cpu")]
+        )
         kept = keys.topk(min(_IN_MATRIX, len(keys))).indices.sort().values
         n_before = len(self.keys)
         old, new = kept[kept < n_before], kept[kept >= n_before] - n_before

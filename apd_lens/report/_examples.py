@@ -160,7 +160,7 @@ class Shower:
                     f"{len(self.input_names)}."
                 )
             return self.input_names[index]
-        place = torch.unravel_index(torch.tensor(index), tensor.shape[1:])
+        place = torch.unravel_index(torch.tensor(index, device="cpu"), tensor.shape[1:])
         return f"x[{','.join(str(int(i)) for i in place)}]"
 
 

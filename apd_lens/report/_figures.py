@@ -65,9 +65,9 @@ def _alive(numbers: Numbers) -> tuple[str, go.Figure]:
 
     def add(run: Run, name: str, colour: str, dash: str) -> None:
         first = run.first_active[run.first_active < n].sort().values + 1
-        x = torch.cat([torch.tensor([0]), first, torch.tensor([n])])
-        y = torch.cat([torch.arange(len(first) + 1), torch.tensor([len(first)])])
-        kept = torch.linspace(0, len(x) - 1, min(len(x), 300)).round().long()
+        x = torch.cat([torch.tensor([0], device="cpu"), first, torch.tensor([n], device="cpu")])
+        y = torch.cat([torch.arange(len(first) + 1, device="cpu"), torch.tensor([len(first)], device="cpu")])
+        kept = torch.linspace(0, len(x) - 1, min(len(x), 300), dtype=torch.float32, device="cpu").round().long()
         figure.add_scatter(
             x=x[kept].numpy(),
             y=y[kept].numpy(),
@@ -146,7 +146,7 @@ def _ranks(numbers: Numbers, alive: list[int]) -> tuple[str, go.Figure]:
 def _layers(numbers: Numbers, alive: list[int], names: list[str]) -> tuple[str, go.Figure]:
     main = numbers.shares.argmax(1)
     order = sorted(alive, key=lambda c: (int(main[c]), -numbers.shares[c, main[c]].item()))[:_COLUMNS]
-    shown = numbers.shares[order].T if order else torch.zeros(len(names), 1)
+    shown = numbers.shares[order].T if order else torch.zeros(len(names), 1, dtype=torch.float32, device="cpu")
     figure = _heatmap(shown, "components, sorted", "", order, names)
     figure.update_yaxes(automargin=True)
     some = f" {_COLUMNS} of {len(alive)} of them." if len(order) < len(alive) else ""
