@@ -25,6 +25,7 @@ from apd_lens._batches import Batch, check_finite, on_device
 from apd_lens._components import ParameterComponents, effective_rank, singular_values, sum_of_components
 from apd_lens._edited import check_unedited
 from apd_lens._errors import ArtifactError, InvalidSetting, ShapeMismatch, UnsupportedModel
+from apd_lens._fingerprints import check_unchanged
 from apd_lens._padding import Real, without_padding
 from apd_lens._passes import (
     OutputFn,
@@ -52,7 +53,8 @@ class Decomposition:
     """A model's weight matrices as sums of parameter components.
 
     While components are out of the model's own parameters (`apd_lens.apply_edit`), all that runs or edits the model
-    raises AlreadyActive: it is then not the model that was decomposed.
+    raises AlreadyActive: it is then not the model that was decomposed. Where decomposed matrices were changed in any
+    other way since (training, `load_state_dict`, folding, `.half()`), it raises WeightsChanged.
 
     Attributes:
         target: the model that was taken apart, `target.model` being the user's.
@@ -167,7 +169,7 @@ class Decomposition:
         Edited tensors are new; all others are the model's own, as in `state_dict()`.
         """
         chosen = numbers_of(ablate, self.components)
-        check_unedited(self.target.model)
+        check_fits(self)
         edited = dict(self.target.model.state_dict())
         for name in self.components.names if chosen else ():
             edited.update(self.target.weights[name].state(edited_value(self.target, self.components, name, chosen)))
@@ -176,6 +178,7 @@ class Decomposition:
     @torch.no_grad()
     def residuals(self) -> dict[str, float]:
         """Name -> ‖Δ‖ / ‖W‖ with Δ = W − Σ_c P_c, what the components leave unexplained; "all" for all together."""
+        check_unchanged(self.target, self.fingerprints)
         errors, norms = {}, {}
         for name in self.components.names:
             summed = self.components.summed(name)
@@ -266,7 +269,7 @@ class Decomposition:
         write_artifact(Path(path), factors, about)
 
     def _context(self, intercept: Intercept) -> AbstractContextManager[None]:
-        check_unedited(self.target.model)
+        check_fits(self)
         return self.target.intercepted(self.components.names, intercept)
 
     def _selection(self, batch: Batch, k: K | None) -> Selection:
@@ -289,20 +292,32 @@ class Decomposition:
 
     def _watch(self, batch: Batch) -> WatchedPass:
         """To be called with the model in eval mode."""
-        check_unedited(self.target.model)
         batch, output = ready(self, batch, "attributions")
         watched = watched_pass(self.target, self.components.names, batch, output)
         check_finite_output(watched.output, "attributions")
         return watched
 
 
+def check_fits(decomposition: Decomposition) -> None:
+    """Checks that a decomposition's model is what was decomposed.
+
+    Raises:
+        AlreadyActive: components are out of its own parameters.
+        WeightsChanged: a matrix was changed in any other way.
+    """
+    check_unedited(decomposition.target.model)
+    check_unchanged(decomposition.target, decomposition.fingerprints)
+
+
 def ready(decomposition: Decomposition, batch: Batch, where: str) -> tuple[Batch, OutputFn]:
     """A batch as the model is called with it, on the model's device, and what picks the explained output.
 
     Raises:
+        AlreadyActive, WeightsChanged: see `check_fits`.
         InvalidSetting: a loaded decomposition that lacks its output function.
         NonFinite: the batch holds NaN or infinity; the message says where.
     """
+    check_fits(decomposition)
     if decomposition.output is None:
         raise InvalidSetting(
             "This decomposition was made with an output function of your own, which is not saved. Give it again: "
@@ -419,7 +434,7 @@ def _difference(target: TargetModel, name: str, saved: dict[str, Any]) -> str | 
         return f"{name} is {matrix.d_in} × {matrix.d_out} here and was {saved['d_in']} × {saved['d_out']}"
     if (sites := [use.site for use in matrix.uses]) != saved["sites"]:
         return f"{name} is used at {sites} here and was at {saved['sites']}"
-    if matrix.fingerprint() != saved["fingerprint"]:
+    if target.fingerprints.of(matrix) != saved["fingerprint"]:
         return f"{name} has other weights, or another dtype (here {matrix.parameter.dtype})"
     return None
 

@@ -6,7 +6,6 @@ else in apd_lens goes through `TargetModel`.
 
 import difflib
 import fnmatch
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from apd_lens._bypass import Bypasses
 from apd_lens._errors import AlreadyActive, ApdError, SiteNotCalled, UnknownWeight, UnsupportedModel
+from apd_lens._fingerprints import Fingerprints, digest
 from apd_lens._patch import PatchedForward, in_nnsight_trace, is_patched, patched, uncompiled
 from apd_lens._table import table
 
@@ -117,7 +118,17 @@ class WeightMatrix:
         return self._weight().shape[1]
 
     def value(self) -> Float[Tensor, "d_in d_out"]:
-        """The matrix as it is now, detached; may share memory with the model, so do not write to it."""
+        """The matrix as it is now, detached; may share memory with the model, so do not write to it.
+
+        Raises:
+            UnsupportedModel: it has no numbers.
+        """
+        if self.parameter.is_meta:
+            raise UnsupportedModel(
+                f"{self.name} is on the meta device: it is not loaded, or offloaded between forwards. Load the model "
+                "whole, without offloading; what accelerate offloaded comes back with "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True)."
+            )
         weight = self._weight()
         if self.bias is None:
             return weight
@@ -147,10 +158,7 @@ class WeightMatrix:
 
     def fingerprint(self) -> str:
         """SHA-256 of the matrix as `d_in d_out`: dtype, shape and bytes."""
-        value = self.value()
-        digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return digest(self.value())
 
     def to_host(self, value: Float[Tensor, "inputs d_out"]) -> Tensor:
         """A matrix, without a bias, in the host's own layout and dtype."""
@@ -222,6 +230,7 @@ class TargetModel:
         model: the user's model.
         weights: name -> `WeightMatrix`, in the order of the forward pass; a tied matrix stands here once.
         refused: name -> reason, the matrices that cannot be decomposed.
+        fingerprints: digests of the matrices as they are.
         prepare: makes what `model` is called with of what the user gives for a batch (tokens of text).
         biases: whether biases are decomposed, each as the last row of its matrix. Always on all the same are those of
             tied matrices, where each use has a bias of its own, and those that two matrices share.
@@ -239,7 +248,9 @@ class TargetModel:
         self.adapter = adapter
         self.prepare = prepare
         self.biases = biases
+        self.fingerprints = Fingerprints()
         self._untied = tuple(untied)
+        self._looked_at: set[Any] = set()
         matrices = list(adapter.matrices(model))
         if not biases:
             matrices = [replace(matrix, bias=None) for matrix in matrices]
@@ -275,19 +286,24 @@ class TargetModel:
             raise UnknownWeight("No weights were asked for: expected names or shell patterns, such as ['*'], got none.")
         chosen: set[str] = set()
         for pattern in patterns:
-            found = {
-                name
-                for name, matrix in self.weights.items()
-                if any(fnmatch.fnmatchcase(alias, pattern) for alias in (name, *matrix.tied_to))
-            }
+            found = self._named(pattern, str.__eq__)  # a name may be a pattern, too
+            if not found and pattern not in self.refused:
+                found = self._named(pattern, fnmatch.fnmatchcase)
             if not found:
                 raise self._no_match(pattern)
             chosen |= found
         return [name for name in self.weights if name in chosen]
 
+    def _named(self, pattern: str, matches: Callable[[str, str], bool]) -> set[str]:
+        return {
+            name
+            for name, matrix in self.weights.items()
+            if any(matches(alias, pattern) for alias in (name, *matrix.tied_to))
+        }
+
     def _no_match(self, pattern: str) -> ApdError:
         for name, reason in self.refused.items():
-            if fnmatch.fnmatchcase(name, pattern):
+            if name == pattern or (pattern not in self.refused and fnmatch.fnmatchcase(name, pattern)):
                 return UnsupportedModel(f"{name} (from {pattern!r}) cannot be decomposed: {reason}.")
         names = [alias for name, matrix in self.weights.items() for alias in (name, *matrix.tied_to)]
         closest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
@@ -332,7 +348,8 @@ class TargetModel:
         Raises:
             AlreadyActive: the model is intercepted already.
             SiteNotCalled: a forward of the whole model ended without reaching one of the uses.
-            UnsupportedModel: in a forward, a decomposed bias is added elsewhere than behind its matrix.
+            UnsupportedModel: in a forward, a matrix is used elsewhere too, or is not what it is multiplied by (see
+                `Bypasses`), or a decomposed bias is added elsewhere than behind its matrix.
         """
         if is_patched(self.model):
             raise AlreadyActive(
@@ -342,12 +359,14 @@ class TargetModel:
         matrices = [self.weights[name] for name in names]
         with_bias = {matrix.name for matrix in matrices if matrix.bias is not None}
         expected = {use.site for matrix in matrices for use in matrix.uses}
+        bypasses = Bypasses(self, [matrix.name for matrix in matrices], self._looked_at)
         matrices += [self.weights[name] for name in observed]
         called: set[str] = set()
         input_axes = 0
 
         def at_use(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
             called.add(use.site)
+            original = bypasses.original(use, x, original, bias)
             if use.matrix in with_bias:
                 if bias is None:
                     raise UnsupportedModel(
@@ -372,7 +391,8 @@ class TargetModel:
             input_axes = max(
                 (value.ndim for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), default=0
             )
-            output = original(*args, **kwargs)
+            with bypasses.looked_for(args, kwargs):
+                output = original(*args, **kwargs)
             missing = sorted(expected - called)
             # In a trace the user may skip modules or stop.
             if missing and self.adapter.runs_every_use(args, kwargs) and not in_nnsight_trace(model):
@@ -387,7 +407,7 @@ class TargetModel:
         with ExitStack() as stack:
             stack.enter_context(uncompiled(self.model))
             for module, forward in self.adapter.patches(self.model, matrices, at_use):
-                stack.enter_context(patched(module, forward))
+                stack.enter_context(patched(module, bypasses.around(module, forward)))
             stack.enter_context(patched(self.model, at_root))
             yield
 
