@@ -72,7 +72,7 @@ class Bypasses:
             SiteNotCalled: one of a matrix none of whose uses was reached.
         """
         form = self._form(args, kwargs)
-        if form in self._seen or self._look is not None or torch._C._functorch.peek_interpreter_stack() is not None:
+        if form in self._seen or self._look is not None or _in_functorch():
             yield
             return
         self._look = look = _Look(self._target, self._matrices)
@@ -145,7 +145,9 @@ class _Look:
         for matrix in matrices.values():
             self._in_storage.setdefault(_storage(matrix.parameter), []).append(matrix)
         self._in_storage.pop(0, None)
-        self._root = next(frame for frame in _frames() if frame.f_code.co_filename not in (__file__, contextlib.__file__))
+        self._root = next(
+            frame for frame in _frames() if frame.f_code.co_filename not in (__file__, contextlib.__file__)
+        )
 
     def untied(self) -> "list[WeightMatrix]":
         """Matrices that share memory with a decomposed one, and were untied from it: their uses are theirs."""
@@ -272,6 +274,11 @@ def _dtypes(y: Tensor, weight: Tensor) -> Iterator[torch.dtype]:
         yield torch.get_autocast_dtype(y.device.type)
 
 
+def _in_functorch() -> bool:
+    """Whether a function of `torch.func` is at work, in which numbers cannot be looked at."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _place(tensor: Tensor) -> int:
     try:
         return tensor.data_ptr()
@@ -291,7 +298,8 @@ def overlap(one: Tensor, other: Tensor) -> bool:
     """Whether two strided tensors have a number in memory in common."""
     if _storage(one) != _storage(other) or not _storage(one):
         return False
-    if one.dtype != other.dtype or (one.storage_offset(), one.shape, one.stride()) == (other.storage_offset(), other.shape, other.stride()):
+    places = [(each.dtype, each.storage_offset(), each.shape, each.stride()) for each in (one, other)]
+    if one.dtype != other.dtype or places[0] == places[1]:
         return True
     ends = [(t.storage_offset(), t.storage_offset() + _extent(t)) for t in (one, other) if t.numel()]
     if len(ends) < 2 or max(start for start, _ in ends) >= min(end for _, end in ends):

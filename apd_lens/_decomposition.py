@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from apd_lens._attribution import GradientAttribution, metric_effects
 from apd_lens._batches import Batch, check_finite, on_device
 from apd_lens._components import ParameterComponents, effective_rank, singular_values, sum_of_components
 from apd_lens._edited import check_unedited
-from apd_lens._errors import ArtifactError, InvalidSetting, ShapeMismatch, UnsupportedModel
-from apd_lens._fingerprints import check_unchanged
+from apd_lens._errors import ApdWarning, ArtifactError, InvalidSetting, ShapeMismatch, UnsupportedModel
+from apd_lens._fingerprints import check_unchanged, digests_of_others, warn_of_others
 from apd_lens._padding import Real, without_padding
 from apd_lens._passes import (
     OutputFn,
@@ -166,13 +167,22 @@ class Decomposition:
     def edited_state_dict(self, ablate: Chosen) -> dict[str, Tensor]:
         """A state dict of the user's model with W − Σ P_c of the given components, in the host's own layout.
 
-        Edited tensors are new; all others are the model's own, as in `state_dict()`.
+        Edited tensors are new; all others are the model's own, as in `state_dict()`. Warns (`ApdWarning`) where names
+        that are tied in the model hold different values, of matrices that were decomposed apart.
         """
         chosen = numbers_of(ablate, self.components)
         check_fits(self)
         edited = dict(self.target.model.state_dict())
         for name in self.components.names if chosen else ():
             edited.update(self.target.weights[name].state(edited_value(self.target, self.components, name, chosen)))
+        if apart := decomposed_apart(self.target, self.components.names if chosen else ()):
+            warnings.warn(
+                f"{', '.join(apart)} was decomposed apart from what it is tied to, so this state dict holds different "
+                "values under names that are tied in the model. Load it into a model in which they are separate "
+                "parameters (tie_word_embeddings=False); a tied one would take one of the values for both.",
+                ApdWarning,
+                stacklevel=3,
+            )
         return edited
 
     @torch.no_grad()
@@ -250,8 +260,9 @@ class Decomposition:
         return write_report(self, batches, path, **options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a folder: the factors as safetensors, and JSON with all settings, the versions of the libraries and a
-        fingerprint of the decomposed weights. Functions of the user's are not saved. See `apd_lens.load`.
+        """Writes a folder: the factors as safetensors, and JSON with all settings, the versions of the libraries and
+        fingerprints of the decomposed weights and of all others. Functions of the user's are not saved. See
+        `apd_lens.load`.
 
         Raises:
             ArtifactError: the path is a file, or a folder that holds something else.
@@ -264,6 +275,7 @@ class Decomposition:
             "matrices": about_matrices(self),
             "settings": encode_settings(self.settings),
             "output": "default" if self.output is default_output else "given by the user",
+            "others": digests_of_others(self.target, self.components.names),
         }
         factors = {f"A.{name}": factor for name, factor in A.items()} | {f"B.{name}": f for name, f in B.items()}
         write_artifact(Path(path), factors, about)
@@ -354,6 +366,12 @@ def edited_value(
     return weight.to(taken_out.dtype) - taken_out.to(weight.device)
 
 
+def decomposed_apart(target: TargetModel, names: Iterable[str]) -> list[str]:
+    """Those of the matrices that are tied in the model to others, apart from which they were decomposed."""
+    whole = wrap(target.model).weights
+    return [name for name in names if name not in whole or len(whole[name].uses) > len(target.weights[name].uses)]
+
+
 def about_matrices(decomposition: Decomposition) -> dict[str, dict[str, Any]]:
     """Name -> what is known of the matrix and its components: shapes, uses, fingerprint."""
     A, B = decomposition.components.A, decomposition.components.B
@@ -379,6 +397,8 @@ def load(path: str | os.PathLike[str], model: Any, *, output: OutputFn | None = 
         output: the output function, if the decomposition was made with one of your own (functions are not saved).
             Without it everything works that needs no attributions.
 
+    Warns where other parameters or buffers of the model differ from those that it had (`ApdWarning`).
+
     Raises:
         ArtifactError: nothing there; truncated, changed, not a decomposition, or of a newer format; or a matrix of the
             model is missing, or has another shape or other weights: says which.
@@ -390,6 +410,8 @@ def load(path: str | os.PathLike[str], model: Any, *, output: OutputFn | None = 
             f"The decomposition in {path} is of another model: {difference}. It was made from a {about['model']}; "
             "load it onto that model, with the weights and the processing (folding, centring) that it had."
         )
+    if "others" in about:
+        warn_of_others(target, about["matrices"], about["others"])
     device = next(iter(target.weights.values())).parameter.device
     components = ParameterComponents(
         A={name: factors[f"A.{name}"].to(device) for name in about["matrices"]},

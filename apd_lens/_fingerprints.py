@@ -1,26 +1,20 @@
 """Whether a model's matrices are what they were: digests of them, and marks that tell cheaply that nothing changed."""
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from apd_lens._errors import WeightsChanged
+from apd_lens._errors import ApdWarning, WeightsChanged
 
 if TYPE_CHECKING:
     from apd_lens._target import TargetModel, WeightMatrix
 
-# So many numbers of a tensor are looked at where torch says that it did not change, and in digests of other tensors.
+# So many numbers are looked at: of a matrix where torch says that it did not change, of tensors beside the matrices.
 _SAMPLED = 2**20
-
-
-def digest(value: Tensor) -> str:
-    """SHA-256 of a tensor: dtype, shape and bytes."""
-    sha = hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode())
-    sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
 
 
 def mark(matrix: "WeightMatrix") -> tuple[Any, ...]:
@@ -79,3 +73,38 @@ def check_unchanged(target: "TargetModel", fingerprints: Mapping[str, str], thor
                 "the weights and the dtype that it had, use a copy of the model for what changes them (training, "
                 "folding, .half()), or decompose it again."
             )
+
+
+def digests_of_others(target: "TargetModel", names: Iterable[str]) -> dict[str, str]:
+    """Key -> a short digest of each tensor in the model's state dict that is not of the named matrices. Large ones are
+    looked at in part."""
+    decomposed = {key for name in names for key in target.weights[name].state(target.weights[name].value())}
+    return {
+        key: _short_digest(tensor)
+        for key, tensor in target.model.state_dict().items()
+        if key not in decomposed and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        if not tensor.is_meta and not tensor.is_quantized
+    }
+
+
+def _short_digest(tensor: Tensor) -> str:
+    numbers = tensor.detach().flatten()[:: 1 + tensor.numel() // _SAMPLED].cpu().contiguous()
+    digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)} ".encode(), digest_size=4)
+    digest.update(numbers.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def warn_of_others(target: "TargetModel", names: Iterable[str], saved: Mapping[str, str]) -> None:
+    """Warns where tensors of the model that are not of the named matrices differ from those with the saved digests."""
+    here = digests_of_others(target, names)
+    differing = [key for key in {**saved, **here} if saved.get(key) != here.get(key)]
+    if differing:
+        warnings.warn(
+            f"The decomposed matrices are those of this {type(target.model).__name__}, but {len(differing)} of its "
+            f"other {len({**saved, **here})} parameters and buffers are not what they were when the decomposition was "
+            f"saved: {', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}. Outputs and attributions are "
+            "then of another model. Load it onto the model that was decomposed, with all that it had (biases, norms, "
+            "other layers).",
+            ApdWarning,
+            stacklevel=3,
+        )

@@ -6,6 +6,7 @@ else in apd_lens goes through `TargetModel`.
 
 import difflib
 import fnmatch
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from apd_lens._bypass import Bypasses
 from apd_lens._errors import AlreadyActive, ApdError, SiteNotCalled, UnknownWeight, UnsupportedModel
-from apd_lens._fingerprints import Fingerprints, digest
+from apd_lens._fingerprints import Fingerprints
 from apd_lens._patch import PatchedForward, in_nnsight_trace, is_patched, patched, uncompiled
 from apd_lens._table import table
 
@@ -158,7 +159,10 @@ class WeightMatrix:
 
     def fingerprint(self) -> str:
         """SHA-256 of the matrix as `d_in d_out`: dtype, shape and bytes."""
-        return digest(self.value())
+        value = self.value()
+        digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def to_host(self, value: Float[Tensor, "inputs d_out"]) -> Tensor:
         """A matrix, without a bias, in the host's own layout and dtype."""
