@@ -11,7 +11,6 @@ A later forward of the same form (names, shapes, dtypes and flags of the argumen
 memory, hooks of their modules) is not looked at, and costs nothing.
 """
 
-import contextlib
 import linecache
 import os
 import sys
@@ -22,6 +21,7 @@ from itertools import takewhile
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import jaxtyping
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 # So many rows of y are compared at each use.
 _ROWS = 512
-_OF_LIBRARIES = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+# Code that is not the model's.
+_OF_LIBRARIES = (*(os.path.dirname(file) for file in (torch.__file__, jaxtyping.__file__, __file__)), "<@beartype")
 
 
 class Bypasses:
@@ -84,21 +85,21 @@ class Bypasses:
                 stack.enter_context(_without_autocast_cache())  # a copy of a weight in there would be read unseen
                 stack.enter_context(_Operators(look))
                 yield
-            if look.found is not None:
-                raise look.found
+        except Exception as error:
+            if look.reads:
+                raise look.bypass() from error
+            raise
+        else:
+            if look.reads:
+                raise look.bypass()
             self._seen.add(form)
         finally:
             self._look = None
 
-    def original(
-        self, use: "Use", x: Tensor, original: Callable[[], Tensor], bias: Tensor | None
-    ) -> Callable[[], Tensor]:
-        """What computes the host's own y at a use, which is compared with x W + b."""
-        if self._look is None or use.matrix not in self._matrices:
-            return original
-        y = original()
-        self._look.compare(use, x, y, bias)
-        return lambda: y
+    def compare(self, use: "Use", x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> None:
+        """At a use: the host's own y with x W + b. Raises as `looked_for` does."""
+        if self._look is not None and use.matrix in self._matrices:
+            self._look.compare(use, x, original, bias)
 
     def _form(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         matrices = self._matrices.values()
@@ -131,11 +132,11 @@ class _Look:
     """At one forward.
 
     Attributes:
-        found: the first bypass. Also raised where it is found, but a host may catch it.
+        reads: bare reads: the matrix, and where it is read.
     """
 
     def __init__(self, target: "TargetModel", matrices: Mapping[str, "WeightMatrix"]):
-        self.found: ApdError | None = None
+        self.reads: list[tuple[WeightMatrix, str]] = []
         self._target = target
         self._matrices = matrices
         self._called: set[str] = set()
@@ -182,42 +183,43 @@ class _Look:
                 if any(matrix.name in names for names in self._allowed) or not overlap(tensor, matrix.parameter):
                     continue
                 if any(_storage(result) != _storage(tensor) for result in results):  # else a view, read later if at all
-                    self._bypass(matrix, operator)
+                    self.reads.append((matrix, f"{_where(self._root)} by {operator}"))
 
-    def _bypass(self, matrix: "WeightMatrix", operator: Any) -> None:
+    def bypass(self) -> ApdError:
+        """What to raise of the first bare read."""
+        matrix, where = self.reads[0]
         sites = [use.site for use in matrix.uses]
-        called = not self._called.isdisjoint(sites)
-        self.found = (UnsupportedModel if called else SiteNotCalled)(
-            ("" if called else f"The forward pass went past {', '.join(sites)}. ")
-            + f"{matrix.name} is read {_where(self._root)} by {operator}, not by a call of {' or '.join(sites)}, where "
-            "components can stand in for it: masks and ablations would have no effect there. Leave it out of "
-            "`weights`, or call the module there. A hook of yours should read it before the context is entered."
+        advice = (
+            f"{matrix.name} is read {where}, not by a call of {' or '.join(sites)}, where components can stand in for "
+            "it: masks and ablations would have no effect there. Leave it out of `weights`, or call the module there. "
+            "A hook of yours should read it before the context is entered."
         )
-        raise self.found
+        if self._called.isdisjoint(sites):
+            return SiteNotCalled(f"The forward pass went past {', '.join(sites)}. {advice}")
+        return UnsupportedModel(advice)
 
     @torch.no_grad()
-    def compare(self, use: "Use", x: Tensor, y: Tensor, bias: Tensor | None) -> None:
-        """The host's own y with x W + b, on some rows."""
+    def compare(self, use: "Use", x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> None:
+        """The host's own y with x W + b, on some rows. Without a graph, which checkpoints would find too large."""
+        y = original()
         self._called.add(use.site)
         matrix = self._matrices[use.matrix]
         if mark(matrix) != self._before[use.matrix]:
-            self.found = UnsupportedModel(
+            raise UnsupportedModel(
                 f"{use.matrix} is changed in the forward before it is used at {use.site}: by a hook, or by what loads "
                 "offloaded weights. Make its value a parameter that stays (load the model whole: for accelerate, "
                 "remove_hook_from_module(model, recurse=True) and move it to its device), or leave it out of `weights`."
             )
-            raise self.found
         with torch.autocast(y.device.type, enabled=False):
             error = _relative_error(use, matrix, x, y, bias)
         epsilon = max(torch.finfo(dtype).eps for dtype in _dtypes(y, matrix.parameter))
         if error > max(8 * epsilon, min(4 * epsilon**0.5, 2e-3)):
-            self.found = UnsupportedModel(
+            raise UnsupportedModel(
                 f"At {use.site}, {type(matrix.module).__name__} does not multiply by {use.matrix} as it is stored: its "
                 f"y is off from x W + b by {error:.1%}. Something masks, scales, quantises or adds to the weight on "
                 "the way (a forward put over its own, an adapter, a pruning mask). Make that permanent in the "
                 f"parameter (merge it, remove the wrapper), or leave {use.matrix} out of `weights`."
             )
-            raise self.found
 
 
 class _Operators(TorchDispatchMode):
@@ -320,7 +322,7 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _where(root: FrameType) -> str:
+def _where(root: FrameType | None) -> str:
     """The line of the model's code that is being run, `root` being what runs the forward of the whole model."""
     frames = list(takewhile(lambda frame: frame is not root, _frames()))
     of_the_model = (frame for frame in frames if not frame.f_code.co_filename.startswith(_OF_LIBRARIES))

@@ -370,7 +370,7 @@ class TargetModel:
 
         def at_use(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
             called.add(use.site)
-            original = bypasses.original(use, x, original, bias)
+            bypasses.compare(use, x, original, bias)
             if use.matrix in with_bias:
                 if bias is None:
                     raise UnsupportedModel(
