@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from apd_lens import _patch
 from apd_lens._errors import ApdError, SiteNotCalled, UnsupportedModel
 from apd_lens._fingerprints import mark
 from apd_lens._patch import PatchedForward, patched
@@ -136,19 +137,17 @@ class _Look:
     """
 
     def __init__(self, target: "TargetModel", matrices: Mapping[str, "WeightMatrix"]):
-        self.reads: list[tuple[WeightMatrix, str]] = []
+        self.reads: list[tuple[Any, str]] = []
         self._target = target
         self._matrices = matrices
         self._called: set[str] = set()
         self._allowed: list[set[str]] = []
         self._before = {name: mark(matrix) for name, matrix in matrices.items()}
-        self._in_storage: dict[int, list[WeightMatrix]] = {}
+        self._in_storage: dict[int, list[Any]] = {}
         for matrix in matrices.values():
             self._in_storage.setdefault(_storage(matrix.parameter), []).append(matrix)
         self._in_storage.pop(0, None)
-        self._root = next(
-            frame for frame in _frames() if frame.f_code.co_filename not in (__file__, contextlib.__file__)
-        )
+        self._root = next(frame for frame in _frames() if frame.f_code.co_filename == _patch.__file__)
 
     def untied(self) -> "list[WeightMatrix]":
         """Matrices that share memory with a decomposed one, and were untied from it: their uses are theirs."""

@@ -109,7 +109,7 @@ def test_a_bare_read_in_autocast_is_refused():
     model = Model()
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(apd.UnsupportedModel, match=r"fc\.weight is read"):
         decomposition_of(model, "fc.weight").attributions(torch.randn(3, 8))
-        assert torch.is_autocast_cache_enabled()
+    assert torch.is_autocast_cache_enabled()
 
 
 def test_a_host_that_swallows_errors_is_refused():
@@ -170,7 +170,8 @@ def test_reads_that_are_no_use_are_let_through():
         def forward(self, x: Tensor) -> Tensor:
             weight = self.fc.weight
             y = self.fc(x.to(weight.dtype, copy=True)) + self.whole[4:, 0].sum()
-            assert weight.T.shape == (8, 4) and weight.detach().requires_grad is False
+            assert weight.T.shape == (8, 4)
+            assert weight.detach().requires_grad is False
             return y * weight.shape[0]
 
     torch.manual_seed(0)
