@@ -22,11 +22,12 @@ RULE = torch.rand(5, 5, generator=torch.Generator().manual_seed(1)) < 0.5
 class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
         return h @ weight.T
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[None, None]:
-        return None, None
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] @ ctx.saved_tensors[0], None
 
 
 def product(h: Tensor, weight: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ class Bare(nn.Module):
     def __init__(self, read: Callable[["Bare", Tensor], Tensor]):
         super().__init__()
         torch.manual_seed(0)
-        self.emb, self.mlp, self.other = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11, bias=False)
+        self.emb, self.mlp, self.back = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 8)
         self.alias = self.emb.weight
         self.view = nn.Parameter(self.emb.weight.detach()[:6])
         self.kept = [self.emb.weight]
@@ -70,7 +71,7 @@ READS: dict[str, Callable[[Bare, Tensor], Tensor]] = {
     "autograd function": lambda self, h: Product.apply(h, self.emb.weight),
     "scripted": lambda self, h: scripted(h, self.emb.weight),
     "operator": lambda self, h: torch.ops.aten.matmul(h, self.emb.weight.t()),
-    "through another module": lambda self, h: h @ self.mlp(self.emb.weight).T,
+    "through another module": lambda self, h: h @ self.back(self.emb.weight).T,
     "norm": lambda self, h: h / self.emb.weight.norm(),
     "dtype": lambda self, h: (h.double() @ self.emb.weight.double().T).float(),
 }
@@ -164,7 +165,7 @@ def test_reads_that_are_no_use_are_let_through():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.fc, self.whole = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
+            self.fc, self.whole = nn.Linear(8, 4, bias=False), nn.Parameter(torch.randn(8, 8))
             self.fc.weight = nn.Parameter(self.whole.detach()[:4])  # the rest of its memory is of something else
 
         def forward(self, x: Tensor) -> Tensor:
@@ -216,7 +217,7 @@ def put_over(model: nn.Linear, forward: Callable[[Tensor], Tensor]) -> None:
 
 CHANGES: dict[str, Callable[[nn.Linear], None]] = {
     "masked in a hook": masked,
-    "scaled in a hook": lambda fc: fc.register_forward_pre_hook(lambda m, a: m.weight.data.mul_(0.5)) and None,
+    "scaled in a hook": lambda fc: fc.register_forward_pre_hook(lambda m, a: m.weight.data.mul_(0.5) is a) and None,
     "swapped in a hook": lambda fc: (
         fc.register_forward_pre_hook(lambda m, a: setattr(m, "weight", nn.Parameter(m.weight * 2))) and None
     ),
