@@ -353,7 +353,8 @@ class TargetModel:
             AlreadyActive: the model is intercepted already.
             SiteNotCalled: a forward of the whole model ended without reaching one of the uses.
             UnsupportedModel: in a forward, a matrix is used elsewhere too, or is not what it is multiplied by (see
-                `Bypasses`), or a decomposed bias is added elsewhere than behind its matrix.
+                `Bypasses`), or must stay the same for all examples; or a decomposed bias is added elsewhere than behind
+                its matrix.
         """
         if is_patched(self.model):
             raise AlreadyActive(
@@ -366,6 +367,7 @@ class TargetModel:
         bypasses = Bypasses(self, [matrix.name for matrix in matrices], self._looked_at)
         matrices += [self.weights[name] for name in observed]
         called: set[str] = set()
+        shared: list[str] = []
         input_axes = 0
 
         def at_use(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
@@ -384,6 +386,8 @@ class TargetModel:
                 y = intercept(use, x[None], lambda: original()[None], bias)
             else:
                 y = intercept(use, x, original, bias)
+            if len(y) > len(x) and x.is_floating_point():
+                shared.append(f"{use.matrix} at {use.site} on {tuple(x.shape)}")
             if torch.is_grad_enabled() and not y.requires_grad and self.weights[use.matrix].parameter.requires_grad:
                 # The host's own y would have a gradient, and the user's backward hooks behind it count on that.
                 return y.requires_grad_().clone()
@@ -392,11 +396,20 @@ class TargetModel:
         def at_root(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             nonlocal input_axes
             called.clear()
+            shared.clear()
             input_axes = max(
                 (value.ndim for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), default=0
             )
-            with bypasses.looked_for(args, kwargs):
-                output = original(*args, **kwargs)
+            try:
+                with bypasses.looked_for(args, kwargs):
+                    output = original(*args, **kwargs)
+            except RuntimeError as error:
+                if shared and not isinstance(error, ApdError):
+                    raise UnsupportedModel(
+                        f"This {type(model).__name__} uses {shared[0]}, which all examples share, and cannot go on "
+                        "with one of each. Give one example at a time, or leave this matrix out of `weights`."
+                    ) from error
+                raise
             missing = sorted(expected - called)
             # In a trace the user may skip modules or stop.
             if missing and self.adapter.runs_every_use(args, kwargs) and not in_nnsight_trace(model):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from nnsight import NNsight
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers import DebertaV2Config, DebertaV2ForMaskedLM
 from toy_models import decomposition_of, tiny_gpt2
 
 import apd_lens as apd
@@ -217,7 +218,9 @@ def put_over(model: nn.Linear, forward: Callable[[Tensor], Tensor]) -> None:
 
 CHANGES: dict[str, Callable[[nn.Linear], None]] = {
     "masked in a hook": masked,
-    "scaled in a hook": lambda fc: fc.register_forward_pre_hook(lambda m, a: m.weight.data.mul_(0.5) is a) and None,
+    "scaled in a hook": lambda fc: (
+        fc.register_forward_pre_hook(lambda m, a: (m.weight.data.mul_(0.5), None)[1]) and None
+    ),
     "swapped in a hook": lambda fc: (
         fc.register_forward_pre_hook(lambda m, a: setattr(m, "weight", nn.Parameter(m.weight * 2))) and None
     ),
@@ -342,7 +345,6 @@ def test_loading_warns_of_other_parameters_that_differ(tmp_path):
         (lambda m: m[0].bias.add_(2), r"saved: 0\.bias\. Outputs"),
         (lambda m: m[1].running_mean.add_(1), r"saved: 1\.running_mean\. Outputs"),
         (lambda m: m.register_buffer("scale", torch.ones(2)), r"saved: scale\. Outputs"),
-        (lambda m: m.get_submodule("1").reset_running_stats() or m[2].weight.mul_(2) or m[0].bias.mul_(2), r"0\.bias"),
     ):
         changed = copy.deepcopy(model)
         with torch.no_grad():
@@ -403,3 +405,31 @@ def test_hooks_of_accelerate_are_gone_through():
             expected.get_parameter(name).sub_(decomposition.components.component_weights(name)[0])
         with decomposition.ablate(0):
             assert_close(dispatched(IDS).logits, expected(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_projection_that_all_examples_share():
+    """DeBERTa projects relative positions, `1 pos d`, and repeats them by itself."""
+    torch.manual_seed(0)
+    config = DebertaV2Config(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=10, relative_attention=True, position_buckets=4, pos_att_type=["p2c", "c2p"],
+        share_att_key=True,
+    )  # fmt: skip
+    model = DebertaV2ForMaskedLM(config).eval()
+    decomposition = decomposition_of(model, "*query_proj*")
+    (name,) = decomposition.components.names
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        expected.get_parameter(name).sub_(decomposition.components.component_weights(name)[0].mT)
+        with decomposition.ablate(0):
+            assert_close(model(IDS).logits, expected(IDS).logits, rtol=1e-5, atol=1e-5)
+    with pytest.raises(apd.UnsupportedModel, match=r"query_proj\.weight at .* on \(1, .* one example at a time"):
+        decomposition.attributions(IDS)
+    with decomposition.sparse(RULE), pytest.raises(apd.UnsupportedModel, match="one example at a time"):
+        model(IDS)
+    one = decomposition.attributions(IDS[:1])
+    assert one.shape == (1, 5)
+    with torch.no_grad():
+        expected.get_parameter(name).copy_(decomposition.components.summed(name, RULE[0].float()).mT)
+        with decomposition.sparse(RULE[:1]):
+            assert_close(model(IDS[:1]).logits, expected(IDS[:1]).logits, rtol=1e-5, atol=1e-5)

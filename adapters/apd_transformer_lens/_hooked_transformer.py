@@ -346,7 +346,7 @@ class _Routing:
 def _mixture_of_experts(
     mlp: MoE | GptOssMoE, original: Callable[..., Tensor], x: Tensor, *, uses: _Uses, intercept: Intercept
 ) -> Tensor:
-    """Intercepts the router and the experts, each on `batch pos`: x is 0, and y the bias, where a token was not routed there."""
+    """Intercepts the router and the experts, each on `batch pos`: x is 0 where a token was not routed there."""
     routing = _Routing(x.shape[:2])
     leaves = {
         name: partial(_routed_leaf, name=name, routing=routing, use=use, intercept=intercept)
