@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from nnsight import NNsight
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import DebertaV2Config, DebertaV2ForMaskedLM
 from toy_models import decomposition_of, tiny_gpt2
+from transformers import DebertaV2Config, DebertaV2ForMaskedLM
 
 import apd_lens as apd
 
