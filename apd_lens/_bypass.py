@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from apd_lens import _patch
 from apd_lens._errors import ApdError, SiteNotCalled, UnsupportedModel
-from apd_lens._fingerprints import mark
+from apd_lens._fingerprints import mark, sums_of
 from apd_lens._patch import PatchedForward, patched
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class _Look:
         self._matrices = matrices
         self._called: set[str] = set()
         self._allowed: list[set[str]] = []
-        self._before = {name: mark(matrix) for name, matrix in matrices.items()}
+        self._before = {name: (mark(matrix), sums_of(matrix)) for name, matrix in matrices.items()}
         self._in_storage: dict[int, list[Any]] = {}
         for matrix in matrices.values():
             self._in_storage.setdefault(_storage(matrix.parameter), []).append(matrix)
@@ -203,7 +203,8 @@ class _Look:
         y = original()
         self._called.add(use.site)
         matrix = self._matrices[use.matrix]
-        if mark(matrix) != self._before[use.matrix]:
+        place, sums = self._before[use.matrix]
+        if mark(matrix) != place or not torch.allclose(sums_of(matrix), sums, equal_nan=True):
             raise UnsupportedModel(
                 f"{use.matrix} is changed in the forward before it is used at {use.site}: by a hook, or by what loads "
                 "offloaded weights. Make its value a parameter that stays (load the model whole: for accelerate, "

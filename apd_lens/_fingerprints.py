@@ -30,7 +30,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _sums(matrix: "WeightMatrix") -> Tensor:
+def sums_of(matrix: "WeightMatrix") -> Tensor:
     """Sums of rows with fixed coefficients, which also differ where torch was not told of a change (through `.data`,
     numpy). Large matrices are looked at in part."""
     value = matrix.value()
@@ -53,7 +53,7 @@ class Fingerprints:
         """
         known = self._known.get(matrix.name)
         place = mark(matrix)
-        sums = _sums(matrix) if thorough or known is None or known[0] != place else known[1]
+        sums = sums_of(matrix) if thorough or known is None or known[0] != place else known[1]
         if known is None or known[0] != place or not torch.equal(known[1], sums):
             known = self._known[matrix.name] = place, sums, matrix.fingerprint()
         return known[2]
