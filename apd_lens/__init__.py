@@ -29,6 +29,7 @@ from apd_lens._editing import Edit as Edit
 from apd_lens._editing import apply_edit as apply_edit
 from apd_lens._errors import AlreadyActive as AlreadyActive
 from apd_lens._errors import ApdError as ApdError
+from apd_lens._errors import ApdWarning as ApdWarning
 from apd_lens._errors import ArtifactError as ArtifactError
 from apd_lens._errors import InvalidBatches as InvalidBatches
 from apd_lens._errors import InvalidOutput as InvalidOutput
@@ -39,6 +40,7 @@ from apd_lens._errors import ShapeMismatch as ShapeMismatch
 from apd_lens._errors import SiteNotCalled as SiteNotCalled
 from apd_lens._errors import UnknownWeight as UnknownWeight
 from apd_lens._errors import UnsupportedModel as UnsupportedModel
+from apd_lens._errors import WeightsChanged as WeightsChanged
 from apd_lens._losses import Losses as Losses
 from apd_lens._moves import SplitMoves as SplitMoves
 from apd_lens._responses import CoActivation as CoActivation

@@ -28,6 +28,7 @@ from apd_lens._components import (
 from apd_lens._decomposition import Decomposition
 from apd_lens._division_moves import DivisionMoves, make_division_moves, start_as_a_whole
 from apd_lens._errors import InvalidSetting, NonFinite, UnsupportedModel
+from apd_lens._fingerprints import check_unchanged
 from apd_lens._finite import LateChecks, Reading, on_gpu, raise_first
 from apd_lens._losses import (
     Losses,
@@ -241,7 +242,7 @@ def init(
         host_generator=host_generator,
         device_generator=torch.Generator(device).manual_seed(seed),
         weights=originals,
-        fingerprints={name: target.weights[name].fingerprint() for name in names},
+        fingerprints={name: target.fingerprints.of(target.weights[name]) for name in names},
         scales=_scales(settings.losses, list(originals.values())),
         last_active=torch.full((n_components,), -ALIVE_WINDOW, device=device),
         late=late,
@@ -257,9 +258,11 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
         NonFinite: NaN or infinity in the batch, the target's output or a loss term; the components are as they were
             before the step. On a GPU, which is not waited for, the next step raises it at its end, or
             `state.decomposition()` does, or moves that are due; no step since then has changed the components.
+        WeightsChanged: a decomposed matrix was changed since `init`, by training the model meanwhile perhaps.
     """
     settings = state.settings
     progress = min(1.0, state.step / settings.optimization.steps)
+    check_unchanged(state.target, state.fingerprints, thorough=False)
 
     with evaluating(state.target.model):
         seen = watch(state, batch)

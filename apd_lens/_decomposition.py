@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ from apd_lens._batches import Batch, check_finite, on_device
 from apd_lens._block import Block, Part
 from apd_lens._components import ParameterComponents, effective_rank, singular_values, sum_of_components
 from apd_lens._edited import check_unedited
-from apd_lens._errors import ArtifactError, InvalidSetting, ShapeMismatch, UnsupportedModel
+from apd_lens._errors import ApdWarning, ArtifactError, InvalidSetting, ShapeMismatch, UnsupportedModel
 from apd_lens._files import user_path
+from apd_lens._fingerprints import check_unchanged, digests_of_others, warn_of_others
 from apd_lens._padding import Real, without_padding
 from apd_lens._passes import (
     OutputFn,
@@ -57,7 +59,8 @@ class Decomposition:
     """A model's weight matrices as sums of parameter components.
 
     While components are out of the model's own parameters (`apd_lens.apply_edit`), all that runs or edits the model
-    raises AlreadyActive: it is then not the model that was decomposed.
+    raises AlreadyActive: it is then not the model that was decomposed. Where decomposed matrices were changed in any
+    other way since (training, `load_state_dict`, folding, `.half()`), it raises WeightsChanged.
 
     `copy.deepcopy` copies the components; the copy is of the same model, or of the model's copy where one and the same
     `deepcopy` has copied the model before. It cannot be pickled: `save` and `apd_lens.load` take its place.
@@ -172,18 +175,28 @@ class Decomposition:
     def edited_state_dict(self, ablate: Chosen) -> dict[str, Tensor]:
         """A state dict of the user's model with W − Σ P_c of the given components, in the host's own layout.
 
-        Edited tensors are new; all others are the model's own, as in `state_dict()`.
+        Edited tensors are new; all others are the model's own, as in `state_dict()`. Warns (`ApdWarning`) where names
+        that are tied in the model hold different values, of matrices that were decomposed apart.
         """
         chosen = numbers_of(ablate, self.components)
-        check_unedited(self.target.model)
+        check_fits(self)
         edited = dict(self.target.model.state_dict())
         for name in self.components.names if chosen else ():
             edited.update(self.target.weights[name].state(edited_value(self.target, self.components, name, chosen)))
+        if apart := decomposed_apart(self.target, self.components.names if chosen else ()):
+            warnings.warn(
+                f"{', '.join(apart)} was decomposed apart from what it is tied to, so this state dict holds different "
+                "values under names that are tied in the model. Load it into a model in which they are separate "
+                "parameters (tie_word_embeddings=False); a tied one would take one of the values for both.",
+                ApdWarning,
+                stacklevel=3,
+            )
         return edited
 
     @torch.no_grad()
     def residuals(self) -> dict[str, float]:
         """Name -> ‖Δ‖ / ‖W‖ with Δ = W − Σ_c P_c, what the components leave unexplained; "all" for all together."""
+        check_unchanged(self.target, self.fingerprints)
         errors, norms = {}, {}
         for name in self.components.names:
             summed = self.components.summed(name)
@@ -255,8 +268,9 @@ class Decomposition:
         return write_report(self, batches, path, **options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a folder: the factors as safetensors, and JSON with all settings, the versions of the libraries and a
-        fingerprint of the decomposed weights. Functions of the user's are not saved. See `apd_lens.load`.
+        """Writes a folder: the factors as safetensors, and JSON with all settings, the versions of the libraries and
+        fingerprints of the decomposed weights and of all others. Functions of the user's are not saved. See
+        `apd_lens.load`.
 
         A decomposition that is in the folder already is replaced all at once: whatever happens meanwhile, the old one
         or the new one can be loaded.
@@ -276,16 +290,17 @@ class Decomposition:
             },
             "settings": encode_settings(self.settings),
             "output": "default" if self.output is default_output else "given by the user",
+            "others": digests_of_others(self.target, self.components.names),
         }
         factors = {f"A.{name}": factor for name, factor in A.items()} | {f"B.{name}": f for name, f in B.items()}
         write_artifact(user_path(path), factors, about)
 
     def _context(self, intercept: Intercept) -> AbstractContextManager[None]:
-        check_unedited(self.target.model)
+        check_fits(self)
         block = self.target.intercepted(self.components.names, intercept)
 
         def make() -> Part:
-            check_unedited(self.target.model)  # it may have been edited since
+            check_fits(self)  # it may have been edited since
             return block.make()
 
         return Block(make)
@@ -310,20 +325,32 @@ class Decomposition:
 
     def _watch(self, batch: Batch) -> WatchedPass:
         """To be called with the model in eval mode."""
-        check_unedited(self.target.model)
         batch, output = ready(self, batch, "attributions")
         watched = watched_pass(self.target, self.components.names, batch, output)
         check_finite_output(watched.output, "attributions")
         return watched
 
 
+def check_fits(decomposition: Decomposition) -> None:
+    """Checks that a decomposition's model is what was decomposed.
+
+    Raises:
+        AlreadyActive: components are out of its own parameters.
+        WeightsChanged: a matrix was changed in any other way.
+    """
+    check_unedited(decomposition.target.model)
+    check_unchanged(decomposition.target, decomposition.fingerprints)
+
+
 def ready(decomposition: Decomposition, batch: Batch, where: str) -> tuple[Batch, OutputFn]:
     """A batch as the model is called with it, on the model's device, and what picks the explained output.
 
     Raises:
+        AlreadyActive, WeightsChanged: see `check_fits`.
         InvalidSetting: a loaded decomposition that lacks its output function.
         NonFinite: the batch holds NaN or infinity; the message says where.
     """
+    check_fits(decomposition)
     if decomposition.output is None:
         raise InvalidSetting(
             "This decomposition was made with an output function of your own, which is not saved. Give it again: "
@@ -373,6 +400,12 @@ def edited_value(
     return weight.to(taken_out.dtype) - taken_out.to(weight.device)
 
 
+def decomposed_apart(target: TargetModel, names: Iterable[str]) -> list[str]:
+    """Those of the matrices that are tied in the model to others, apart from which they were decomposed."""
+    whole = wrap(target.model).weights
+    return [name for name in names if name not in whole or len(whole[name].uses) > len(target.weights[name].uses)]
+
+
 def about_matrices(decomposition: Decomposition) -> dict[str, dict[str, Any]]:
     """Name -> what is known of the matrix and its components: shapes, uses, fingerprint."""
     A, B = decomposition.components.A, decomposition.components.B
@@ -414,6 +447,8 @@ def load(
             longer sum to the weights exactly; `residuals()` says by how much. Factors become float32, or float64 where
             the model is.
 
+    Warns where other parameters or buffers of the model differ from those that it had (`ApdWarning`).
+
     Raises:
         ArtifactError: nothing there; truncated, changed, not a decomposition, or of a newer format; or a matrix of the
             model is missing, or has another shape or other weights: says which.
@@ -428,6 +463,8 @@ def load(
             "load it onto that model, with the weights and the processing (folding, centring) that it had. If only the "
             "dtype is another, load(path, model, other_dtype=True) takes it, after a check."
         )
+    if "others" in about and not other_dtype:
+        warn_of_others(target, about["matrices"], about["others"])
     device = next(iter(target.weights.values())).parameter.device
 
     def on_model(side: str, name: str) -> Tensor:
@@ -505,7 +542,7 @@ def _difference(target: TargetModel, name: str, saved: dict[str, Any], other_dty
         return f"{name} is {matrix.d_in} × {matrix.d_out} here and was {saved['d_in']} × {saved['d_out']}"
     if (sites := [use.site for use in matrix.uses]) != saved["sites"]:
         return f"{name} is used at {sites} here and was at {saved['sites']}"
-    if matrix.fingerprint() != saved["fingerprint"] and not (other_dtype and _same_rounded(matrix, saved)):
+    if target.fingerprints.of(matrix) != saved["fingerprint"] and not (other_dtype and _same_rounded(matrix, saved)):
         return f"{name} has other weights, or another dtype (here {matrix.parameter.dtype})"
     return None
 

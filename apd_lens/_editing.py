@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from apd_lens._block import Block, Part
-from apd_lens._decomposition import Chosen, Decomposition, about_matrices, edited_value, fitted, numbers_of
+from apd_lens._decomposition import (
+    Chosen,
+    Decomposition,
+    about_matrices,
+    decomposed_apart,
+    edited_value,
+    fitted,
+    numbers_of,
+)
 from apd_lens._edited import Applied, edits_of
 from apd_lens._errors import AlreadyActive, ApdError, ArtifactError, InvalidSetting, UnsupportedModel
 from apd_lens._patch import is_patched
@@ -56,14 +64,12 @@ def apply_edit(model: Any, decomposition: Decomposition, ablate: Chosen) -> "Edi
 def _check_can_be_edited(target: TargetModel, out: list[int], chosen: list[int], names: list[str]) -> None:
     if again := sorted(set(out) & set(chosen)):
         raise InvalidSetting(f"Components {again} are out of this model already; out are {out}.")
-    whole = wrap(target.model).weights
-    for name in names:
-        if name not in whole or len(whole[name].uses) > len(target.weights[name].uses):
-            raise UnsupportedModel(
-                f"{name} was decomposed apart from what it is tied to, but in this model they are the same numbers in "
-                "memory, so an edit would change both. Load edited_state_dict(ablate=...) into a model in which they "
-                "are separate parameters."
-            )
+    for name in decomposed_apart(target, names):
+        raise UnsupportedModel(
+            f"{name} was decomposed apart from what it is tied to, but in this model they are the same numbers in "
+            "memory, so an edit would change both. Load edited_state_dict(ablate=...) into a model in which they "
+            "are separate parameters."
+        )
 
 
 class _TakenOut(Part):

@@ -49,5 +49,13 @@ class AlreadyActive(ApdError, RuntimeError):
     """A second context was entered on a model that has one already."""
 
 
+class WeightsChanged(ApdError, RuntimeError):
+    """A matrix of the model is not what it was when it was decomposed."""
+
+
 class ArtifactError(ApdError, ValueError):
     """A saved decomposition cannot be written, read, or fitted to the model."""
+
+
+class ApdWarning(UserWarning):
+    """What is allowed and yet not what it seems."""

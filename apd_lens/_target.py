@@ -19,7 +19,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from apd_lens._block import Block, Part, Together
+from apd_lens._bypass import Bypasses
 from apd_lens._errors import AlreadyActive, ApdError, ArtifactError, SiteNotCalled, UnknownWeight, UnsupportedModel
+from apd_lens._fingerprints import Fingerprints
 from apd_lens._owner import Owner
 from apd_lens._patch import NotBehindATrace, Patch, PatchedForward, Uncompiled, in_nnsight_trace, is_patched
 from apd_lens._table import table
@@ -119,7 +121,17 @@ class WeightMatrix:
         return self._weight().shape[1]
 
     def value(self) -> Float[Tensor, "d_in d_out"]:
-        """The matrix as it is now, detached; may share memory with the model, so do not write to it."""
+        """The matrix as it is now, detached; may share memory with the model, so do not write to it.
+
+        Raises:
+            UnsupportedModel: it has no numbers.
+        """
+        if self.parameter.is_meta:
+            raise UnsupportedModel(
+                f"{self.name} is on the meta device: it is not loaded, or offloaded between forwards. Load the model "
+                "whole, without offloading; what accelerate offloaded comes back with "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True)."
+            )
         weight = self._weight()
         if self.bias is None:
             return weight
@@ -224,6 +236,7 @@ class TargetModel:
         model: the user's model.
         weights: name -> `WeightMatrix`, in the order of the forward pass; a tied matrix stands here once.
         refused: name -> reason, the matrices that cannot be decomposed.
+        fingerprints: digests of the matrices as they are.
         prepare: makes what `model` is called with of what the user gives for a batch (tokens of text).
         biases: whether biases are decomposed, each as the last row of its matrix. Always on all the same are those of
             tied matrices, where each use has a bias of its own, and those that two matrices share.
@@ -241,7 +254,9 @@ class TargetModel:
         self.adapter = adapter
         self.prepare = prepare
         self.biases = biases
+        self.fingerprints = Fingerprints()
         self._untied = tuple(untied)
+        self._looked_at: set[Any] = set()
         matrices = list(adapter.matrices(model))
         if not biases:
             matrices = [replace(matrix, bias=None) for matrix in matrices]
@@ -277,19 +292,24 @@ class TargetModel:
             raise UnknownWeight("No weights were asked for: expected names or shell patterns, such as ['*'], got none.")
         chosen: set[str] = set()
         for pattern in patterns:
-            found = {
-                name
-                for name, matrix in self.weights.items()
-                if any(fnmatch.fnmatchcase(alias, pattern) for alias in (name, *matrix.tied_to))
-            }
+            found = self._named(pattern, str.__eq__)  # a name may be a pattern, too
+            if not found and pattern not in self.refused:
+                found = self._named(pattern, fnmatch.fnmatchcase)
             if not found:
                 raise self._no_match(pattern)
             chosen |= found
         return [name for name in self.weights if name in chosen]
 
+    def _named(self, pattern: str, matches: Callable[[str, str], bool]) -> set[str]:
+        return {
+            name
+            for name, matrix in self.weights.items()
+            if any(matches(alias, pattern) for alias in (name, *matrix.tied_to))
+        }
+
     def _no_match(self, pattern: str) -> ApdError:
         for name, reason in self.refused.items():
-            if fnmatch.fnmatchcase(name, pattern):
+            if name == pattern or (pattern not in self.refused and fnmatch.fnmatchcase(name, pattern)):
                 return UnsupportedModel(f"{name} (from {pattern!r}) cannot be decomposed: {reason}.")
         names = [alias for name, matrix in self.weights.items() for alias in (name, *matrix.tied_to)]
         closest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
@@ -334,16 +354,20 @@ class TargetModel:
         Raises:
             AlreadyActive: the model is intercepted already; in a forward: see `Owner.runs`.
             SiteNotCalled: a forward of the whole model ended without reaching one of the uses.
-            UnsupportedModel: in a forward, a decomposed bias is added elsewhere than behind its matrix.
+            UnsupportedModel: in a forward, a matrix is used elsewhere too, or is not what it is multiplied by (see
+                `Bypasses`), or must stay the same for all examples; or a decomposed bias is added elsewhere than behind
+                its matrix.
         """
         matrices = [self.weights[name] for name in names]
         with_bias = {matrix.name for matrix in matrices if matrix.bias is not None}
         expected = {use.site for matrix in matrices for use in matrix.uses}
+        bypasses = Bypasses(self, [matrix.name for matrix in matrices], self._looked_at)
         matrices += [self.weights[name] for name in observed]
         forward = _Forward()
 
         def at_use(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
             forward.called.add(use.site)
+            bypasses.compare(use, x, original, bias)
             if use.matrix in with_bias:
                 if bias is None:
                     raise UnsupportedModel(
@@ -357,6 +381,8 @@ class TargetModel:
                 y = intercept(use, x[None], lambda: original()[None], bias)
             else:
                 y = intercept(use, x, original, bias)
+            if len(y) > len(x) and x.is_floating_point():
+                forward.shared.append(f"{use.matrix} at {use.site} on {tuple(x.shape)}")
             if torch.is_grad_enabled() and not y.requires_grad and self.weights[use.matrix].parameter.requires_grad:
                 # The host's own y would have a gradient, and the user's backward hooks behind it count on that.
                 return y.requires_grad_().clone()
@@ -364,10 +390,19 @@ class TargetModel:
 
         def at_root(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             forward.called.clear()
+            forward.shared.clear()
             forward.input_axes = max(
                 (value.ndim for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), default=0
             )
-            output = original(*args, **kwargs)
+            try:
+                output = bypasses.run(original, args, kwargs)
+            except RuntimeError as error:
+                if forward.shared and not isinstance(error, ApdError):
+                    raise UnsupportedModel(
+                        f"This {type(model).__name__} uses {forward.shared[0]}, which all examples share, and cannot go "
+                        "on with one of each. Give one example at a time, or leave this matrix out of `weights`."
+                    ) from error
+                raise
             missing = sorted(expected - forward.called)
             # In a trace the user may skip modules or stop.
             if missing and self.adapter.runs_every_use(args, kwargs) and not in_nnsight_trace(model):
@@ -385,9 +420,10 @@ class TargetModel:
                     f"This {type(self.model).__name__} is already inside a sparse, ablate or only context (or a "
                     "decompose run). Contexts do not nest on one model: leave the first before entering the second."
                 )
-            owner = Owner(type(self.model).__name__)
-            patches = [*self.adapter.patches(self.model, matrices, at_use), (self.model, at_root)]
-            patched = [Patch(module, forward, owner) for module, forward in patches]
+            owner = bypasses.owner = Owner(type(self.model).__name__)
+            of_uses = self.adapter.patches(self.model, matrices, at_use)
+            patches = [*((module, bypasses.around(module, patch)) for module, patch in of_uses), (self.model, at_root)]
+            patched = [Patch(module, patch, owner) for module, patch in patches]
             return Together([NotBehindATrace(), Uncompiled(self.model), *patched, owner])
 
         return Block(parts)
@@ -471,11 +507,13 @@ class _Forward(threading.local):
 
     Attributes:
         called: sites that it has come to.
+        shared: uses whose y all examples shared, and that got one of each.
         input_axes: the most axes that one of its inputs has.
     """
 
     def __init__(self) -> None:
         self.called: set[str] = set()
+        self.shared: list[str] = []
         self.input_axes = 0
 
 

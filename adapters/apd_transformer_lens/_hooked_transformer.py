@@ -228,7 +228,11 @@ def _pos_embed(
         return intercept(use, rows.expand(len(tokens), -1), looked_up, None)
     rows = get_offset_position_ids(past_kv_pos_offset, attention_mask)
     padding = ~attention_mask.bool()[:, past_kv_pos_offset : past_kv_pos_offset + length, None]
-    return torch.where(padding, 0.0, intercept(use, rows, looked_up, None))
+
+    def y() -> Tensor:  # with what would be at padding, too
+        return torch.where(padding, pos_embed.W_pos[rows], looked_up())
+
+    return torch.where(padding, 0.0, intercept(use, rows, y, None))
 
 
 def _attention(
@@ -348,7 +352,7 @@ _ROUTING: ContextVar[_Routing] = ContextVar("apd_transformer_lens routing")
 def _mixture_of_experts(
     mlp: MoE | GptOssMoE, original: Callable[..., Tensor], x: Tensor, *, uses: _Uses, intercept: Intercept
 ) -> Tensor:
-    """Intercepts the router and the experts, each on `batch pos`: x and y are 0 where a token was not routed there."""
+    """Intercepts the router and the experts, each on `batch pos`: x is 0 where a token was not routed there."""
     routing = _Routing(x.shape[:2])
     _ROUTING.set(routing)
     with shadowed(mlp, hook_expert_indices=_keep(routing.read, "hook_expert_indices")):
@@ -379,13 +383,17 @@ def _routed_leaf(
     tokens = routing.tokens(name).to(rows.device)
     row_of = torch.full((routing.shape.numel(),), len(rows), device=rows.device)
     row_of[tokens] = torch.arange(len(rows), device=rows.device)
-    at_positions = partial(_at_positions, row_of.view(routing.shape))
-    return intercept(use, at_positions(rows), lambda: at_positions(original(rows)), leaf.bias).flatten(0, 1)[tokens]
+    row_of = row_of.view(routing.shape)
+    x = _at_positions(row_of, rows)
+    return intercept(use, x, lambda: _at_positions(row_of, original(rows), leaf.bias), leaf.bias).flatten(0, 1)[tokens]
 
 
-def _at_positions(row_of: Int[Tensor, "batch pos"], rows: Float[Tensor, "row d"]) -> Float[Tensor, "batch pos d"]:
-    """The row of every token; 0 where it has none, which is where its number is that of the row behind the last."""
-    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])[row_of]
+def _at_positions(
+    row_of: Int[Tensor, "batch pos"], rows: Float[Tensor, "row d"], otherwise: Float[Tensor, " d"] | None = None
+) -> Float[Tensor, "batch pos d"]:
+    """The row of every token; `otherwise`, or 0, where it has none: its number is that of the row behind the last."""
+    otherwise = rows.new_zeros(rows.shape[1]) if otherwise is None else otherwise.to(rows.dtype)
+    return torch.cat([rows, otherwise[None]])[row_of]
 
 
 def _unembed(

@@ -27,8 +27,7 @@ from apd_lens._attribution import metric_scalars
 from apd_lens._batches import Batch, one_pass
 from apd_lens._checks import checked
 from apd_lens._components import ParameterComponents, random_components, singular_values, sum_of_components
-from apd_lens._decomposition import Chosen, Decomposition, numbers_of, ready
-from apd_lens._edited import check_unedited
+from apd_lens._decomposition import Chosen, Decomposition, check_fits, numbers_of, ready
 from apd_lens._errors import InvalidSetting
 from apd_lens._losses import Distance, distance_of_each
 from apd_lens._padding import Real, one_row, real_positions, without_padding
@@ -141,7 +140,7 @@ def edit_effects(
     chosen = numbers_of(ablate, decomposition.components)
     if not chosen:
         raise InvalidSetting("edit_effects needs components to take out, got none.")
-    check_unedited(decomposition.target.model)
+    check_fits(decomposition)
     edits = [
         _Edit("components", _named(chosen), decomposition.components, chosen),
         *_edits_by_svd(decomposition, chosen, on_target, other),

@@ -17,7 +17,7 @@ from torch import Tensor
 from apd_lens._ascent import ascend, harder
 from apd_lens._attribution import metric_scalars
 from apd_lens._batches import Batch, check_finite, n_examples, on_device, one_pass
-from apd_lens._decomposition import Decomposition
+from apd_lens._decomposition import Decomposition, check_fits
 from apd_lens._errors import InvalidSetting, ShapeMismatch, UnsupportedModel
 from apd_lens._padding import real_positions, without_padding
 from apd_lens._passes import OutputFn, replace_weights, replaced_pass
@@ -388,8 +388,10 @@ def output_function(decomposition: Decomposition) -> OutputFn:
     """Picks the explained tensor.
 
     Raises:
+        AlreadyActive, WeightsChanged: the model is not what was decomposed.
         InvalidSetting: a loaded decomposition that lacks its output function.
     """
+    check_fits(decomposition)
     if decomposition.output is None:
         raise InvalidSetting(
             "This decomposition was made with an output function of your own, which is not saved. Give it again: "

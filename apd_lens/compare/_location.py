@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apd_lens._batches import Batch, on_device, one_pass
 from apd_lens._components import ParameterComponents, random_components
-from apd_lens._decomposition import Decomposition
+from apd_lens._decomposition import Decomposition, check_fits
 from apd_lens._errors import InvalidSetting
 from apd_lens._padding import real_positions, without_padding
 from apd_lens._target import Units
@@ -317,6 +317,7 @@ def _what_matters(
 
 def _model_as_component(decomposition: Decomposition) -> Decomposition:
     """The weights themselves as the one component."""
+    check_fits(decomposition)
     A = {name: decomposition.target.weights[name].value()[None] for name in decomposition.components.names}
     A = {name: value.to(decomposition.components.A[name].dtype) for name, value in A.items()}
     B = {name: torch.eye(value.shape[2], dtype=value.dtype, device=value.device)[None] for name, value in A.items()}
