@@ -399,8 +399,8 @@ class TargetModel:
             except RuntimeError as error:
                 if forward.shared and not isinstance(error, ApdError):
                     raise UnsupportedModel(
-                        f"This {type(model).__name__} uses {forward.shared[0]}, which all examples share, and cannot go "
-                        "on with one of each. Give one example at a time, or leave this matrix out of `weights`."
+                        f"This {type(model).__name__} uses {forward.shared[0]}, which all examples share, and cannot "
+                        "go on with one of each. Give one example at a time, or leave this matrix out of `weights`."
                     ) from error
                 raise
             missing = sorted(expected - forward.called)
