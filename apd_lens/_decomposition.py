@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from apd_lens._artifact import (
     write_artifact,
 )
 from apd_lens._attribution import GradientAttribution, metric_effects
-from apd_lens._batches import Batch, check_finite, on_device
+from apd_lens._batches import Batch
 from apd_lens._components import ParameterComponents, effective_rank, singular_values, sum_of_components
 from apd_lens._edited import check_unedited
 from apd_lens._errors import ArtifactError, InvalidSetting, ShapeMismatch, UnsupportedModel
+from apd_lens._finite import raise_first, reading_of_attributions
+from apd_lens._inputs import Inputs, ValidFn, check_finite
 from apd_lens._padding import Real, without_padding
 from apd_lens._passes import (
     OutputFn,
@@ -36,7 +39,7 @@ from apd_lens._passes import (
     subtract_weights,
     watched_pass,
 )
-from apd_lens._product import Mask
+from apd_lens._product import Mask, check_examples
 from apd_lens._selection import AttributionError, BatchTopK, K, Selection, attribution_error, with_k
 from apd_lens._settings import Settings
 from apd_lens._table import table
@@ -59,7 +62,7 @@ class Decomposition:
         components: the factors.
         settings: what the decomposition was asked for.
         output: picks the explained tensor from what the model returns; None where a saved decomposition was made with
-            a function of the user's that `load` was not given.
+            a function of the user's that `load` was not given. (What the user said of padding is `target.valid`.)
         fingerprints: name -> digest of the matrix when it was decomposed.
     """
 
@@ -126,7 +129,8 @@ class Decomposition:
         """Inside, every forward of the user's model runs on Σ_c mask_c P_c in the place of its weights.
 
         Args:
-            mask: `batch C` for whole examples, or `batch pos C`; bool, or floats that scale each component.
+            mask: `batch C` for whole examples, or `batch pos C`; bool, or floats that scale each component. To
+                generate with a cache, whose forwards have the new tokens only, it takes `batch C`.
 
         Raises:
             ShapeMismatch: no such mask, or in a forward: of another batch.
@@ -145,7 +149,7 @@ class Decomposition:
                 "if its entries are 0 and 1."
             )
         mask = mask.to(next(self.components.parameters()).device)
-        return self._context(replace_weights(self.components, mask))
+        return self._context(replace_weights(self.components, mask), partial(check_examples, mask))
 
     def ablate(self, components: Chosen) -> AbstractContextManager[None]:
         """Inside, the user's model runs on W − Σ P_c of the given components; with none, it is bit for bit the target.
@@ -261,13 +265,16 @@ class Decomposition:
             "matrices": about_matrices(self),
             "settings": encode_settings(self.settings),
             "output": "default" if self.output is default_output else "given by the user",
+            "valid": "default" if self.target.valid is None else "given by the user",
         }
         factors = {f"A.{name}": factor for name, factor in A.items()} | {f"B.{name}": f for name, f in B.items()}
         write_artifact(Path(path), factors, about)
 
-    def _context(self, intercept: Intercept) -> AbstractContextManager[None]:
+    def _context(
+        self, intercept: Intercept, check: Callable[[int], None] | None = None
+    ) -> AbstractContextManager[None]:
         check_unedited(self.target.model)
-        return self.target.intercepted(self.components.names, intercept)
+        return self.target.intercepted(self.components.names, intercept, check_examples=check)
 
     def _selection(self, batch: Batch, k: K | None) -> Selection:
         selection = with_k(self.settings.selection, k)
@@ -279,24 +286,30 @@ class Decomposition:
         return selection.at(1.0, batch)
 
     @torch.inference_mode(False)
-    def _attributed(self, batch: Batch) -> tuple[Float[Tensor, "batch *pos C"], Real]:
+    def _attributed(self, batch: Batch | Inputs) -> tuple[Float[Tensor, "batch *pos C"], Real]:
         """Attributions, and which positions are no padding."""
         with evaluating(self.target.model):  # which an attribution may run again
             watched = self._watch(batch)
             generator = torch.Generator(watched.output.device).manual_seed(0)
             granularity = self.settings.selection.granularity
-            return self.settings.attribution(watched, self.components, granularity, generator), watched.real
+            attributions = self.settings.attribution(watched, self.components, granularity, generator)
+        raise_first([reading_of_attributions(attributions, "attributions")])
+        return attributions, watched.real
 
-    def _watch(self, batch: Batch) -> WatchedPass:
+    def read(self, batch: Batch | Inputs) -> Inputs:
+        """A batch as the model is called with it, on its device."""
+        return self.target.read(batch, next(self.components.parameters()).device)
+
+    def _watch(self, batch: Batch | Inputs) -> WatchedPass:
         """To be called with the model in eval mode."""
         check_unedited(self.target.model)
-        batch, output = ready(self, batch, "attributions")
-        watched = watched_pass(self.target, self.components.names, batch, output)
-        check_finite_output(watched.output, "attributions")
+        inputs, output = ready(self, batch, "attributions")
+        watched = watched_pass(self.target, self.components.names, inputs, output)
+        check_finite_output(watched.output, "attributions", watched)
         return watched
 
 
-def ready(decomposition: Decomposition, batch: Batch, where: str) -> tuple[Batch, OutputFn]:
+def ready(decomposition: Decomposition, batch: Batch | Inputs, where: str) -> tuple[Inputs, OutputFn]:
     """A batch as the model is called with it, on the model's device, and what picks the explained output.
 
     Raises:
@@ -308,9 +321,9 @@ def ready(decomposition: Decomposition, batch: Batch, where: str) -> tuple[Batch
             "This decomposition was made with an output function of your own, which is not saved. Give it again: "
             "apd_lens.load(path, model, output=...)."
         )
-    batch = decomposition.target.prepare(batch)
-    check_finite(batch, where)
-    return on_device(batch, next(decomposition.components.parameters()).device), decomposition.output
+    inputs = decomposition.read(batch)
+    check_finite(inputs, where)
+    return inputs, decomposition.output
 
 
 def numbers_of(chosen: Chosen, components: ParameterComponents) -> list[int]:
@@ -356,19 +369,24 @@ def about_matrices(decomposition: Decomposition) -> dict[str, dict[str, Any]]:
     }
 
 
-def load(path: str | os.PathLike[str], model: Any, *, output: OutputFn | None = None) -> Decomposition:
+def load(
+    path: str | os.PathLike[str], model: Any, *, output: OutputFn | None = None, valid: ValidFn | None = None
+) -> Decomposition:
     """Reads a saved decomposition back onto the model that it was made from.
 
     Args:
         model: with the same weights; a HookedTransformer, a torch.nn.Module, or `apd_lens.wrap(...)` of one.
         output: the output function, if the decomposition was made with one of your own (functions are not saved).
             Without it everything works that needs no attributions.
+        valid: as in `decompose`; it is not saved either.
 
     Raises:
         ArtifactError: nothing there; truncated, changed, not a decomposition, or of a newer format; or a matrix of the
             model is missing, or has another shape or other weights: says which.
     """
     factors, about = read_artifact(Path(path))
+    if valid is None and about.get("valid", "default") != "default":
+        valid = _valid_is_missing
     target, difference = fitted(model, about["matrices"])
     if difference is not None:
         raise ArtifactError(
@@ -381,11 +399,18 @@ def load(path: str | os.PathLike[str], model: Any, *, output: OutputFn | None = 
         B={name: factors[f"B.{name}"].to(device) for name in about["matrices"]},
     )
     return Decomposition(
-        target=target,
+        target=target if valid is None else target.with_valid(valid),
         components=components.requires_grad_(False),
         settings=decode_settings(about["settings"]),
         output=default_output if output is None and about["output"] == "default" else output,
         fingerprints={name: saved["fingerprint"] for name, saved in about["matrices"].items()},
+    )
+
+
+def _valid_is_missing(batch: Batch) -> None:
+    raise InvalidSetting(
+        "This decomposition was made with valid= of your own, which is not saved. Give it again: "
+        "apd_lens.load(path, model, valid=...)."
     )
 
 

@@ -30,6 +30,18 @@ def count_not_finite(values: Tensor) -> Int[Tensor, ""]:
     return (~values.isfinite()).sum()
 
 
+def reading_of_attributions(attributions: Tensor, where: str) -> Reading:
+    """How many attributions are NaN or infinite."""
+    return Reading(
+        count_not_finite(attributions),
+        lambda count: (
+            f"{where}: {count:.0f} attributions are NaN or infinite, though the target's output is not. Its gradient "
+            "is: such as that of a softmax over nothing, where a position attends to none. Let every position attend "
+            "to itself, those of padding too. Nothing was learnt from it."
+        ),
+    )
+
+
 def raise_first(readings: Sequence[Reading]) -> None:
     """Raises NonFinite for the first reading that is not 0. Waits for the device."""
     for reading in readings:

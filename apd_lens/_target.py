@@ -18,8 +18,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from apd_lens._batches import Batch, call, on_device
 from apd_lens._errors import AlreadyActive, ApdError, SiteNotCalled, UnknownWeight, UnsupportedModel
-from apd_lens._patch import PatchedForward, in_nnsight_trace, is_patched, patched, uncompiled
+from apd_lens._inputs import Inputs, ValidFn, n_examples, read_batch
+from apd_lens._patch import PatchedForward, in_nnsight_trace, is_patched, outside_traces, patched, uncompiled
 from apd_lens._table import table
 
 
@@ -225,6 +227,8 @@ class TargetModel:
         prepare: makes what `model` is called with of what the user gives for a batch (tokens of text).
         biases: whether biases are decomposed, each as the last row of its matrix. Always on all the same are those of
             tied matrices, where each use has a bias of its own, and those that two matrices share.
+        valid: batch, as `model` is called with it -> which positions of the explained output are data, bool `batch
+            pos`; None for what the batch's masks of attention say.
     """
 
     def __init__(
@@ -234,11 +238,13 @@ class TargetModel:
         untied: Iterable[str] = (),
         prepare: Callable[[Any], Any] = lambda batch: batch,
         biases: bool = False,
+        valid: ValidFn | None = None,
     ):
         self.model = model
         self.adapter = adapter
         self.prepare = prepare
         self.biases = biases
+        self.valid = valid
         self._untied = tuple(untied)
         matrices = list(adapter.matrices(model))
         if not biases:
@@ -310,7 +316,7 @@ class TargetModel:
         for name in names:
             if name not in tied:
                 raise UnknownWeight(f"{name!r} is not tied to another matrix. Tied are: {sorted(tied) or 'none'}.")
-        return TargetModel(self.model, self.adapter, names, self.prepare, self.biases)
+        return TargetModel(self.model, self.adapter, names, self.prepare, self.biases, self.valid)
 
     def with_biases(self, biases: bool = True) -> "TargetModel":
         """The same model with biases decomposed, as `apd_lens.wrap(model, biases=True)` gives it, or without.
@@ -318,16 +324,40 @@ class TargetModel:
         Raises:
             UnsupportedModel: there are none that can be.
         """
-        return TargetModel(self.model, self.adapter, self._untied, self.prepare, biases)
+        return TargetModel(self.model, self.adapter, self._untied, self.prepare, biases, self.valid)
+
+    def with_valid(self, valid: ValidFn) -> "TargetModel":
+        """The same model with a function that says which positions of the explained output are data."""
+        return TargetModel(self.model, self.adapter, self._untied, self.prepare, self.biases, valid)
+
+    def read(self, batch: Batch | Inputs, device: torch.device | None = None) -> Inputs:
+        """A batch as the model is called with it, on a device, and what is to be known of it."""
+        if isinstance(batch, Inputs):
+            return batch
+        batch = self.prepare(batch)
+        batch = batch if device is None else on_device(batch, device)
+        return read_batch(batch, self.model, self.valid, self._outputs)
+
+    @torch.no_grad()
+    def _outputs(self, batch: Batch) -> Any:
+        with evaluating(self.model), outside_traces(self.model):
+            return call(self.model, batch)
 
     @contextmanager
-    def intercepted(self, names: Iterable[str], intercept: Intercept, observed: Iterable[str] = ()) -> Iterator[None]:
+    def intercepted(
+        self,
+        names: Iterable[str],
+        intercept: Intercept,
+        observed: Iterable[str] = (),
+        check_examples: Callable[[int], None] | None = None,
+    ) -> Iterator[None]:
         """Inside, every use of the named matrices in a forward of the user's model goes through `intercept`.
 
         What torch.compile has compiled of the model runs inside as it was written, which rounds otherwise.
 
         Args:
             observed: further matrices whose uses do, but which a forward may go past.
+            check_examples: called at each use with the number of examples in the forward that is running.
 
         Raises:
             AlreadyActive: the model is intercepted already.
@@ -344,10 +374,12 @@ class TargetModel:
         expected = {use.site for matrix in matrices for use in matrix.uses}
         matrices += [self.weights[name] for name in observed]
         called: set[str] = set()
-        input_axes = 0
+        input_axes, examples = 0, None
 
         def at_use(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
             called.add(use.site)
+            if check_examples is not None and examples is not None:
+                check_examples(1 if input_axes == 1 and len(x) == 1 else examples)  # a host may add the batch axis
             if use.matrix in with_bias:
                 if bias is None:
                     raise UnsupportedModel(
@@ -367,8 +399,9 @@ class TargetModel:
             return y
 
         def at_root(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            nonlocal input_axes
+            nonlocal input_axes, examples
             called.clear()
+            examples = n_examples(args, kwargs, model)
             input_axes = max(
                 (value.ndim for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), default=0
             )
