@@ -217,9 +217,9 @@ def watched_pass(
             before_others.append(x)
             return original()
         y = original() if replaced is None else replaced(use, x, original, bias)
+        if inputs.main_axes == 1 and (len(y) != examples or y.ndim < 2):
+            raise _no_batch_axis(examples, f"{use.matrix} was used at {use.site} on {tuple(x.shape)}")
         if len(y) == 1 and examples > 1:  # shared by all examples, such as position embeddings
-            if inputs.main_axes == 1:
-                raise _no_batch_axis(examples, f"{use.matrix} was used at {use.site} on {tuple(x.shape)}")
             x, y = (tensor.expand(examples, *tensor.shape[1:]) for tensor in (x, y))
         if len(y) != examples:
             raise ShapeMismatch(

@@ -27,11 +27,11 @@ def wrap(model: Any) -> TargetModel:
     if isinstance(model, TransformerBridge):
         from apd_transformer_lens._bridge import BridgeAdapter
 
-        return TargetModel(model, BridgeAdapter(), partial(_with_tokens, model))
+        return TargetModel(model, BridgeAdapter(), prepare=partial(_with_tokens, model))
     if HookedTransformer is not None and isinstance(model, HookedTransformer):
         from apd_transformer_lens._hooked_transformer import HookedTransformerAdapter
 
-        return TargetModel(model, HookedTransformerAdapter(), partial(_with_masked_tokens, model))
+        return TargetModel(model, HookedTransformerAdapter(), prepare=partial(_with_masked_tokens, model))
     raise UnsupportedModel(
         f"{type(model).__module__}.{type(model).__name__} cannot be decomposed. Of transformer_lens, could be: a "
         "HookedTransformer or a TransformerBridge. Of anything else: a torch module with nn.Linear, Conv1D or "
@@ -42,13 +42,14 @@ def wrap(model: Any) -> TargetModel:
 def _with_tokens(model: Any, batch: Any) -> Any:
     """A batch with tokens in the place of texts, and a mask of what the tokenizer fills them up with."""
     given = _given(model, batch)
-    texts = [given["input"]] if isinstance(given.get("input"), str) else given.get("input")
-    if not are_texts(texts):
+    texts = given.get("input")
+    texts = [texts] if isinstance(texts, str) else texts
+    if texts is None or not are_texts(texts):
         return batch
     if model.tokenizer is None:
         raise InvalidBatches(f"The batch is text, but this {type(model).__name__} has no tokenizer. Give tokens.")
     options = {name: given.pop(name) for name in ("prepend_bos", "padding_side") if name in given}
-    tokens = model.to_tokens(texts, **options)
+    tokens = model.to_tokens(list(texts), **options)
     lengths = torch.tensor([model.to_tokens(text, **options).shape[1] for text in texts])
     side = options.get("padding_side") or model.tokenizer.padding_side
     place = torch.arange(tokens.shape[1])
@@ -63,8 +64,13 @@ def _with_masked_tokens(model: Any, batch: Any) -> Any:
     batch = _with_tokens(model, batch)
     given = _given(model, batch)
     tokens, tokenizer = given.get("input"), model.tokenizer
-    masks_itself = tokenizer is not None and tokenizer.padding_side == "left"
-    if not masks_itself or not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
+    if (
+        tokenizer is None
+        or tokenizer.padding_side != "left"
+        or not isinstance(tokens, torch.Tensor)
+        or tokens.ndim != 2
+        or tokens.is_floating_point()
+    ):
         return batch
     if any(given.get(name) is not None for name in ("attention_mask", "past_kv_cache", "start_at_layer")):
         return batch
