@@ -155,13 +155,13 @@ class WatchedPass:
     spent: bool = False
 
     def check_padding_of_positions(self) -> None:
-        """Raises ShapeMismatch where a matrix may have been used at an encoder's padding, which `valid` is not about."""
+        """Raises ShapeMismatch where a matrix may have been used at an encoder's padding."""
         valid = self.run.inputs.encoder_valid
         for of_use in self.calls:
             if valid is not None and of_use.y.shape[:2] == valid.shape and not bool(valid.all()):
                 raise ShapeMismatch(
-                    f"{of_use.use.matrix} was used on {tuple(of_use.x.shape)}, which may be the encoder's positions, and "
-                    "some are padding. Positions as data points, and ActivationAttribution, need the decoder's: "
+                    f"{of_use.use.matrix} was used on {tuple(of_use.x.shape)}, which may be the encoder's positions, "
+                    "and some are padding. Positions as data points, and ActivationAttribution, need the decoder's: "
                     'take granularity="example" and another attribution, or batches without padding in the encoder.'
                 )
 

@@ -12,13 +12,17 @@ import torch
 from test_padding import alone, gpt2, padded
 from torch import Tensor, nn
 from torch.testing import assert_close
-from toy_models import decomposition_of
 from transformers import BatchEncoding, LlamaConfig, LlamaForCausalLM, StaticCache, T5Config, T5ForConditionalGeneration
 
 import apd_lens as apd
 from apd_lens import compare
 
 ABLATION = apd.AblationAttribution()
+
+
+def decomposition_of(model: nn.Module, weights: str, **settings) -> apd.Decomposition:
+    """Components that are not trained."""
+    return apd.init(model, weights=weights, n_components=6, rank=2, **settings).decomposition()
 
 
 def ablated_for_real(decomposition: apd.Decomposition, call, valid: Tensor | None = None) -> Tensor:
@@ -256,7 +260,7 @@ def test_whose_axis_is_the_batch(n: int):
         decomposition = decomposition_of(Placed(), "mix.weight", attribution=apd.AblationAttribution(memory=memory))
         expected = ablated_for_real(decomposition, lambda model: model(**batch))
         assert_close(decomposition.attributions(batch), expected, rtol=1e-4, atol=1e-6)
-    effects = apd.responses(decomposition, [batch], examples=n, k=4).effects
+    effects = apd.responses(decomposition, [batch], examples=n, k=6).effects
     assert_close(effects.change, expected.mean(0), rtol=1e-4, atol=1e-6)
 
 
