@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from apd_lens._errors import InvalidBatches
-from apd_lens._finite import on_gpu
+from apd_lens._finite import Reading, on_gpu
 
 # A tensor, a tuple or list of tensors (positional arguments), a mapping (keyword arguments), or whatever else the
 # model takes as its one argument (a list of strings for a HookedTransformer with a tokenizer).
@@ -123,21 +124,61 @@ def joined(batches: Sequence[Batch], of_examples: Container[Key]) -> Batch:
     return mapped(first, lambda key, value: together([values[key] for values in each]) if key in of_examples else value)
 
 
-def are_same(batch: Batch, previous: Batch, kept: Sequence[Tensor]) -> bool:
-    """Whether a batch is made of the very same objects as another was, with the numbers that were kept of it."""
-    args, kwargs = arguments(batch)
-    previous_args, previous_kwargs = arguments(previous)
-    return (
-        kwargs.keys() == previous_kwargs.keys()
-        and len(args) == len(previous_args)
-        and all(now is before for now, before in zip(args, previous_args, strict=True))
-        and all(kwargs[name] is previous_kwargs[name] for name in kwargs)
-        and not any(map(holds_tensors, (*args, *kwargs.values())))  # which anybody may change
-        and all(
-            now.shape == before.shape and now.dtype == before.dtype and torch.equal(now, before)
-            for now, before in zip(tensors(batch), kept, strict=True)
+@dataclass(frozen=True)
+class Kept:
+    """A batch, and what its tensors held.
+
+    Attributes:
+        copies: of its tensors.
+        versions: for each, how often it was changed in place; None where torch does not count (inference mode).
+    """
+
+    batch: Batch
+    copies: list[Tensor]
+    versions: list[int | None]
+
+    @staticmethod
+    def of(batch: Batch) -> "Kept":
+        return Kept(batch, [value.detach().clone() for value in tensors(batch)], _versions(batch))
+
+    def is_same(self, batch: Batch) -> bool:
+        """Whether a batch is made of the very same objects, and they hold the same.
+
+        Torch does not count all changes in place (numpy's, those of `.data`), so numbers are compared; on a GPU, which
+        would have to be waited for, `changes` says it late.
+        """
+        args, kwargs = arguments(batch)
+        previous_args, previous_kwargs = arguments(self.batch)
+        return (
+            kwargs.keys() == previous_kwargs.keys()
+            and len(args) == len(previous_args)
+            and all(now is before for now, before in zip(args, previous_args, strict=True))
+            and all(kwargs[name] is previous_kwargs[name] for name in kwargs)
+            and not any(map(holds_tensors, (*args, *kwargs.values())))  # which anybody may change
+            and _versions(batch) == self.versions
+            and None not in self.versions
+            and all(now.shape == before.shape for now, before in self._pairs(batch))
+            and all(torch.equal(*pair) for pair in self._pairs(batch) if not on_gpu(pair[0].device))
         )
-    )
+
+    def changes(self, batch: Batch) -> list[Reading]:
+        """How many numbers on a GPU changed in the same batch all the same."""
+
+        def message(count: float) -> str:
+            return (
+                f"{count:.0f} numbers of the batch were changed in place on the GPU where torch does not count it "
+                "(through .data). Give a new tensor for every batch, or fill it by copy_."
+            )
+
+        pairs = [pair for pair in self._pairs(batch) if on_gpu(pair[0].device)]
+        return [Reading((now != before).sum(), message, InvalidBatches) for now, before in pairs]
+
+    def _pairs(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(tensors(batch), self.copies, strict=True))
+
+
+def _versions(batch: Batch) -> list[int | None]:
+    return [None if value.is_inference() else value._version for value in tensors(batch)]
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointError
 from tqdm.auto import tqdm
 
 from apd_lens._attribution import Attribution, GradientAttribution
-from apd_lens._batches import Batch, are_same, stream, tensors
+from apd_lens._batches import Batch, Kept, stream, tensors
 from apd_lens._cluster_moves import ClusterMoves, make_cluster_moves
 from apd_lens._components import (
     ParameterComponents,
@@ -65,12 +65,10 @@ class Seen:
     Jacobian need not be computed again.
 
     Attributes:
-        kept: copies of the batch's tensors: whoever fills one anew may do it where torch does not count it.
         readings: of the batch and the target's output; looked at already where checks are not late.
     """
 
-    batch: Batch
-    kept: list[Tensor]
+    kept: Kept
     watched: WatchedPass
     readings: list[Reading]
 
@@ -271,7 +269,7 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
         if state.late is None:
             raise_first(readings)
         else:
-            state.late.add([*seen.readings, *readings])
+            state.late.add([*seen.readings, *readings, *seen.kept.changes(batch)])
         rate = update(state.optimizer, state.components, loss, settings.optimization, state.step, state.target.model)
 
     last_active, mean_active = state.last_active, None
@@ -423,12 +421,12 @@ def watch(state: State, batch: Batch) -> Seen:
     if (
         last is not None
         and tensors(batch)
-        and are_same(batch, last.batch, last.kept)
+        and last.kept.is_same(batch)
         and not (last.watched.spent and last.watched.jacobians is None)
     ):
         return last
     where = f"step {state.step}"
-    kept = [value.detach().clone() for value in tensors(batch)]
+    kept = Kept.of(batch)
     inputs = state.target.read(batch, state.last_active.device)
     readings = readings_of_inputs(inputs, where)
     if state.late is None:
@@ -438,7 +436,7 @@ def watch(state: State, batch: Batch) -> Seen:
     readings.append(reading_of_output(watched.output, where, watched))
     if state.late is None:
         raise_first(readings[-1:])
-    return Seen(batch, kept, watched, readings)
+    return Seen(kept, watched, readings)
 
 
 def _loss_terms(state: State, watched: WatchedPass, mask: Mask, n_active: int | None = None) -> dict[str, Tensor]:

@@ -54,36 +54,47 @@ class Inputs:
         """Some of the examples."""
         if examples.start in (None, 0) and (examples.stop is None or examples.stop >= self.n_examples):
             return self
-        return self.picked(range(*examples.indices(self.n_examples)))
+        return self._changed(len(range(*examples.indices(self.n_examples))), lambda value: value[examples])
 
     def replicated(self, n: int) -> "Inputs":
         """All examples, n times over."""
-        return self if n == 1 else self.picked(list(range(self.n_examples)) * n)
+        if n == 1:
+            return self
+        return self._changed(
+            n * self.n_examples,
+            lambda value: value.repeat(n, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value * n,
+        )
 
     def picked(self, indices: Sequence[int]) -> "Inputs":
         """Copies of those examples, in that order; one may come several times."""
         return self._picked(list(indices), self.of_examples)
 
     def _picked(self, indices: list[int], of_examples: frozenset[Key]) -> "Inputs":
+        return self._changed(
+            len(indices),
+            lambda value: value[indices] if isinstance(value, Tensor) else type(value)(value[i] for i in indices),
+            of_examples,
+        )
+
+    def _changed(self, n: int, change: Callable[[Any], Any], of_examples: frozenset[Key] | None = None) -> "Inputs":
+        """With change(value) in the place of what has an entry for each example, and n examples then."""
+        of_examples = self.of_examples if of_examples is None else of_examples
+
         def of_argument(key: Key, value: Any) -> Any:
             if key not in of_examples:
                 return value
-            if isinstance(value, Tensor):
-                return value[indices]
-            if holds_tensors(value):
-                return changed_within(value, of_tensor)
-            return type(value)(value[index] for index in indices)
+            return changed_within(value, of_tensor) if holds_tensors(value) else change(value)
 
         def of_tensor(value: Tensor) -> Tensor:
-            return value[indices] if value.ndim > 1 and len(value) == self.n_examples else value.clone()
+            return change(value) if value.ndim > 1 and len(value) == self.n_examples else value.clone()
 
         def of_mask(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value[indices]
+            return None if value is None else change(value)
 
         return replace(
             self,
             batch=mapped(self.batch, of_argument),
-            n_examples=len(indices),
+            n_examples=n,
             valid=of_mask(self.valid),
             encoder_valid=of_mask(self.encoder_valid),
             attends=of_mask(self.attends),
