@@ -5,12 +5,13 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from toy_models import decomposition_of
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import apd_lens as apd
+
+pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated:DeprecationWarning")
 
 TEXTS = ["w1 w2", "w3 w4 w5 w6 w7 w8 w9", "w2 w2 w3 w1"]
 LENGTHS = (2, 7, 4)
@@ -25,6 +26,11 @@ def tokenizer(tmp_path):
         tokenizer_object=model, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     ).save_pretrained(tmp_path)
     return AutoTokenizer.from_pretrained(tmp_path)
+
+
+def decomposition_of(model, weights: str, **settings) -> apd.Decomposition:
+    settings = {"attribution": apd.AblationAttribution(), "selection": apd.BatchTopK(2.0), **settings}
+    return apd.init(model, weights=weights, n_components=5, rank=2, **settings).decomposition()
 
 
 def model_of(host: str, tokenizer, side: str, prepend_bos: bool):
