@@ -14,7 +14,6 @@ import apd_lens as apd
 pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated:DeprecationWarning")
 
 TEXTS = ["w1 w2", "w3 w4 w5 w6 w7 w8 w9", "w2 w2 w3 w1"]
-LENGTHS = (2, 7, 4)
 
 
 @pytest.fixture
@@ -39,7 +38,7 @@ def model_of(host: str, tokenizer, side: str, prepend_bos: bool):
         config = GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=12, vocab_size=20, bos_token_id=1)
         model = GPT2LMHeadModel(config).eval()
         bridge = build_bridge_from_module(model, "GPT2LMHeadModel", hf_config=model.config, tokenizer=tokenizer)
-        bridge.cfg.default_prepend_bos, bridge.cfg.tokenizer_prepends_bos = prepend_bos, False
+        bridge.cfg.default_prepend_bos = prepend_bos
         return bridge
     config = HookedTransformerConfig(
         n_layers=2,
@@ -70,7 +69,7 @@ def test_texts_in_one_batch_are_those_of_each_alone(host: str, side: str, prepen
         for alone in (text, [text], model.to_tokens(text)):
             torch.testing.assert_close(together[index], decomposition.attributions(alone)[0], rtol=1e-4, atol=1e-6)
     of_positions = decomposition_of(model, "*mlp*", selection=apd.BatchTopK(2.0, granularity="position"))
-    n_tokens = sum(LENGTHS) + prepend_bos * len(LENGTHS)
+    n_tokens = sum(model.to_tokens(text).numel() for text in TEXTS)
     assert of_positions.select(TEXTS).sum() == 2 * n_tokens
     assert apd.responses(of_positions, [TEXTS]).n_data_points == n_tokens
 
