@@ -233,6 +233,8 @@ def _root_mean(
 def mean_over_outputs(
     squares: Float[Tensor, "examples *pos C"], watched: WatchedPass, examples: slice = slice(None)
 ) -> Float[Tensor, "examples *pos C"]:
+    if squares.ndim > 2:
+        watched.check_padding_of_positions()
     n_outputs = watched.n_outputs(torch.Size([len(watched.output), *squares.shape[1:-1]]))[examples].to(squares.dtype)
     n_outputs = n_outputs.reshape(*n_outputs.shape, *[1] * (squares.ndim - n_outputs.ndim))
     return zero_at_padding(squares / n_outputs, None if watched.real is None else watched.real[examples])
@@ -258,6 +260,7 @@ class ActivationAttribution:
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "batch *pos C"]:
         total = None
+        watched.check_padding_of_positions()  # x at padding counts
         with torch.no_grad():
             for call in watched.again(components, slice(None)).calls:
                 norms = component_outputs(call.x, *components.factors(call.use)).square().sum(-1)

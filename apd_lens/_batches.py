@@ -1,32 +1,57 @@
 """Batches: what a model is called with."""
 
+import copy
 import inspect
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from apd_lens._errors import InvalidBatches
-from apd_lens._finite import Reading, count_not_finite, on_gpu, raise_first
+from apd_lens._finite import Reading, on_gpu
 
 # A tensor, a tuple or list of tensors (positional arguments), a mapping (keyword arguments), or whatever else the
 # model takes as its one argument (a list of strings for a HookedTransformer with a tokenizer).
 Batch = Any
+
+# Of an argument: its name, or its place.
+Key = str | int
 
 
 def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of the call `model(*args, **kwargs)`."""
     if isinstance(batch, Mapping):
         return (), dict(batch)
-    if isinstance(batch, tuple) or (isinstance(batch, list) and all(isinstance(item, Tensor) for item in batch)):
-        return tuple(batch), {}
-    return (batch,), {}
+    return (tuple(batch) if _is_positional(batch) else (batch,)), {}
+
+
+def _is_positional(batch: Batch) -> bool:
+    """Whether a batch is a sequence of positional arguments; one of texts is a single argument."""
+    if isinstance(batch, list):
+        return bool(batch) and all(isinstance(item, Tensor) for item in batch)
+    return isinstance(batch, tuple) and not are_texts(batch)
+
+
+def are_texts(value: Any) -> bool:
+    """Whether a value is a list or tuple of strings."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, str) for item in value)
+
+
+def mapped(batch: Batch, change: Callable[[Key, Any], Any]) -> Batch:
+    """The batch with change(key, argument) in the place of each argument; the key is its name, or its place."""
+    if isinstance(batch, Mapping):
+        return {key: change(key, value) for key, value in batch.items()}
+    if _is_positional(batch):
+        values = [change(place, value) for place, value in enumerate(batch)]
+        return batch._make(values) if hasattr(batch, "_make") else type(batch)(values)
+    return change(0, batch)
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
-    """The model's return value on a batch."""
-    args, kwargs = arguments(batch)
+    """The model's return value on a batch. A cache among the arguments is copied, since models append to it."""
+    args, kwargs = arguments(mapped(batch, lambda _, value: changed_within(value, Tensor.clone)))
     try:
         return model(*args, **kwargs)
     except TypeError as error:
@@ -55,115 +80,125 @@ def tensors(batch: Batch) -> list[Tensor]:
     return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
 
-def n_examples(batch: Batch) -> int:
-    """Length of the batch axis: the first axis of the first tensor, or the length of a list of texts."""
-    for value in tensors(batch):
-        if value.ndim > 0:
-            return len(value)
-    return len(batch) if isinstance(batch, list | tuple) else 1
+def holds_tensors(value: Any) -> bool:
+    """Whether a value is no tensor, but an object with tensors in it, such as a key-value cache."""
+    return not isinstance(value, Tensor) and bool(_tensors_within(value, set()))
 
 
-def some_examples(batch: Batch, examples: slice) -> Batch:
-    """The batch of those examples alone: tensors are cut that have an entry for each, all else stays."""
-    return _with_examples(batch, lambda value: value[examples])
+def changed_within(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of an object that holds tensors, with change(tensor) in the place of each; all else as it is."""
+    if isinstance(value, Tensor) or not (held := _tensors_within(value, set())):
+        return value
+    return copy.deepcopy(value, {id(tensor): change(tensor.detach()) for tensor in held})
 
 
-def picked_examples(batch: Batch, indices: Sequence[int]) -> Batch:
-    """The batch of those examples, in that order; an example may come several times.
+def _tensors_within(value: Any, visited: set[int]) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if id(value) in visited or isinstance(value, nn.Module | type | str):
+        return []
+    visited.add(id(value))
+    if isinstance(value, Mapping):
+        inside = list(value.values())
+    elif isinstance(value, list | tuple | set):
+        inside = list(value)
+    else:
+        inside = list(getattr(value, "__dict__", {}).values())
+    return [tensor for item in inside for tensor in _tensors_within(item, visited)]
 
-    >>> picked_examples((torch.tensor([[1], [2]]), 0.5), [1, 1, 0])
-    (tensor([[2],
-            [2],
-            [1]]), 0.5)
-    """
-    return _with_examples(
-        batch,
-        lambda value: value[list(indices)] if isinstance(value, Tensor) else type(value)(value[i] for i in indices),
-    )
 
-
-def same_but_for_examples(batch: Batch) -> Hashable:
+def same_but_for_examples(batch: Batch, of_examples: Container[Key]) -> Hashable:
     """Equal for batches of one example each that `joined` can join: alike in all that an example does not change."""
 
-    def of_value(value: Any) -> Hashable:
-        if isinstance(value, Tensor):
-            return (value.shape, value.dtype) if value.ndim > 0 and len(value) == 1 else id(value)
-        return value if isinstance(value, Hashable) else id(value)
+    def of_argument(key: Key, value: Any) -> Hashable:
+        if holds_tensors(value):
+            return id(value)
+        if key in of_examples:
+            return (value.shape, value.dtype) if isinstance(value, Tensor) else type(value)
+        return value if isinstance(value, Hashable) and not isinstance(value, Tensor) else id(value)
 
     args, kwargs = arguments(batch)
-    if args and isinstance(args[0], list | tuple):  # of texts
-        return "texts"
-    return tuple(map(of_value, args)), tuple((name, of_value(value)) for name, value in kwargs.items())
+    return tuple((key, of_argument(key, value)) for key, value in [*enumerate(args), *kwargs.items()])
 
 
-def joined(batches: Sequence[Batch]) -> Batch:
+def joined(batches: Sequence[Batch], of_examples: Container[Key]) -> Batch:
     """Several batches of one example each, as one; they are alike by `same_but_for_examples`.
 
-    >>> joined([(torch.tensor([[1]]), 0.5), (torch.tensor([[2]]), 0.5)])
+    Args:
+        of_examples: keys of the arguments that have an entry for each example.
+
+    >>> joined([(torch.tensor([[1]]), 0.5), (torch.tensor([[2]]), 0.5)], {0})
     (tensor([[1],
             [2]]), 0.5)
     """
     first = batches[0]
 
     def together(values: Sequence[Any]) -> Any:
-        of_examples = isinstance(values[0], Tensor) and values[0].ndim > 0 and len(values[0]) == 1
-        return torch.cat(list(values)) if of_examples else values[0]
+        if len(values) == 1 or holds_tensors(values[0]):
+            return values[0]
+        if isinstance(values[0], Tensor):
+            return torch.cat(list(values))
+        return type(values[0])(item for value in values for item in value)
 
-    if isinstance(first, Mapping):
-        return {key: together([batch[key] for batch in batches]) for key in first}
-    if isinstance(first, tuple | list) and tensors(first):
-        return type(first)(together(values) for values in zip(*batches, strict=True))
-    return (
-        type(first)(item for batch in batches for item in batch)
-        if isinstance(first, list | tuple)
-        else together(batches)
-    )
+    each = [dict(enumerate(args)) | kwargs for args, kwargs in map(arguments, batches)]
+    return mapped(first, lambda key, value: together([values[key] for values in each]) if key in of_examples else value)
 
 
-def replicated(batch: Batch, n: int) -> Batch:
-    """The whole batch n times over: tensors are repeated that have an entry for each example, all else stays.
+@dataclass(frozen=True)
+class Kept:
+    """A batch, and what its tensors held.
 
-    >>> replicated({"x": torch.tensor([[1], [2]]), "scale": 0.5}, 2)
-    {'x': tensor([[1],
-            [2],
-            [1],
-            [2]]), 'scale': 0.5}
+    Attributes:
+        copies: of its tensors.
+        versions: for each, how often it was changed in place; None where torch does not count (inference mode).
     """
-    return _with_examples(
-        batch, lambda value: value.repeat(n, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value * n
-    )
+
+    batch: Batch
+    copies: list[Tensor]
+    versions: list[int | None]
+
+    @staticmethod
+    def of(batch: Batch) -> "Kept":
+        return Kept(batch, [value.detach().clone() for value in tensors(batch)], _versions(batch))
+
+    def is_same(self, batch: Batch) -> bool:
+        """Whether a batch is made of the very same objects, and they hold the same.
+
+        Torch does not count all changes in place (numpy's, those of `.data`), so numbers are compared; on a GPU, which
+        would have to be waited for, `changes` says it late.
+        """
+        args, kwargs = arguments(batch)
+        previous_args, previous_kwargs = arguments(self.batch)
+        return (
+            kwargs.keys() == previous_kwargs.keys()
+            and len(args) == len(previous_args)
+            and all(now is before for now, before in zip(args, previous_args, strict=True))
+            and all(kwargs[name] is previous_kwargs[name] for name in kwargs)
+            and not any(map(holds_tensors, (*args, *kwargs.values())))  # which anybody may change
+            and _versions(batch) == self.versions
+            and None not in self.versions
+            and all(now.shape == before.shape for now, before in self._pairs(batch))
+            and all(torch.equal(*pair) for pair in self._pairs(batch) if not on_gpu(pair[0].device))
+        )
+
+    def changes(self, batch: Batch) -> list[Reading]:
+        """How many numbers on a GPU changed in the same batch all the same."""
+
+        def message(count: float) -> str:
+            return (
+                f"{count:.0f} numbers of the batch were changed in place on the GPU where torch does not count it "
+                "(through .data). Give a new tensor for every batch, or fill it by copy_."
+            )
+
+        pairs = [pair for pair in self._pairs(batch) if on_gpu(pair[0].device)]
+        return [Reading((now != before).sum(), message, InvalidBatches) for now, before in pairs]
+
+    def _pairs(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(tensors(batch), self.copies, strict=True))
 
 
-def _with_examples(batch: Batch, change: Callable[[Any], Any]) -> Batch:
-    """The batch with what has an entry for each example changed."""
-    n = n_examples(batch)
-
-    def changed(value: Any) -> Any:
-        return change(value) if isinstance(value, Tensor) and value.ndim > 0 and len(value) == n else value
-
-    if isinstance(batch, Mapping):
-        return {key: changed(value) for key, value in batch.items()}
-    if isinstance(batch, tuple | list) and tensors(batch):
-        return type(batch)(changed(value) for value in batch)
-    return change(batch) if isinstance(batch, list | tuple) else changed(batch)
-
-
-def same_arguments(batch: Batch, previous: Batch, previous_versions: list[int]) -> bool:
-    """Whether a batch is made of the very same objects as another was, with no tensor changed in place since."""
-    args, kwargs = arguments(batch)
-    previous_args, previous_kwargs = arguments(previous)
-    return (
-        kwargs.keys() == previous_kwargs.keys()
-        and len(args) == len(previous_args)
-        and all(now is before for now, before in zip(args, previous_args, strict=True))
-        and all(kwargs[name] is previous_kwargs[name] for name in kwargs)
-        and versions(batch) == previous_versions
-    )
-
-
-def versions(batch: Batch) -> list[int]:
-    """For each tensor, how often it was changed in place; -1 where torch does not count (inference mode)."""
-    return [-1 if value.is_inference() else value._version for value in tensors(batch)]
+def _versions(batch: Batch) -> list[int | None]:
+    return [None if value.is_inference() else value._version for value in tensors(batch)]
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
@@ -178,34 +213,7 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
         # A tensor made in inference mode cannot be part of a graph, but a copy can.
         return value.clone().to(device) if value.is_inference() else value.to(device)
 
-    if isinstance(batch, Mapping):
-        return {key: move(value) for key, value in batch.items()}
-    if isinstance(batch, tuple):
-        return tuple(move(value) for value in batch)
-    if isinstance(batch, list):
-        return [move(value) for value in batch]
-    return move(batch)
-
-
-def readings_of_batch(batch: Batch, where: str) -> list[Reading]:
-    """How many values of each floating-point input are NaN or infinite; −inf in an `attention_mask` is none of them."""
-    mask = arguments(batch)[1].get("attention_mask")
-
-    def reading(index: int, value: Tensor) -> Reading:
-        return Reading(
-            count_not_finite(value.masked_fill(value == -torch.inf, 0) if value is mask else value),
-            lambda count: (
-                f"{where}: input tensor {index} of the batch (shape {tuple(value.shape)}) holds {count:.0f} values "
-                "that are NaN or infinite. Nothing was computed from it."
-            ),
-        )
-
-    return [reading(index, value) for index, value in enumerate(tensors(batch)) if value.is_floating_point()]
-
-
-def check_finite(batch: Batch, where: str) -> None:
-    """Raises NonFinite if an input holds NaN or infinity."""
-    raise_first(readings_of_batch(batch, where))
+    return mapped(batch, lambda _, value: move(value))
 
 
 def one_pass(batches: Iterable[Batch]) -> Iterator[Batch]:

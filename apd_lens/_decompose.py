@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointError
 from tqdm.auto import tqdm
 
 from apd_lens._attribution import Attribution, GradientAttribution
-from apd_lens._batches import Batch, on_device, readings_of_batch, same_arguments, stream, tensors, versions
+from apd_lens._batches import Batch, Kept, stream, tensors
 from apd_lens._cluster_moves import ClusterMoves, make_cluster_moves
 from apd_lens._components import (
     ParameterComponents,
@@ -29,7 +29,8 @@ from apd_lens._decomposition import Decomposition
 from apd_lens._division_moves import DivisionMoves, make_division_moves, start_as_a_whole
 from apd_lens._errors import InvalidSetting, NonFinite, UnsupportedModel
 from apd_lens._fingerprints import check_unchanged
-from apd_lens._finite import LateChecks, Reading, on_gpu, raise_first
+from apd_lens._finite import LateChecks, Reading, on_gpu, raise_first, reading_of_attributions
+from apd_lens._inputs import ValidFn, readings_of_inputs
 from apd_lens._losses import (
     Losses,
     hidden_activation_loss,
@@ -70,9 +71,7 @@ class Seen:
         readings: of the batch and the target's output; looked at already where checks are not late.
     """
 
-    batch: Batch
-    versions: list[int]
-    on_device: Batch
+    kept: Kept
     watched: WatchedPass
     readings: list[Reading]
 
@@ -188,6 +187,7 @@ def init(
     optimization: Optimization | None = None,
     moves: Moves | None = None,
     output: OutputFn = default_output,
+    valid: ValidFn | None = None,
     seed: int = 0,
 ) -> State:
     """A fresh training state: random components and an optimizer. Arguments as in `decompose`. Runs no forward pass.
@@ -199,6 +199,7 @@ def init(
         NonFinite: a weight matrix holds NaN or infinity.
     """
     target = wrap(model)
+    target = target if valid is None else target.with_valid(valid)
     names = target.match(weights)
     settings = Settings(
         selection=selection or BatchTopK(k=1.0),
@@ -266,7 +267,7 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
 
     with evaluating(state.target.model):
         seen = watch(state, batch)
-        moved, watched = seen.on_device, seen.watched
+        watched = seen.watched
         selection = settings.selection.at(progress, batch)
         if isinstance(selection, Lp):
             attributions, mask, terms = _lp_attributed(state, watched, selection)
@@ -277,13 +278,14 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
             mask = selection(attributions, watched.real)
             # Known without asking the device, but for padding.
             n_active = selection.n_active(mask[..., 0].numel()) if padded(mask, watched.real) is None else None
-            terms = _loss_terms(state, moved, watched, mask, n_active)
+            terms = _loss_terms(state, watched, mask, n_active)
         loss = weighted_sum(settings.losses, terms, progress)
-        readings = readings_of_terms(terms, f"step {state.step}")
+        where = f"step {state.step}"
+        readings = [reading_of_attributions(attributions, where), *readings_of_terms(terms, where)]
         if state.late is None:
             raise_first(readings)
         else:
-            state.late.add([*seen.readings, *readings])
+            state.late.add([*seen.readings, *readings, *seen.kept.changes(batch)])
         rate = update(state.optimizer, state.components, loss, settings.optimization, state.step, state.target.model)
 
     last_active, mean_active = state.last_active, None
@@ -354,6 +356,7 @@ def decompose(
     optimization: Optimization | None = None,
     moves: Moves | None = None,
     output: OutputFn = default_output,
+    valid: ValidFn | None = None,
     seed: int = 0,
     on_step: Callable[[int, StepInfo], Any] | None = None,
     progress: bool = True,
@@ -379,6 +382,9 @@ def decompose(
         moves: `SplitMoves()`, `ClusterMoves()`, `DivisionMoves()`, or None for none.
         output: picks the tensor `batch *pos n_outputs` that is explained from what the model returns; the default takes
             a tensor as it is and `.logits` of a Hugging Face output.
+        valid: a function of a batch, as the model is called with it, that returns which positions of the explained
+            output are data, bool `batch pos`. The default goes by masks of attention (`attention_mask`, a decoder's own
+            `decoder_attention_mask`) and raises ShapeMismatch where these do not say it.
         seed: the same seed on the same machine with the same number of threads gives the same factors bit for bit.
         on_step: called as on_step(step, info) after every step. On a GPU also after one that failed: NaN and infinity
             are looked at a step late there, see `step`.
@@ -399,6 +405,7 @@ def decompose(
         optimization=optimization,
         moves=moves,
         output=output,
+        valid=valid,
         seed=seed,
     )
     n_steps = state.settings.optimization.steps
@@ -431,35 +438,34 @@ def watch(state: State, batch: Batch) -> Seen:
     if (
         last is not None
         and tensors(batch)
-        and same_arguments(batch, last.batch, last.versions)
+        and last.kept.is_same(batch)
         and not (last.watched.spent and last.watched.jacobians is None)
     ):
         return last
     where = f"step {state.step}"
-    moved = on_device(state.target.prepare(batch), state.last_active.device)
-    readings = readings_of_batch(moved, where)
+    kept = Kept.of(batch)
+    inputs = state.target.read(batch, state.last_active.device)
+    readings = readings_of_inputs(inputs, where)
     if state.late is None:
         raise_first(readings)
     hidden = state.settings.losses.hidden_at
-    watched = watched_pass(state.target, state.components.names, moved, state.output, hidden=hidden)
-    readings.append(reading_of_output(watched.output, where))
+    watched = watched_pass(state.target, state.components.names, inputs, state.output, hidden=hidden)
+    readings.append(reading_of_output(watched.output, where, watched))
     if state.late is None:
         raise_first(readings[-1:])
-    return Seen(batch, versions(batch), moved, watched, readings)
+    return Seen(kept, watched, readings)
 
 
-def _loss_terms(
-    state: State, batch: Batch, watched: WatchedPass, mask: Mask, n_active: int | None = None
-) -> dict[str, Tensor]:
+def _loss_terms(state: State, watched: WatchedPass, mask: Mask, n_active: int | None = None) -> dict[str, Tensor]:
     """The passes of the model on components that the losses need, and the losses."""
-    losses, components = state.settings.losses, state.components
+    losses, components, inputs = state.settings.losses, state.components, watched.run.inputs
     outputs = {}
     outputs["minimality"], hidden = sparse_pass(
-        state.target, components, batch, mask, state.output, losses.hidden_at, n_active
+        state.target, components, inputs, mask, state.output, losses.hidden_at, n_active
     )
     if losses.path:
         path = path_mask(mask, state.device_generator)
-        outputs["path"], _ = sparse_pass(state.target, components, batch, path, state.output)
+        outputs["path"], _ = sparse_pass(state.target, components, inputs, path, state.output)
     return loss_terms(losses, state.scales, state.weights, watched, components.A, components.B, mask, outputs, hidden)
 
 

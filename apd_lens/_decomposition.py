@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -22,13 +23,15 @@ from apd_lens._artifact import (
     write_artifact,
 )
 from apd_lens._attribution import GradientAttribution, metric_effects
-from apd_lens._batches import Batch, check_finite, on_device
+from apd_lens._batches import Batch
 from apd_lens._block import Block, Part
 from apd_lens._components import ParameterComponents, effective_rank, singular_values, sum_of_components
 from apd_lens._edited import check_unedited
 from apd_lens._errors import ApdWarning, ArtifactError, InvalidSetting, ShapeMismatch, UnsupportedModel
 from apd_lens._files import user_path
 from apd_lens._fingerprints import check_unchanged, digests_of_others, warn_of_others
+from apd_lens._finite import raise_first, reading_of_attributions
+from apd_lens._inputs import Inputs, ValidFn, check_finite
 from apd_lens._padding import Real, without_padding
 from apd_lens._passes import (
     OutputFn,
@@ -40,7 +43,7 @@ from apd_lens._passes import (
     subtract_weights,
     watched_pass,
 )
-from apd_lens._product import Mask
+from apd_lens._product import Mask, check_examples
 from apd_lens._selection import AttributionError, BatchTopK, K, Lp, Selection, attribution_error, check_k, with_k
 from apd_lens._settings import Settings
 from apd_lens._table import table
@@ -70,7 +73,7 @@ class Decomposition:
         components: the factors.
         settings: what the decomposition was asked for.
         output: picks the explained tensor from what the model returns; None where a saved decomposition was made with
-            a function of the user's that `load` was not given.
+            a function of the user's that `load` was not given. (What the user said of padding is `target.valid`.)
         fingerprints: name -> digest of the matrix when it was decomposed.
     """
 
@@ -137,7 +140,8 @@ class Decomposition:
         """Inside, every forward of the user's model runs on Σ_c mask_c P_c in the place of its weights.
 
         Args:
-            mask: `batch C` for whole examples, or `batch pos C`; bool, or floats that scale each component.
+            mask: `batch C` for whole examples, or `batch pos C`; bool, or floats that scale each component. To
+                generate with a cache, whose forwards have the new tokens only, it takes `batch C`.
 
         Raises:
             ShapeMismatch: no such mask, or in a forward: of another batch.
@@ -156,7 +160,7 @@ class Decomposition:
                 "if its entries are 0 and 1."
             )
         mask = mask.to(next(self.components.parameters()).device)
-        return self._context(replace_weights(self.components, mask))
+        return self._context(replace_weights(self.components, mask), partial(check_examples, mask))
 
     def ablate(self, components: Chosen) -> AbstractContextManager[None]:
         """Inside, the user's model runs on W − Σ P_c of the given components; with none, it is bit for bit the target.
@@ -291,13 +295,16 @@ class Decomposition:
             "settings": encode_settings(self.settings),
             "output": "default" if self.output is default_output else "given by the user",
             "others": digests_of_others(self.target, self.components.names),
+            "valid": "default" if self.target.valid is None else "given by the user",
         }
         factors = {f"A.{name}": factor for name, factor in A.items()} | {f"B.{name}": f for name, f in B.items()}
         write_artifact(user_path(path), factors, about)
 
-    def _context(self, intercept: Intercept) -> AbstractContextManager[None]:
+    def _context(
+        self, intercept: Intercept, check: Callable[[int], None] | None = None
+    ) -> AbstractContextManager[None]:
         check_fits(self)
-        block = self.target.intercepted(self.components.names, intercept)
+        block = self.target.intercepted(self.components.names, intercept, check_examples=check)
 
         def make() -> Part:
             check_fits(self)  # it may have been edited since
@@ -315,19 +322,25 @@ class Decomposition:
         return selection.at(1.0, batch)
 
     @torch.inference_mode(False)
-    def _attributed(self, batch: Batch) -> tuple[Float[Tensor, "batch *pos C"], Real]:
+    def _attributed(self, batch: Batch | Inputs) -> tuple[Float[Tensor, "batch *pos C"], Real]:
         """Attributions, and which positions are no padding."""
         with evaluating(self.target.model):  # which an attribution may run again
             watched = self._watch(batch)
             generator = torch.Generator(watched.output.device).manual_seed(0)
             granularity = self.settings.selection.granularity
-            return self.settings.attribution(watched, self.components, granularity, generator), watched.real
+            attributions = self.settings.attribution(watched, self.components, granularity, generator)
+        raise_first([reading_of_attributions(attributions, "attributions")])
+        return attributions, watched.real
 
-    def _watch(self, batch: Batch) -> WatchedPass:
+    def read(self, batch: Batch | Inputs) -> Inputs:
+        """A batch as the model is called with it, on its device."""
+        return self.target.read(batch, next(self.components.parameters()).device)
+
+    def _watch(self, batch: Batch | Inputs) -> WatchedPass:
         """To be called with the model in eval mode."""
-        batch, output = ready(self, batch, "attributions")
-        watched = watched_pass(self.target, self.components.names, batch, output)
-        check_finite_output(watched.output, "attributions")
+        inputs, output = ready(self, batch, "attributions")
+        watched = watched_pass(self.target, self.components.names, inputs, output)
+        check_finite_output(watched.output, "attributions", watched)
         return watched
 
 
@@ -342,7 +355,7 @@ def check_fits(decomposition: Decomposition) -> None:
     check_unchanged(decomposition.target, decomposition.fingerprints)
 
 
-def ready(decomposition: Decomposition, batch: Batch, where: str) -> tuple[Batch, OutputFn]:
+def ready(decomposition: Decomposition, batch: Batch | Inputs, where: str) -> tuple[Inputs, OutputFn]:
     """A batch as the model is called with it, on the model's device, and what picks the explained output.
 
     Raises:
@@ -356,9 +369,9 @@ def ready(decomposition: Decomposition, batch: Batch, where: str) -> tuple[Batch
             "This decomposition was made with an output function of your own, which is not saved. Give it again: "
             "apd_lens.load(path, model, output=...)."
         )
-    batch = decomposition.target.prepare(batch)
-    check_finite(batch, where)
-    return on_device(batch, next(decomposition.components.parameters()).device), decomposition.output
+    inputs = decomposition.read(batch)
+    check_finite(inputs, where)
+    return inputs, decomposition.output
 
 
 def numbers_of(chosen: Chosen, components: ParameterComponents) -> list[int]:
@@ -432,7 +445,12 @@ def _rounded(matrix: WeightMatrix, fingerprint: str) -> dict[str, str]:
 
 
 def load(
-    path: str | os.PathLike[str], model: Any, *, output: OutputFn | None = None, other_dtype: bool = False
+    path: str | os.PathLike[str],
+    model: Any,
+    *,
+    output: OutputFn | None = None,
+    valid: ValidFn | None = None,
+    other_dtype: bool = False,
 ) -> Decomposition:
     """Reads a saved decomposition back onto the model that it was made from.
 
@@ -440,6 +458,7 @@ def load(
         model: with the same weights; a HookedTransformer, a torch.nn.Module, or `apd_lens.wrap(...)` of one.
         output: the output function, if the decomposition was made with one of your own (functions are not saved).
             Without it everything works that needs no attributions.
+        valid: as in `decompose`; it is not saved either.
         other_dtype: whether the model may have the same weights in another dtype. "The same" means bit for bit: its
             weights, rounded to the dtype that was decomposed, are those that were decomposed; or those, rounded to the
             model's dtype, are the model's. Where neither dtype holds the other (float16 and bfloat16) that cannot be
@@ -456,6 +475,8 @@ def load(
     path = user_path(path)
     factors, about = read_artifact(path)
     settings = _settings_of(about, path)
+    if valid is None and about.get("valid", "default") != "default":
+        valid = _valid_is_missing
     target, difference = fitted(model, about["matrices"], other_dtype)
     if difference is not None:
         raise ArtifactError(
@@ -482,7 +503,7 @@ def load(
         A={name: on_model("A", name) for name in names}, B={name: on_model("B", name) for name in names}
     )
     return Decomposition(
-        target=target,
+        target=target if valid is None else target.with_valid(valid),
         components=components.requires_grad_(False),
         settings=settings,
         output=default_output if output is None and about["output"] == "default" else output,
@@ -490,6 +511,13 @@ def load(
             name: target.weights[name].fingerprint() if other_dtype else saved["fingerprint"]
             for name, saved in about["matrices"].items()
         },
+    )
+
+
+def _valid_is_missing(batch: Batch) -> None:
+    raise InvalidSetting(
+        "This decomposition was made with valid= of your own, which is not saved. Give it again: "
+        "apd_lens.load(path, model, valid=...)."
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from apd_lens._errors import NonFinite
+from apd_lens._errors import ApdError, NonFinite
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +18,7 @@ class Reading:
 
     value: Float[Tensor, ""] | Int[Tensor, ""]
     message: Callable[[float], str]
+    error: type[ApdError] = NonFinite
 
 
 def on_gpu(device: torch.device) -> bool:
@@ -30,11 +31,23 @@ def count_not_finite(values: Tensor) -> Int[Tensor, ""]:
     return (~values.isfinite()).sum()
 
 
+def reading_of_attributions(attributions: Tensor, where: str) -> Reading:
+    """How many attributions are NaN or infinite."""
+    return Reading(
+        count_not_finite(attributions),
+        lambda count: (
+            f"{where}: {count:.0f} attributions are NaN or infinite, though the target's output is not. Its gradient "
+            "is: such as that of a softmax over nothing, where a position attends to none. Let every position attend "
+            "to itself, those of padding too. Nothing was learnt from it."
+        ),
+    )
+
+
 def raise_first(readings: Sequence[Reading]) -> None:
     """Raises NonFinite for the first reading that is not 0. Waits for the device."""
     for reading in readings:
         if value := reading.value.item():
-            raise NonFinite(reading.message(value))
+            raise reading.error(reading.message(value))
 
 
 class LateChecks:
@@ -71,4 +84,4 @@ class LateChecks:
                 if value:
                     self._unread.clear()
                     self.failed.zero_()
-                    raise NonFinite(reading.message(value))
+                    raise reading.error(reading.message(value))

@@ -1,8 +1,9 @@
 """Forward passes of the user's model: watched (x and y of every use are kept) and replaced (components for weights)."""
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,12 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from apd_lens._batches import Batch, call, n_examples, replicated, some_examples
+from apd_lens._batches import Batch, call
 from apd_lens._block import Block, Handles
 from apd_lens._components import ParameterComponents
 from apd_lens._errors import InvalidOutput, InvalidSetting, ShapeMismatch, SiteNotCalled, UnsupportedModel
-from apd_lens._finite import Reading, count_not_finite, raise_first
-from apd_lens._padding import Real, document_lengths, padded, real_positions, zero_at_padding
+from apd_lens._finite import Reading, count_not_finite, on_gpu, raise_first
+from apd_lens._inputs import Inputs
+from apd_lens._padding import GIVE_VALID, Real, padded, zero_at_padding
 from apd_lens._patch import outside_traces
 from apd_lens._product import Mask, active_pairs, masked_product
 from apd_lens._target import Intercept, TargetModel, Use
@@ -30,12 +32,13 @@ def default_output(value: Any) -> Any:
     return getattr(value, "logits", value)
 
 
-def explained_output(output: OutputFn, value: Any, examples: int) -> Tensor:
+def explained_output(output: OutputFn, value: Any, inputs: Inputs) -> Tensor:
     """What `output` picks from the model's return value, checked.
 
     Raises:
         InvalidOutput: no floating-point tensor.
-        ShapeMismatch: not `batch *pos n_outputs` with the batch's number of examples.
+        ShapeMismatch: not `batch *pos n_outputs` with the batch's number of examples; or its positions are not those of
+            the padding, and depend on some of it.
     """
     picked = output(value)
     if not isinstance(picked, Tensor) or not picked.is_floating_point():
@@ -44,28 +47,60 @@ def explained_output(output: OutputFn, value: Any, examples: int) -> Tensor:
             f"Expected the model's output to be a floating-point tensor, got {came}. Give output=, a function that "
             "picks the tensor to explain from what the model returns, such as output=lambda out: out[0]."
         )
-    if picked.ndim < 2 or len(picked) != examples:
+    if inputs.main_axes == 1 and (picked.ndim != 2 or len(picked) != inputs.n_examples):
+        raise _no_batch_axis(inputs.n_examples, f"the output is {tuple(picked.shape)}")
+    if picked.ndim < 2 or len(picked) != inputs.n_examples:
         raise ShapeMismatch(
-            f"Expected an output of shape (batch, *pos, n_outputs) with {examples} examples, got "
+            f"Expected an output of shape (batch, *pos, n_outputs) with {inputs.n_examples} examples, got "
             f"{tuple(picked.shape)}. Give output=, a function that picks such a tensor from what the model returns."
+        )
+    valid = inputs.valid
+    if valid is not None and padded(picked, valid) is None and _explains_padding(picked, value, valid):
+        raise ShapeMismatch(
+            f"The explained output is {tuple(picked.shape)}, and the batch has padding among its {valid.shape[1]} "
+            f"positions: which of these the output is of cannot be told, or some of them are padding. To explain the "
+            f"last position, pad on the left, or pick the last position that is data. Otherwise {GIVE_VALID}."
         )
     return picked
 
 
-def reading_of_output(output: Tensor, where: str) -> Reading:
-    """How many values of the target's output are NaN or infinite."""
-    return Reading(
-        count_not_finite(output),
-        lambda count: (
-            f"{where}: the target output holds {count:.0f} values that are NaN or infinite; its input did not. Nothing "
-            "was computed from it."
-        ),
+def _explains_padding(picked: Tensor, value: Any, valid: Tensor) -> bool:
+    """Whether an output of other positions than the padding's may have been picked from padding."""
+    whole = default_output(value)
+    if not isinstance(whole, Tensor) or padded(whole, valid) is None:
+        return picked.ndim > 2 and not bool(valid.all())
+    if picked.grad_fn is None or not whole.requires_grad:
+        return False
+    weights = torch.linspace(1, 2, picked.numel(), dtype=picked.dtype, device=picked.device).view_as(picked)
+    (gradient,) = torch.autograd.grad(picked, whole, weights, retain_graph=True, allow_unused=True)
+    return gradient is not None and bool(gradient[~valid].any())
+
+
+def _no_batch_axis(length: int, came: str) -> ShapeMismatch:
+    return ShapeMismatch(
+        f"The batch's input has one axis, of {length} examples, but {came}. If it is one example, give it a batch "
+        "axis: x[None]."
     )
 
 
-def check_finite_output(output: Tensor, where: str) -> None:
+def reading_of_output(output: Tensor, where: str, watched: "WatchedPass | None" = None) -> Reading:
+    """How many values of the target's output are NaN or infinite; of a watched pass also where they first appeared."""
+    seen = None if watched is None else weakref.ref(watched)  # it may be read late, and is not to be kept for that
+
+    def message(count: float) -> str:
+        watched = None if seen is None else seen()
+        first = "" if watched is None else f" They first appeared {watched.first_not_finite()}."
+        return (
+            f"{where}: the target output holds {count:.0f} values that are NaN or infinite; its input did not.{first} "
+            "Nothing was computed from it."
+        )
+
+    return Reading(count_not_finite(output), message)
+
+
+def check_finite_output(output: Tensor, where: str, watched: "WatchedPass | None" = None) -> None:
     """Raises NonFinite if the target's output holds NaN or infinity."""
-    raise_first([reading_of_output(output, where)])
+    raise_first([reading_of_output(output, where, watched)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +122,14 @@ class Run:
 
     target: TargetModel
     names: Sequence[str]
-    batch: Batch
+    inputs: Inputs
     output: OutputFn
     replaced: Intercept | None
+
+    @property
+    def batch(self) -> Batch:
+        """As the model was called with it."""
+        return self.inputs.batch
 
 
 @dataclass(eq=False)
@@ -116,6 +156,25 @@ class WatchedPass:
     jacobians: Any = None
     spent: bool = False
 
+    def check_padding_of_positions(self) -> None:
+        """Raises ShapeMismatch where a matrix may have been used at an encoder's padding."""
+        valid = self.run.inputs.encoder_valid
+        for of_use in self.calls:
+            if valid is not None and of_use.y.shape[:2] == valid.shape and not bool(valid.all()):
+                raise ShapeMismatch(
+                    f"{of_use.use.matrix} was used on {tuple(of_use.x.shape)}, which may be the encoder's positions, "
+                    "and some are padding. Positions as data points, and ActivationAttribution, need the decoder's: "
+                    'take granularity="example" and another attribution, or batches without padding in the encoder.'
+                )
+
+    def first_not_finite(self) -> str:
+        """Where values are NaN or infinite first, in the order of the forward; not counted at padding."""
+        for of_use in self.calls:
+            for value, of in ((of_use.x, "input"), (of_use.y, "output")):
+                if bool(count_not_finite(zero_at_padding(value, self.real))):
+                    return f"in the {of} of {of_use.use.matrix}, at {of_use.use.site}"
+        return "behind the last decomposed matrix"
+
     def bytes_per_example(self) -> int:
         """About what a forward pass takes, without a graph: x and y of every use, and the output three times."""
         kept = [tensor for call in self.calls for tensor in (call.x, call.y)] + self.before_others
@@ -129,15 +188,15 @@ class WatchedPass:
     def replacing(self, replaced: Intercept | None, examples: slice) -> "WatchedPass":
         """The same pass on some examples, with this in the place of the weights."""
         run = self.run
-        return watched_pass(run.target, run.names, some_examples(run.batch, examples), run.output, replaced=replaced)
+        return watched_pass(run.target, run.names, run.inputs.some(examples), run.output, replaced=replaced)
 
     def replicates(
         self, replaced: Intercept, examples: slice, n: int
     ) -> Float[Tensor, "replicated_examples *pos n_outputs"]:
         """The explained output on some examples, n times over, with this in the place of the weights. Not watched."""
         run = self.run
-        batch = replicated(some_examples(run.batch, examples), n)
-        return replaced_pass(run.target, run.names, replaced, batch, run.output)[0]
+        inputs = run.inputs.some(examples).replicated(n)
+        return replaced_pass(run.target, run.names, replaced, inputs, run.output)[0]
 
     def n_outputs(self, data_points: torch.Size) -> Float[Tensor, "batch *pos"]:
         """Number of outputs of each example, those at padding not counted. For positions of documents that a mask keeps
@@ -145,7 +204,7 @@ class WatchedPass:
         real = padded(self.output, self.real)
         if real is None:
             return self.output.new_full((len(self.output),), self.output[0].numel())
-        lengths = document_lengths(self.run.batch)
+        lengths = self.run.inputs.document_lengths
         if lengths is None or lengths.shape != data_points:
             lengths = real.sum(1)
         return (lengths.clamp_min(1) * self.output[0, 0].numel()).to(self.output)
@@ -154,14 +213,15 @@ class WatchedPass:
 def watched_pass(
     target: TargetModel,
     names: Sequence[str],
-    batch: Batch,
+    batch: Batch | Inputs,
     output: OutputFn,
     hidden: Iterable[str] = (),
     replaced: Intercept | None = None,
 ) -> WatchedPass:
     """Runs the target on a batch, with `replaced` in the place of the named weights, and keeps x and y of every use."""
     _check_differentiable(target.model)
-    examples = n_examples(batch)
+    inputs = target.read(batch)
+    examples = inputs.n_examples
     calls: list[Call] = []
     before_others: list[Tensor] = []
     observed = [name for name in target.weights if name not in names]
@@ -171,6 +231,8 @@ def watched_pass(
             before_others.append(x)
             return original()
         y = original() if replaced is None else replaced(use, x, original, bias)
+        if inputs.main_axes == 1 and (len(y) != examples or y.ndim < 2):
+            raise _no_batch_axis(examples, f"{use.matrix} was used at {use.site} on {tuple(x.shape)}")
         if len(y) == 1 and examples > 1:  # shared by all examples, such as position embeddings
             x, y = (tensor.expand(examples, *tensor.shape[1:]) for tensor in (x, y))
         if len(y) != examples:
@@ -183,16 +245,21 @@ def watched_pass(
         calls.append(Call(use, x.detach().clone(), x, y))
         return y.clone()  # the model may change it in place
 
+    def run() -> Tensor:
+        calls.clear()
+        before_others.clear()
+        return explained_output(output, call(target.model, inputs.batch), inputs)
+
     with (
         torch.enable_grad(),
         outside_traces(target.model),
         target.intercepted(names, watch, observed),
         _activations(target.model, hidden) as kept,
     ):
-        picked = explained_output(output, call(target.model, batch), examples)
+        picked, has_nan = _without_padding(run, inputs)
         _check_kept(hidden, kept)
-        real = real_positions(batch)
-        picked = zero_at_padding(picked, real)
+        if has_nan:
+            calls[:] = [replace(call, x=without_nan(call.x)) for call in calls]
     if not picked.requires_grad:
         raise InvalidOutput(
             f"The explained output of this {type(target.model).__name__} has no gradient to any decomposed matrix: "
@@ -201,11 +268,11 @@ def watched_pass(
         )
     return WatchedPass(
         output=picked,
-        real=real,
+        real=inputs.valid,
         calls=calls,
         before_others=before_others,
         hidden={name: activation.detach() for name, activation in kept.items()},
-        run=Run(target, names, batch, output, replaced),
+        run=Run(target, names, inputs, output, replaced),
     )
 
 
@@ -218,10 +285,33 @@ def _check_differentiable(model: nn.Module) -> None:
         )
 
 
+def _without_padding(run: Callable[[], Tensor], inputs: Inputs) -> tuple[Tensor, bool]:
+    """The output of a pass with zeros at padding, and whether it was NaN there.
+
+    A host may make NaN of padding that attends to nothing. It is no data; but its gradient, which is zero, would come
+    out of a product with it as NaN for all positions. So the pass runs again, and keeps zeros for its gradient there.
+    On a GPU this is not looked at, since it would have to be waited for.
+    """
+    picked = run()
+    valid = padded(picked, inputs.valid)
+    if valid is None:
+        return picked, False
+    has_nan = picked.requires_grad and not on_gpu(picked.device) and bool(picked.detach().isnan().any())
+    if has_nan:
+        with torch.autograd.graph.saved_tensors_hooks(without_nan, lambda saved: saved):
+            picked = run()
+    return zero_at_padding(picked, valid), has_nan
+
+
+def without_nan(values: Tensor) -> Tensor:
+    """The values with zeros for NaN."""
+    return values.detach().nan_to_num(0, torch.inf, -torch.inf) if values.is_floating_point() else values
+
+
 def sparse_pass(
     target: TargetModel,
     components: ParameterComponents,
-    batch: Batch,
+    batch: Batch | Inputs,
     mask: Mask,
     output: OutputFn,
     hidden: Iterable[str] = (),
@@ -235,19 +325,20 @@ def replaced_pass(
     target: TargetModel,
     names: Sequence[str],
     replaced: Intercept,
-    batch: Batch,
+    batch: Batch | Inputs,
     output: OutputFn,
     hidden: Iterable[str] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The explained output, and named hidden activations, with `replaced` in the place of the named weights."""
+    inputs = target.read(batch)
     with (
         outside_traces(target.model),
         target.intercepted(names, replaced),
         _activations(target.model, hidden) as kept,
     ):
-        picked = explained_output(output, call(target.model, batch), n_examples(batch))
+        picked, _ = _without_padding(lambda: explained_output(output, call(target.model, inputs.batch), inputs), inputs)
         _check_kept(hidden, kept)
-        return zero_at_padding(picked, real_positions(batch)), kept
+        return picked, kept
 
 
 def replace_weights(

@@ -332,16 +332,29 @@ def _spread(mask: Tensor, inner: Tensor) -> Tensor:
     return mask.to(inner.dtype).reshape(*data_points, *[1] * (inner.ndim - 1 - mask.ndim), n_components)
 
 
+def check_examples(mask: Mask, examples: int) -> None:
+    """Raises ShapeMismatch for a mask of more or fewer examples than a forward has."""
+    if len(mask) != examples:
+        raise ShapeMismatch(
+            f"The mask is {_shape(list(mask.shape[:-1]), mask.shape[-1])}, of {len(mask)} examples, but the model was "
+            f"called with {examples}. Give the mask of the batch that the model is called with."
+        )
+
+
 def _check_fits(mask: Tensor, places: torch.Size) -> None:
+    """Whoever calls the model checks the number of examples; x that all share has 1."""
     *data_points, n_components = mask.shape
-    fits = len(data_points) <= len(places) and all(
-        have == need or need == 1 for have, need in zip(data_points, places, strict=False)
+    fits = (
+        len(data_points) <= len(places)
+        and places[0] in (data_points[0], 1)
+        and tuple(data_points[1:]) == places[1 : len(data_points)]
     )
     if not fits:
         raise ShapeMismatch(
             f"The mask is {_shape(data_points, n_components)}, but a decomposed matrix was used on "
             f"{_shape(list(places), n_components)} (batch *pos C). Give the mask of the batch that the model is called "
-            "with: `batch C` for whole examples, `batch pos C` for each position."
+            "with: `batch C` for whole examples, `batch pos C` for each position. To generate with a cache, whose "
+            "forwards have the new tokens only, give `batch C`."
         )
 
 

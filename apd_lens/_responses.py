@@ -17,20 +17,13 @@ from torch import Tensor
 
 from apd_lens._artifact import UserFunction
 from apd_lens._attribution import AblationAttribution
-from apd_lens._batches import (
-    Batch,
-    joined,
-    n_examples,
-    one_pass,
-    picked_examples,
-    same_but_for_examples,
-    some_examples,
-)
+from apd_lens._batches import Batch, one_pass, same_but_for_examples
 from apd_lens._components import ParameterComponents, full_precision
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting, MissingExtra, ShapeMismatch
+from apd_lens._inputs import Inputs, joined_inputs
 from apd_lens._losses import Distance, distance_of_each
-from apd_lens._padding import Real, mean_over_positions, padded, real_positions, without_padding
+from apd_lens._padding import Real, mean_over_positions, padded, without_padding
 from apd_lens._passes import WatchedPass, replaced_pass, subtract_weights, subtract_weights_of_each
 from apd_lens._selection import K
 from apd_lens._target import evaluating
@@ -47,16 +40,21 @@ class Observed:
     """A batch, and what the target and the components make of it.
 
     Attributes:
-        batch: as the model was called with it.
+        inputs: what the model was called with.
         output: that is explained, zero at padding.
         real: False at padding.
     """
 
-    batch: Batch
+    inputs: Inputs
     output: Float[Tensor, "batch *output_pos n_outputs"]
     attributions: Float[Tensor, "batch *pos C"]
     mask: Bool[Tensor, "batch *pos C"]
     real: Real
+
+    @property
+    def batch(self) -> Batch:
+        """As the model was called with it."""
+        return self.inputs.batch
 
     def data(self, values: Tensor) -> Tensor:
         """`batch *pos C` as `data C`, without padding."""
@@ -70,7 +68,7 @@ def observe(decomposition: Decomposition, batches: Iterable[Batch], k: K | None 
 
 
 @torch.inference_mode(False)
-def observed(decomposition: Decomposition, batch: Batch, k: K | None = None) -> Observed:
+def observed(decomposition: Decomposition, batch: Batch | Inputs, k: K | None = None) -> Observed:
     """One batch, with its attributions and its mask."""
     selection, settings = decomposition._selection(batch, k), decomposition.settings
     with evaluating(decomposition.target.model):
@@ -79,7 +77,7 @@ def observed(decomposition: Decomposition, batch: Batch, k: K | None = None) -> 
         granularity = settings.selection.granularity
         attributions = settings.attribution(watched, decomposition.components, granularity, generator)
     return Observed(
-        batch=watched.run.batch,
+        inputs=watched.run.inputs,
         output=watched.output.detach(),
         attributions=attributions,
         mask=selection(attributions, watched.real),
@@ -102,7 +100,7 @@ class TopExamples:
             Where data points are examples, of the same attribution with the sum over positions left out. None where
             the matrices are used without positions, on different ones, or attributions are by ablation.
         active_positions: at which positions the component was active; None where data points are examples.
-        inputs: number of an example -> what the model is called with, a batch of this one example.
+        read: number of an example -> what the model is called with.
     """
 
     example: Int[Tensor, "C n"]
@@ -110,7 +108,12 @@ class TopExamples:
     active: Bool[Tensor, "C n"]
     positions: Float[Tensor, "C n pos"] | None
     active_positions: Bool[Tensor, "C n pos"] | None
-    inputs: Mapping[int, Batch]
+    read: Mapping[int, Inputs]
+
+    @property
+    def inputs(self) -> Mapping[int, Batch]:
+        """Number of an example -> what the model is called with, a batch of this one example."""
+        return {number: inputs.batch for number, inputs in self.read.items()}
 
     def of(self, component: int) -> list[int]:
         """The examples of one component."""
@@ -366,19 +369,14 @@ def _top_of_batch(some: Observed, first: int, n: int) -> TopExamples:
     values, order = (found[:n].mT for found in largest.sort(dim=0, descending=True, stable=True))
     components = torch.arange(len(values), device=values.device)[:, None]
     kept = order.unique().tolist()
-    batch = {first + index: _copied(some_examples(some.batch, slice(index, index + 1)), some.batch) for index in kept}
+    read = {first + index: some.inputs.picked([index]) for index in kept}
     if by_position:
         positions = attributions.flatten(1, -2)[order, :, components].cpu()
         active_positions = mask.flatten(1, -2)[order, :, components].cpu()
         active = active_positions.any(2)
     else:
         positions, active_positions, active = None, None, mask[order, components].cpu()
-    return TopExamples(order.cpu() + first, values.float().cpu(), active, positions, active_positions, batch)
-
-
-def _copied(example: Batch, batch: Batch) -> Batch:
-    """The example with copies of what was cut from the batch, which then can be forgotten; the rest is the batch's."""
-    return picked_examples(example, [0]) if n_examples(batch) > 1 else example
+    return TopExamples(order.cpu() + first, values.float().cpu(), active, positions, active_positions, read)
 
 
 def _merged(top: TopExamples, new: TopExamples, n: int) -> TopExamples:
@@ -397,14 +395,14 @@ def _merged(top: TopExamples, new: TopExamples, n: int) -> TopExamples:
         return torch.cat(both, 1).gather(1, order[:, :, None].expand(-1, -1, width))
 
     example = pick(top.example, new.example)
-    inputs = {**top.inputs, **new.inputs}
+    read = {**top.read, **new.read}
     return TopExamples(
         example=example,
         attribution=attribution,
         active=pick(top.active, new.active),
         positions=pick_rows(top.positions, new.positions, float("nan")),
         active_positions=pick_rows(top.active_positions, new.active_positions, False),
-        inputs={number: inputs[number] for number in example.unique().tolist()},
+        read={number: read[number] for number in example.unique().tolist()},
     )
 
 
@@ -416,7 +414,7 @@ class _Group:
         place: number of an example -> where it is in the batch.
     """
 
-    batch: Batch
+    inputs: Inputs
     place: dict[int, int]
 
     def places(self, numbers: Tensor) -> Int[Tensor, "..."]:
@@ -427,10 +425,10 @@ class _Group:
 
 def _groups(top: TopExamples) -> list[_Group]:
     alike: dict[Any, list[int]] = {}
-    for number, batch in top.inputs.items():
-        alike.setdefault(same_but_for_examples(batch), []).append(number)
+    for number, inputs in top.read.items():
+        alike.setdefault(same_but_for_examples(inputs.batch, inputs.of_examples), []).append(number)
     return [
-        _Group(joined([top.inputs[number] for number in numbers]), {number: i for i, number in enumerate(numbers)})
+        _Group(joined_inputs([top.read[number] for number in numbers]), {number: i for i, number in enumerate(numbers)})
         for numbers in alike.values()
     ]
 
@@ -446,14 +444,14 @@ def _attributions_of_positions(
     parts, width = [], 0
     with evaluating(decomposition.target.model):
         for group in _groups(top):
-            one = decomposition._watch(some_examples(group.batch, slice(0, 1)))
+            one = decomposition._watch(group.inputs.some(slice(0, 1)))
             positions = {call.y.shape[1:-1] for call in one.calls}
             if len(positions) != 1 or not (n_positions := next(iter(positions)).numel()) or not len(*positions):
                 return None
             places = group.places(top.example)
             at_once = max(1, memory // (8 * n_positions * components.n_components))
-            for first in range(0, n_examples(group.batch), at_once):
-                watched = decomposition._watch(some_examples(group.batch, slice(first, first + at_once)))
+            for first in range(0, group.inputs.n_examples, at_once):
+                watched = decomposition._watch(group.inputs.some(slice(first, first + at_once)))
                 generator = torch.Generator(watched.output.device).manual_seed(0)
                 found = attribution(watched, components, "position", generator).flatten(1, -2).cpu()
                 component, rank = ((places >= first) & (places < first + len(found))).nonzero(as_tuple=True)
@@ -548,7 +546,7 @@ class _Ablation:
         centred: bool,
         loss: LossFn | None,
     ) -> "_Ablation":
-        one: WatchedPass = decomposition._watch(some_examples(group.batch, slice(0, 1)))
+        one: WatchedPass = decomposition._watch(group.inputs.some(slice(0, 1)))
         factors = sum(factor[0].numel() * factor.element_size() for factor in components.parameters())
         return _Ablation(
             decomposition=decomposition,
@@ -576,14 +574,14 @@ class _Ablation:
         at_once = max(1, memory // self.bytes_each)
         for c, r in zip(component.split(at_once), rank.split(at_once), strict=True):
             distinct, which = places[c, r].unique(return_inverse=True)
-            batch = picked_examples(self.group.batch, places[c, r].tolist())
-            whole = self.output(picked_examples(self.group.batch, distinct.tolist()), [])[which.to(device)]
-            without = self.output(batch, (c + first).tolist())
-            of_each = torch.stack(self.measured(batch, whole, without), 1)
+            inputs = self.group.inputs.picked(places[c, r].tolist())
+            whole = self.output(self.group.inputs.picked(distinct.tolist()), [])[which.to(device)]
+            without = self.output(inputs, (c + first).tolist())
+            of_each = torch.stack(self.measured(inputs, whole, without), 1)
             change = (whole - without).flatten(1, -2) if whole.ndim > 2 else (whole - without)[:, None]
             if self.centred:
                 change = change - change.mean(-1, keepdim=True)
-            counted = self.counted(top, c + first, r, change, real_positions(batch))
+            counted = self.counted(top, c + first, r, change, inputs.valid)
             c = c.to(device)
             numbers.index_add_(0, c, of_each.to(numbers))
             with full_precision():
@@ -591,18 +589,18 @@ class _Ablation:
             weights.index_add_(0, c, counted.sum(1).to(weights))
         return numbers, effects, weights
 
-    def output(self, batch: Batch, chosen: list[int]) -> Float[Tensor, "pairs *pos n_outputs"]:
+    def output(self, inputs: Inputs, chosen: list[int]) -> Float[Tensor, "pairs *pos n_outputs"]:
         """The explained output without the chosen component of each example; with none chosen, of the target."""
         components, output = self.components, self.decomposition.output
         assert output is not None  # `_watch` has said so
         of_pairs = components.picked(chosen)
         of_each = subtract_weights_of_each(of_pairs, slice(None), None, 1)
         replaced = of_each if chosen else subtract_weights(of_pairs, [])
-        return replaced_pass(self.decomposition.target, components.names, replaced, batch, output)[0].float()
+        return replaced_pass(self.decomposition.target, components.names, replaced, inputs, output)[0].float()
 
-    def measured(self, batch: Batch, whole: Tensor, without: Tensor) -> list[Float[Tensor, " pairs"]]:
+    def measured(self, inputs: Inputs, whole: Tensor, without: Tensor) -> list[Float[Tensor, " pairs"]]:
         """Root mean square of the change, the distance and the rise of the loss, of each pair."""
-        real = padded(whole, real_positions(batch))
+        real = padded(whole, inputs.valid)
         change = whole - without
         if self.centred:
             change = change - change.mean(-1, keepdim=True)
@@ -610,7 +608,7 @@ class _Ablation:
         distance = distances(whole, without, self.distance, real)
         rise = torch.zeros_like(distance)
         if self.loss is not None:
-            rise = self.loss(batch, without) - self.loss(batch, whole)
+            rise = self.loss(inputs.batch, without) - self.loss(inputs.batch, whole)
             if rise.shape != distance.shape:
                 raise ShapeMismatch(
                     f"Expected loss to give one scalar an example, shape ({len(distance)},), got {tuple(rise.shape)} "

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from apd_lens._attribution import AblationAttribution, Attribution, GradientAttribution
-from apd_lens._batches import Batch, replicated, stream
+from apd_lens._batches import Batch, stream
 from apd_lens._components import ParameterComponents
 from apd_lens._decompose import (
     Seen,
@@ -35,6 +35,7 @@ from apd_lens._decompose import (
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting, UnsupportedModel
 from apd_lens._finite import raise_first
+from apd_lens._inputs import Inputs
 from apd_lens._losses import Losses, path_mask
 from apd_lens._padding import without_padding
 from apd_lens._passes import OutputFn, WatchedPass, default_output, replace_weights_of_each, replaced_pass
@@ -117,7 +118,7 @@ def step_seeds(state: SeedsState, batch: Batch) -> tuple[SeedsState, list[StepIn
         attributions = _attributions(state, watched)
         selection = settings.selection.at(progress, batch)
         mask = torch.stack([selection(of_seed, watched.real) for of_seed in attributions])
-        terms = _loss_terms(state, seen.on_device, watched, mask)
+        terms = _loss_terms(state, watched, mask)
         loss = weighted_sum(settings.losses, terms, progress)
         _check_finite(state, terms)
         rate = update(
@@ -272,7 +273,7 @@ def _attributions(state: SeedsState, watched: WatchedPass) -> Float[Tensor, "S b
 
 
 def _loss_terms(
-    state: SeedsState, batch: Batch, watched: WatchedPass, mask: Bool[Tensor, "S batch *pos C"]
+    state: SeedsState, watched: WatchedPass, mask: Bool[Tensor, "S batch *pos C"]
 ) -> dict[str, Float[Tensor, " S"]]:
     """Of each seed, from one pass of the model for all seeds and masks."""
     first, n_seeds = state.singles[0], len(state.singles)
@@ -283,7 +284,7 @@ def _loss_terms(
             path_mask(of_seed, single.device_generator) for of_seed, single in zip(mask, state.singles, strict=True)
         ]
         masks["path"] = torch.stack(drawn)
-    outputs, hidden = _passes(state, batch, masks)
+    outputs, hidden = _passes(state, watched.run.inputs, masks)
     A, B = (
         {name: factor.unflatten(0, (n_seeds, -1)) for name, factor in factors.items()}
         for factors in (state.components.A, state.components.B)
@@ -310,7 +311,7 @@ def _at(values: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
 
 
 def _passes(
-    state: SeedsState, batch: Batch, masks: Mapping[str, Float[Tensor, "S batch *pos C"]]
+    state: SeedsState, inputs: Inputs, masks: Mapping[str, Float[Tensor, "S batch *pos C"]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The explained output `S batch *pos n_outputs` under each of the masks, and the hidden activations under the
     first, in one pass of the model."""
@@ -321,7 +322,7 @@ def _passes(
         first.target,
         first.components.names,
         replaced,
-        replicated(batch, n_replicates),
+        inputs.replicated(n_replicates),
         first.output,
         first.settings.losses.hidden_at,
     )
@@ -345,7 +346,11 @@ def _check_replicated(state: SeedsState, seen: Seen) -> None:
     n = len(state.singles) * (1 + bool(first.settings.losses.path))
     try:
         output, _ = replaced_pass(
-            first.target, [], lambda use, x, original, bias: original(), replicated(seen.on_device, n), first.output
+            first.target,
+            [],
+            lambda use, x, original, bias: original(),
+            seen.watched.run.inputs.replicated(n),
+            first.output,
         )
         difference = (output.unflatten(0, (n, -1)) - expected).abs().max()
     except Exception as error:

@@ -18,12 +18,22 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from apd_lens._batches import Batch, call, on_device
 from apd_lens._block import Block, Part, Together
 from apd_lens._bypass import Bypasses
 from apd_lens._errors import AlreadyActive, ApdError, ArtifactError, SiteNotCalled, UnknownWeight, UnsupportedModel
 from apd_lens._fingerprints import Fingerprints
+from apd_lens._inputs import Inputs, ValidFn, n_examples, read_batch
 from apd_lens._owner import Owner
-from apd_lens._patch import NotBehindATrace, Patch, PatchedForward, Uncompiled, in_nnsight_trace, is_patched
+from apd_lens._patch import (
+    NotBehindATrace,
+    Patch,
+    PatchedForward,
+    Uncompiled,
+    in_nnsight_trace,
+    is_patched,
+    outside_traces,
+)
 from apd_lens._table import table
 
 
@@ -240,6 +250,8 @@ class TargetModel:
         prepare: makes what `model` is called with of what the user gives for a batch (tokens of text).
         biases: whether biases are decomposed, each as the last row of its matrix. Always on all the same are those of
             tied matrices, where each use has a bias of its own, and those that two matrices share.
+        valid: batch, as `model` is called with it -> which positions of the explained output are data, bool `batch
+            pos`; None for what the batch's masks of attention say.
     """
 
     def __init__(
@@ -249,12 +261,14 @@ class TargetModel:
         untied: Iterable[str] = (),
         prepare: Callable[[Any], Any] = lambda batch: batch,
         biases: bool = False,
+        valid: ValidFn | None = None,
     ):
         self.model = model
         self.adapter = adapter
         self.prepare = prepare
         self.biases = biases
         self.fingerprints = Fingerprints()
+        self.valid = valid
         self._untied = tuple(untied)
         self._looked_at: set[Any] = set()
         matrices = list(adapter.matrices(model))
@@ -332,7 +346,7 @@ class TargetModel:
         for name in names:
             if name not in tied:
                 raise UnknownWeight(f"{name!r} is not tied to another matrix. Tied are: {sorted(tied) or 'none'}.")
-        return TargetModel(self.model, self.adapter, names, self.prepare, self.biases)
+        return TargetModel(self.model, self.adapter, names, self.prepare, self.biases, self.valid)
 
     def with_biases(self, biases: bool = True) -> "TargetModel":
         """The same model with biases decomposed, as `apd_lens.wrap(model, biases=True)` gives it, or without.
@@ -340,9 +354,32 @@ class TargetModel:
         Raises:
             UnsupportedModel: there are none that can be.
         """
-        return TargetModel(self.model, self.adapter, self._untied, self.prepare, biases)
+        return TargetModel(self.model, self.adapter, self._untied, self.prepare, biases, self.valid)
 
-    def intercepted(self, names: Iterable[str], intercept: Intercept, observed: Iterable[str] = ()) -> Block:
+    def with_valid(self, valid: ValidFn) -> "TargetModel":
+        """The same model with a function that says which positions of the explained output are data."""
+        return TargetModel(self.model, self.adapter, self._untied, self.prepare, self.biases, valid)
+
+    def read(self, batch: Batch | Inputs, device: torch.device | None = None) -> Inputs:
+        """A batch as the model is called with it, on a device, and what is to be known of it."""
+        if isinstance(batch, Inputs):
+            return batch
+        batch = self.prepare(batch)
+        batch = batch if device is None else on_device(batch, device)
+        return read_batch(batch, self.model, self.valid, self._outputs)
+
+    @torch.no_grad()
+    def _outputs(self, batch: Batch) -> Any:
+        with evaluating(self.model), outside_traces(self.model):
+            return call(self.model, batch)
+
+    def intercepted(
+        self,
+        names: Iterable[str],
+        intercept: Intercept,
+        observed: Iterable[str] = (),
+        check_examples: Callable[[int], None] | None = None,
+    ) -> Block:
         """Inside, every use of the named matrices in a forward of the user's model goes through `intercept`.
 
         Other threads run the plain model meanwhile, see `Owner`. What torch.compile has compiled of the model runs
@@ -350,6 +387,7 @@ class TargetModel:
 
         Args:
             observed: further matrices whose uses do, but which a forward may go past.
+            check_examples: called at each use with the number of examples in the forward that is running.
 
         Raises:
             AlreadyActive: the model is intercepted already; in a forward: see `Owner.runs`.
@@ -367,6 +405,9 @@ class TargetModel:
 
         def at_use(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
             forward.called.add(use.site)
+            if check_examples is not None and forward.examples is not None:
+                # A host may add the batch axis.
+                check_examples(1 if forward.input_axes == 1 and len(x) == 1 else forward.examples)
             bypasses.compare(use, x, original, bias)
             if use.matrix in with_bias:
                 if bias is None:
@@ -391,6 +432,7 @@ class TargetModel:
         def at_root(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             forward.called.clear()
             forward.shared.clear()
+            forward.examples = n_examples(args, kwargs, model)
             forward.input_axes = max(
                 (value.ndim for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), default=0
             )
@@ -437,7 +479,7 @@ class TargetModel:
         model = memo.setdefault(id(self.model), self.model)
         if model is self.model:
             return self
-        return TargetModel(model, self.adapter, self._untied, self.prepare, self.biases)
+        return TargetModel(model, self.adapter, self._untied, self.prepare, self.biases, self.valid)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise ArtifactError(
@@ -509,12 +551,14 @@ class _Forward(threading.local):
         called: sites that it has come to.
         shared: uses whose y all examples shared, and that got one of each.
         input_axes: the most axes that one of its inputs has.
+        examples: how many it has; None where that cannot be told.
     """
 
     def __init__(self) -> None:
         self.called: set[str] = set()
         self.shared: list[str] = []
         self.input_axes = 0
+        self.examples: int | None = None
 
 
 def evaluating(model: nn.Module) -> Block:

@@ -21,6 +21,7 @@ from apd_lens._components import ParameterComponents, full_precision, singular_v
 from apd_lens._components import effective_rank as _effective_rank
 from apd_lens._decomposition import Decomposition, ready
 from apd_lens._errors import InvalidSetting, ShapeMismatch
+from apd_lens._inputs import Inputs
 from apd_lens._losses import distance_of_each, kl_divergence
 from apd_lens._padding import Real, mean_over_positions
 from apd_lens._passes import check_finite_output, sparse_pass, watched_pass
@@ -344,22 +345,22 @@ def ablation_path_audit(
 def _errors_of(decomposition: Decomposition, batch: Batch, mask: Mask) -> Callable[[Tensor], Tensor]:
     """A function γ -> the error of each example, `batch`, of the output on Σ_c γ_c P_c."""
     target, components = decomposition.target, decomposition.components
-    batch, output = ready(decomposition, batch, "ablation_path_audit")
+    inputs, output = ready(decomposition, batch, "ablation_path_audit")
     with evaluating(target.model):
-        watched = watched_pass(target, components.names, batch, output)
-    check_finite_output(watched.output, "ablation_path_audit")
+        watched = watched_pass(target, components.names, inputs, output)
+    check_finite_output(watched.output, "ablation_path_audit", watched)
     examples, n_components = len(watched.output), components.n_components
     if len(mask) != examples or mask.shape[-1] != n_components:
         raise ShapeMismatch(
             f"Expected a mask of shape ({examples}, {n_components}) or ({examples}, pos, {n_components}) for this "
             f"batch, got {tuple(mask.shape)}."
         )
-    return partial(_errors_under, decomposition, batch, watched.output.detach(), watched.real)
+    return partial(_errors_under, decomposition, inputs, watched.output.detach(), watched.real)
 
 
 def _errors_under(
     decomposition: Decomposition,
-    batch: Batch,
+    inputs: Inputs,
     target_output: Float[Tensor, "batch *pos n_outputs"],
     real: Real,
     gamma: Float[Tensor, "batch *mask_pos C"],
@@ -367,7 +368,7 @@ def _errors_under(
     target, distance = decomposition.target, decomposition.settings.losses.distance
     assert decomposition.output is not None
     with evaluating(target.model):
-        output, _ = sparse_pass(target, decomposition.components, batch, gamma, decomposition.output)
+        output, _ = sparse_pass(target, decomposition.components, inputs, gamma, decomposition.output)
     output, target_output = output.to(gamma.dtype), target_output.to(gamma.dtype)  # float32 or better
     return mean_over_positions(distance_of_each(target_output, output, distance), real)
 

@@ -26,7 +26,7 @@ from apd_lens._decomposition import Decomposition, ready
 from apd_lens._errors import ArtifactError, InvalidBatches, InvalidSetting, NonFinite
 from apd_lens._files import user_path
 from apd_lens._losses import distance_of_each
-from apd_lens._padding import Real, mean_over_positions, one_row, real_positions, without_padding, zero_at_padding
+from apd_lens._padding import Real, mean_over_positions, one_row, without_padding, zero_at_padding
 from apd_lens._passes import check_finite_output, replaced_pass, sparse_pass, subtract_weights
 from apd_lens._responses import add_coactivation
 from apd_lens._selection import BatchTopK, K, Lp, TopK, check_k, with_k
@@ -289,7 +289,7 @@ def _rarest(
 
 
 def _attributed(decomposition: Decomposition, batch: Batch) -> tuple[Float[Tensor, "batch *pos C"], Real]:
-    return decomposition.attributions(batch), real_positions(decomposition.target.prepare(batch))
+    return decomposition._attributed(batch)
 
 
 @torch.no_grad()

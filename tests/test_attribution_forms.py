@@ -18,10 +18,11 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import apd_lens as apd
 from apd_lens._attribution import Attribution
-from apd_lens._batches import call, replicated, some_examples
+from apd_lens._batches import call
 from apd_lens._components import ParameterComponents
+from apd_lens._inputs import read_batch
 from apd_lens._jacobian import one_hot_cotangents
-from apd_lens._padding import real_positions, zero_at_padding
+from apd_lens._padding import zero_at_padding
 from apd_lens._passes import watched_pass
 
 GRANULARITIES = ("example", "position")
@@ -98,7 +99,7 @@ def host(name: str, granularity: Any = "example", **options: Any) -> tuple[apd.D
 
 def brute_force(decomposition: apd.Decomposition, batch: Any) -> Tensor:
     """Each component (at each position) taken out alone, in a forward of its own."""
-    target, real = decomposition.target, real_positions(batch)
+    target, real = decomposition.target, read_batch(batch).valid
     n_components, granularity = decomposition.components.n_components, decomposition.settings.selection.granularity
 
     def output() -> Tensor:
@@ -310,12 +311,12 @@ def test_settings_that_cannot_work_are_refused(make, message):
 def test_a_batch_is_replicated_where_it_has_an_entry_for_each_example():
     tokens, scale = torch.arange(6).view(3, 2), torch.tensor(2.0)
     batch = {"tokens": tokens, "scale": scale, "positions": torch.arange(2), "flag": True}
-    twice = replicated(batch, 2)
+    twice = read_batch(batch).replicated(2).batch
     assert torch.equal(twice["tokens"], torch.cat([tokens, tokens]))
     assert all(twice[name] is batch[name] for name in ("scale", "positions", "flag"))
-    assert torch.equal(replicated((tokens, scale), 3)[0], tokens.repeat(3, 1))
-    assert replicated(["a", "b"], 2) == ["a", "b", "a", "b"]
-    assert torch.equal(some_examples(replicated(tokens, 4), slice(3, 6)), tokens)
+    assert torch.equal(read_batch((tokens, scale)).replicated(3).batch[0], tokens.repeat(3, 1))
+    assert read_batch(["a", "b"]).replicated(2).batch == ["a", "b", "a", "b"]
+    assert torch.equal(read_batch(tokens).replicated(4).some(slice(3, 6)).batch, tokens)
 
 
 def test_ablations_run_as_few_passes():

@@ -12,7 +12,8 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import apd_lens as apd
 from apd_lens._batches import call
-from apd_lens._padding import real_positions, zero_at_padding
+from apd_lens._inputs import read_batch
+from apd_lens._padding import zero_at_padding
 from apd_lens._passes import watched_pass
 
 HOST = "HookedTransformer"
@@ -234,7 +235,7 @@ class TestPadded(HookedTransformerContract):
     def test_watching_is_bit_for_bit_the_target(self, target):
         batch = self.batch(3)
         watched = watched_pass(target, list(target.weights), batch, self.output)
-        assert torch.equal(watched.output, zero_at_padding(self._run(target, batch), real_positions(batch)))
+        assert torch.equal(watched.output, zero_at_padding(self._run(target, batch), read_batch(batch).valid))
 
     def test_y_is_x_times_w(self, target):
         """But for padding, where y of W_pos is 0."""

@@ -11,7 +11,7 @@ from toy_models import decomposition_of, tiny_gpt2, tiny_llama
 
 import apd_lens as apd
 from apd_lens._attribution import Attribution
-from apd_lens._padding import document_lengths, real_positions
+from apd_lens._inputs import read_batch
 
 # The documents of two rows of 8, the first without padding.
 LENGTHS = ((5, 3), (2, 1, 4))
@@ -56,7 +56,7 @@ def one_by_one() -> dict[str, Tensor]:
 
 def of_documents(values: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """Of all real positions, document after document."""
-    real = real_positions(batch)
+    real = read_batch(batch).valid
     assert real is not None and int(real.sum()) == sum(map(sum, LENGTHS))  # noqa: PT018
     return values[real]
 
@@ -117,14 +117,16 @@ def test_documents_that_see_each_other_are_not_apart():
 def test_lengths_of_documents_and_padding_are_read_off_the_mask(dtype: torch.dtype):
     batch = packed(dtype=dtype)
     expected = torch.tensor([[5, 5, 5, 5, 5, 3, 3, 3], [2, 2, 1, 4, 4, 4, 4, 0]])
-    assert torch.equal(document_lengths(batch), expected)
-    assert torch.equal(real_positions(batch), expected > 0)
-    assert torch.equal(document_lengths(packed(apart=False, dtype=dtype)), torch.tensor([[8] * 8, [7] * 7 + [0]]))
+    assert torch.equal(read_batch(batch).document_lengths, expected)
+    assert torch.equal(read_batch(batch).valid, expected > 0)
+    assert torch.equal(
+        read_batch(packed(apart=False, dtype=dtype)).document_lengths, torch.tensor([[8] * 8, [7] * 7 + [0]])
+    )
     shared = {**batch, "attention_mask": batch["attention_mask"][:1]}
-    assert torch.equal(document_lengths(shared), expected[:1].expand(2, -1))
+    assert torch.equal(read_batch(shared).document_lengths, expected[:1].expand(2, -1))
     window = batch["attention_mask"][:, 0].clone()  # each attends to itself and the one before
     window[:, torch.ones(WIDTH, WIDTH).tril(-2).bool()] = False if dtype == torch.bool else torch.finfo(dtype).min
-    assert torch.equal(document_lengths({**batch, "attention_mask": window}), expected)
+    assert torch.equal(read_batch({**batch, "attention_mask": window}).document_lengths, expected)
 
 
 def test_padding_may_attend_to_others_and_stand_anywhere():
@@ -132,9 +134,9 @@ def test_padding_may_attend_to_others_and_stand_anywhere():
     attention_mask = torch.tensor([[0, 1, 0, 1, 1, 0]])
     expanded = (attention_mask.bool()[:, None, None] & torch.ones(6, 6, dtype=torch.bool).tril()).expand(1, 1, 6, 6)
     batch = {"input_ids": torch.zeros(1, 6, dtype=torch.long), "attention_mask": expanded}
-    assert torch.equal(real_positions(batch), attention_mask.bool())
-    assert document_lengths(batch).tolist() == [[0, 3, 3, 3, 3, 0]]
-    assert document_lengths({**batch, "attention_mask": attention_mask}) is None
+    assert torch.equal(read_batch(batch).valid, attention_mask.bool())
+    assert read_batch(batch).document_lengths.tolist() == [[0, 3, 3, 3, 3, 0]]
+    assert read_batch({**batch, "attention_mask": attention_mask}).document_lengths is None
 
 
 def test_minus_infinity_in_a_mask_is_no_error():

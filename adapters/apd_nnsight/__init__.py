@@ -9,6 +9,7 @@ from typing import Any
 
 import apd_lens as apd
 from apd_lens import MissingExtra, TargetModel, UnsupportedModel
+from apd_lens._batches import are_texts
 
 try:
     from nnsight import Envoy
@@ -44,8 +45,8 @@ def wrap(model: Any) -> TargetModel:
 
 def _model_inputs(model: Envoy, batch: Any) -> Any:
     """What a trace calls the module with: a TransformersModel takes text and makes tokens of it."""
-    texts = batch if isinstance(batch, list) else [batch]
-    if not hasattr(type(model), "_call") or not all(isinstance(text, str) for text in texts):
+    if not hasattr(type(model), "_call") or not (isinstance(batch, str) or are_texts(batch)):
         return batch
+    batch = batch if isinstance(batch, str) else list(batch)
     _, inputs = model._batch([((batch,), {})], model._call)
     return inputs

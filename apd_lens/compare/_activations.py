@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from apd_lens._batches import Batch, on_device
+from apd_lens._batches import Batch
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidBatches, InvalidSetting, ShapeMismatch
 from apd_lens._padding import Real, padded, without_padding
@@ -218,10 +218,10 @@ def _data_points(
 ) -> tuple[Bool[Tensor, "data C"], Float[Tensor, "data C"], Float[Tensor, "data latents"]]:
     """Mask, attributions and latents of the data points of a batch that are no padding."""
     target = decomposition.target
-    batch = on_device(target.prepare(batch), next(decomposition.components.parameters()).device)
+    inputs = decomposition.read(batch)
     with reading(target.model, [dictionary.site]) as activations:
-        attributions, real = decomposition._attributed(batch)
-    mask = decomposition._selection(batch, k)(attributions, real)
+        attributions, real = decomposition._attributed(inputs)
+    mask = decomposition._selection(inputs.batch, k)(attributions, real)
     latents = dictionary.encode(activations[dictionary.site])
     latents = of_data_points(latents, attributions, real, decomposition.settings.selection.granularity, pool)
     mask, attributions, latents = (without_padding(each, real).flatten(0, -2) for each in (mask, attributions, latents))

@@ -29,9 +29,10 @@ from apd_lens._checks import checked
 from apd_lens._components import ParameterComponents, random_components, singular_values, sum_of_components
 from apd_lens._decomposition import Chosen, Decomposition, check_fits, numbers_of, ready
 from apd_lens._errors import InvalidSetting
+from apd_lens._inputs import Inputs
 from apd_lens._losses import Distance, distance_of_each
-from apd_lens._padding import Real, one_row, real_positions, without_padding
-from apd_lens._passes import check_finite_output, replaced_pass, subtract_weights
+from apd_lens._padding import Real, one_row, without_padding
+from apd_lens._passes import OutputFn, check_finite_output, replaced_pass, subtract_weights
 from apd_lens._table import table
 from apd_lens._target import Use, evaluating
 
@@ -192,8 +193,9 @@ def _measured(
     before: list[Tensor] = []
     after: list[Tensor] = []
     for batch in one_pass(batches):
-        run = _runner(decomposition, batch)
-        full, real = run(None), real_positions(decomposition.target.prepare(batch))
+        inputs, output_of = ready(decomposition, batch, "edit_effects")
+        run = _runner(decomposition, inputs, output_of)
+        full, real = run(None), inputs.valid
         check_finite_output(full, "edit_effects")
         outputs = (run(edit) for edit in edits)
         distances, metrics = [], []
@@ -212,16 +214,15 @@ def _measured(
     )
 
 
-def _runner(decomposition: Decomposition, batch: Batch) -> Callable[[_Edit | None], Tensor]:
+def _runner(decomposition: Decomposition, inputs: Inputs, output_of: OutputFn) -> Callable[[_Edit | None], Tensor]:
     """A function edit -> the explained output on a batch, in float32 or better; of None the target's."""
     target = decomposition.target
-    batch, output_of = ready(decomposition, batch, "edit_effects")
 
     def run(edit: _Edit | None) -> Tensor:
         components = decomposition.components if edit is None else edit.components
         intercept = subtract_weights(components, [] if edit is None else edit.chosen)
         with evaluating(target.model):
-            output, _ = replaced_pass(target, components.names, intercept, batch, output_of)
+            output, _ = replaced_pass(target, components.names, intercept, inputs, output_of)
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
     return run
@@ -342,18 +343,19 @@ def _second_moments(decomposition: Decomposition, batches: Iterable[Batch]) -> d
     sums: dict[str, Tensor] = {}
     n_rows = dict.fromkeys(names, 0)
     for batch in one_pass(batches):
-        real = real_positions(target.prepare(batch))
+        inputs, output = ready(decomposition, batch, "edit_effects")
 
-        def keep(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None, real: Real = real) -> Tensor:
+        def keep(
+            use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None, real: Real = inputs.valid
+        ) -> Tensor:
             if use.transposed == turned[use.matrix]:
                 added, n = _squares(use, x, len(weights[use.matrix].value()), real)
                 sums[use.matrix] = sums[use.matrix] + added if use.matrix in sums else added
                 n_rows[use.matrix] += n
             return original()
 
-        ready_batch, output = ready(decomposition, batch, "edit_effects")
         with evaluating(target.model):
-            replaced_pass(target, names, keep, ready_batch, output)
+            replaced_pass(target, names, keep, inputs, output)
     return {name: total / max(n_rows[name], 1) for name, total in sums.items()}
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from apd_lens._ascent import ascend, harder
 from apd_lens._attribution import metric_scalars
-from apd_lens._batches import Batch, check_finite, n_examples, on_device, one_pass
+from apd_lens._batches import Batch, one_pass
 from apd_lens._decomposition import Decomposition, check_fits
 from apd_lens._errors import InvalidSetting, ShapeMismatch, UnsupportedModel
-from apd_lens._padding import real_positions, without_padding
+from apd_lens._inputs import Inputs, check_finite
+from apd_lens._padding import without_padding
 from apd_lens._passes import OutputFn, replace_weights, replaced_pass
 from apd_lens._target import Intercept, TargetModel, Units, Use, evaluating
 from apd_lens.compare._architecture import (
@@ -173,11 +174,11 @@ def faithfulness_curve(
     shuffles = [torch.rand(n_units, generator=generator, dtype=torch.float32, device="cpu") for _ in range(n_draws)]
     n_data = 0
     for batch in one_pass(batches):
-        batch = gates.prepared(batch)
+        inputs = gates.read(batch)
         given = mean_scores if scores is None else scores(batch) if callable(scores) else scores
-        order = _order(given, n_examples(batch), n_units, gates.device)
-        shuffled = [_order(shuffle, n_examples(batch), n_units, gates.device) for shuffle in shuffles]
-        metric_under = partial(gates.metric, batch, metric)
+        order = _order(given, inputs.n_examples, n_units, gates.device)
+        shuffled = [_order(shuffle, inputs.n_examples, n_units, gates.device) for shuffle in shuffles]
+        metric_under = partial(gates.metric, inputs, metric)
         for index, size in enumerate(sizes):
             own, random, worst = _three_maskings(
                 metric_under, _first(order, size), sign, n_draws, ascent_steps, generator
@@ -187,7 +188,7 @@ def faithfulness_curve(
             values = {"own": own, "random": random, "worst": worst, "shuffled": torch.stack(nulls).mean(0)}
             for name, value in values.items():
                 totals[name][index] += value.double().sum().cpu()
-        n_data += n_examples(batch)
+        n_data += inputs.n_examples
     recovered = {name: ((total / n_data - none) / (model - none)).float() for name, total in totals.items()}
     return FaithfulnessCurve(unit, gates.names, torch.tensor(sizes, device="cpu"), **recovered, model=model, none=none)
 
@@ -253,13 +254,14 @@ def _whole(gates: "_Gates", batches: Iterable[Batch], metric: Metric, score: boo
     model, none, n_data = 0.0, 0.0, 0
     scores = torch.zeros(len(gates.names), device=gates.device, dtype=torch.float32)
     for batch in one_pass(batches):
-        batch, n = gates.prepared(batch), n_examples(batch)
+        inputs = gates.read(batch)
+        n = inputs.n_examples
         off = torch.zeros(n, len(gates.names), device=gates.device, dtype=torch.float32)
         with torch.no_grad():
-            model += gates.metric(batch, metric, None).double().sum().item()
-            none += gates.metric(batch, metric, off).double().sum().item()
+            model += gates.metric(inputs, metric, None).double().sum().item()
+            none += gates.metric(inputs, metric, off).double().sum().item()
         if score:
-            scores += gates.attributions(batch, metric).abs().sum(0)
+            scores += gates.attributions(inputs, metric).abs().sum(0)
         n_data += n
     return model / n_data, none / n_data, scores / n_data
 
@@ -281,26 +283,26 @@ class _Gates:
     matrices: list[str]
     replaced: Callable[[Tensor], Intercept]
 
-    def prepared(self, batch: Batch) -> Batch:
+    def read(self, batch: Batch) -> Inputs:
         """What the model is called with, on its device."""
-        batch = self.target.prepare(batch)
-        check_finite(batch, "faithfulness_curve")
-        return on_device(batch, self.device)
+        inputs = self.target.read(batch, self.device)
+        check_finite(inputs, "faithfulness_curve")
+        return inputs
 
-    def metric(self, batch: Batch, metric: Metric, gamma: Tensor | None) -> Float[Tensor, " batch"]:
+    def metric(self, inputs: Inputs, metric: Metric, gamma: Tensor | None) -> Float[Tensor, " batch"]:
         """The metric of each example with the units on to γ; None for the model as it is."""
         replaced = _pass if gamma is None else self.replaced(gamma)
         with evaluating(self.target.model):
-            output, _ = replaced_pass(self.target, self.matrices, replaced, batch, self.output)
-        return metric_scalars(metric_on(metric, batch), output)
+            output, _ = replaced_pass(self.target, self.matrices, replaced, inputs, self.output)
+        return metric_scalars(metric_on(metric, inputs.batch), output)
 
-    def attributions(self, batch: Batch, metric: Metric) -> Float[Tensor, "batch units"]:
+    def attributions(self, inputs: Inputs, metric: Metric) -> Float[Tensor, "batch units"]:
         """∂metric/∂γ with all units on."""
         with torch.enable_grad():
             gamma = torch.ones(
-                n_examples(batch), len(self.names), device=self.device, requires_grad=True, dtype=torch.float32
+                inputs.n_examples, len(self.names), device=self.device, requires_grad=True, dtype=torch.float32
             )
-            return torch.autograd.grad(self.metric(batch, metric, gamma).sum(), gamma)[0]
+            return torch.autograd.grad(self.metric(inputs, metric, gamma).sum(), gamma)[0]
 
 
 def _component_gates(decomposition: Decomposition) -> _Gates:
@@ -370,8 +372,8 @@ def _means(gates: _Gates, batches: Iterable[Batch]) -> dict[str, Float[Tensor, "
     counts = {name: torch.zeros_like(some) for name, some in sums.items()}
 
     for batch in one_pass(batches):
-        batch = gates.prepared(batch)
-        real = real_positions(batch)
+        inputs = gates.read(batch)
+        real = inputs.valid
 
         def watch(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
             rows = without_padding(x, real).reshape(-1, x.shape[-1])  # noqa: B023
@@ -380,7 +382,7 @@ def _means(gates: _Gates, batches: Iterable[Batch]) -> dict[str, Float[Tensor, "
             return original()
 
         with evaluating(gates.target.model):
-            replaced_pass(gates.target, gates.matrices, watch, batch, gates.output)
+            replaced_pass(gates.target, gates.matrices, watch, inputs, gates.output)
     return {name: sums[name] / counts[name] for name in sums}
 
 

@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
-from apd_lens._batches import Batch, on_device, one_pass
+from apd_lens._batches import Batch, one_pass
 from apd_lens._components import ParameterComponents, random_components
 from apd_lens._decomposition import Decomposition, check_fits
 from apd_lens._errors import InvalidSetting
-from apd_lens._padding import real_positions, without_padding
+from apd_lens._padding import without_padding
 from apd_lens._target import Units
 from apd_lens.compare._architecture import Level, Metric, as_text, attribution_map, metric_on, weight_map
 from apd_lens.compare._circuits import Circuit, node
@@ -299,9 +299,9 @@ def _what_matters(
     """Importance, the components that matter, and the shares of their attribution."""
     total, n_data = torch.zeros(decomposition.components.n_components, dtype=torch.float64, device="cpu"), 0
     for batch in one_pass(batches):
-        ready = on_device(decomposition.target.prepare(batch), next(decomposition.components.parameters()).device)
-        attributions = decomposition.attributions(batch, None if metric is None else metric_on(metric, ready))
-        sizes = without_padding(attributions, real_positions(ready)).abs().flatten(0, -2)
+        inputs = decomposition.read(batch)
+        attributions = decomposition.attributions(inputs, None if metric is None else metric_on(metric, inputs.batch))
+        sizes = without_padding(attributions, inputs.valid).abs().flatten(0, -2)
         total += sizes.double().sum(0).cpu()
         n_data += len(sizes)
     importance = (total / n_data).float()

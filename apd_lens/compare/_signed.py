@@ -13,6 +13,7 @@ from apd_lens._batches import Batch, one_pass
 from apd_lens._components import ParameterComponents
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting
+from apd_lens._padding import Valid, padded
 from apd_lens._passes import WatchedPass, replaced_pass, subtract_weights
 from apd_lens._target import evaluating
 from apd_lens.compare._architecture import Metric, as_text, metric_on
@@ -25,7 +26,7 @@ class SignedAttributions:
     Attributes:
         attribution: mean over examples; positive where the component raises the metric.
         by_position: the part of `attribution` that comes in at each position; None where matrices are not all used on
-            `batch pos`. Of examples of other lengths, the mean over those that have the position.
+            `batch pos`. Padding left out, and the mean over examples that are long enough.
         ablation: m(W) − m(W − P_c), the true change on taking out one component, mean over examples.
         change: m(W) − m(W − Σ_c P_c), the true change on taking out all of them, which `attribution` should sum to.
     """
@@ -116,11 +117,8 @@ def signed_attributions(
         change += lost_with_all
         n_data += len(effects)
         if has_positions:
-            summed = effects.sum(0)
-            by_position, counts = (
-                _added(by_position, summed),
-                _added(counts, torch.full_like(summed[:, :1], len(effects))),
-            )
+            summed, n_there = _over_examples(effects, padded(effects, watched.real))
+            by_position, counts = _added(by_position, summed), _added(counts, n_there)
             effects = effects.sum(1)
         attribution += effects.sum(0)
     return SignedAttributions(
@@ -134,6 +132,19 @@ def signed_attributions(
 def _on_positions(watched: WatchedPass) -> bool:
     """Whether all matrices are used on the same `batch pos`."""
     return len({call.y.shape[1:-1] for call in watched.calls}) == 1 and watched.calls[0].y.ndim == 3
+
+
+def _over_examples(
+    effects: Float[Tensor, "batch pos C"], valid: Valid
+) -> tuple[Float[Tensor, "longest C"], Float[Tensor, "longest 1"]]:
+    """Sums over the examples that have a position, counted from the first that is data, and how many these are."""
+    if valid is None:
+        return effects.sum(0), torch.full_like(effects[0, :, :1], len(effects))
+    valid, order = valid.cpu().sort(dim=1, descending=True, stable=True)
+    effects = effects.gather(1, order[..., None].expand_as(effects)) * valid[..., None]
+    counts = valid.sum(0)[:, None].to(effects)
+    longest = int(valid.any(0).sum())
+    return effects.sum(0)[:longest], counts[:longest]
 
 
 def _added(some: Float[Tensor, "pos n"], more: Float[Tensor, "more_pos n"]) -> Float[Tensor, "longer n"]:
@@ -170,7 +181,7 @@ def _lost(
     run, components = watched.run, decomposition.components
 
     def without(chosen: list[int]) -> Tensor:
-        output, _ = replaced_pass(run.target, run.names, subtract_weights(components, chosen), run.batch, run.output)
+        output, _ = replaced_pass(run.target, run.names, subtract_weights(components, chosen), run.inputs, run.output)
         return metric_scalars(metric, output).double().sum().cpu()
 
     model = without([])

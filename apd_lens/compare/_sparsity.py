@@ -17,13 +17,14 @@ from torch import Tensor
 
 from apd_lens import metrics
 from apd_lens._attribution import AUTO_PROJECTIONS, are_exact
-from apd_lens._batches import Batch, call, check_finite, n_examples, on_device
+from apd_lens._batches import Batch, call
 from apd_lens._components import random_components
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidBatches, InvalidSetting, ShapeMismatch
+from apd_lens._inputs import Inputs, check_finite
 from apd_lens._jacobian import one_hot_cotangents, random_cotangents
 from apd_lens._losses import minimality_loss
-from apd_lens._padding import Real, padded, real_positions, without_padding, zero_at_padding
+from apd_lens._padding import Real, padded, without_padding, zero_at_padding
 from apd_lens._passes import check_finite_output, explained_output, sparse_pass
 from apd_lens._patch import outside_traces
 from apd_lens._selection import Selection, TopK, with_k
@@ -154,15 +155,15 @@ def sparsity(
     sums: dict[tuple[str, float], Tensor] = {}
     of_target, weight = 0.0, 0.0
     for batch in batches:
-        batch = on_device(decomposition.target.prepare(batch), device)
-        check_finite(batch, "sparsity")
-        target_output, real = _output(decomposition, batch), real_positions(batch)
+        inputs = decomposition.read(batch)
+        check_finite(inputs, "sparsity")
+        target_output, real = _output(decomposition, inputs), inputs.valid
         check_finite_output(target_output, "sparsity")
-        expected = None if labels is None else labels(batch).to(device)
+        expected = None if labels is None else labels(inputs.batch).to(device)
         of_batch, n = _loss(target_output, target_output, loss, expected, real)
         of_target, weight = of_target + n * of_batch, weight + n
         for name, model in models.items():
-            for point in model.points(batch, real, ks, alpha):
+            for point in model.points(inputs, real, ks, alpha):
                 of_point, _ = _loss(target_output, point.output, loss, expected, real)
                 numbers = torch.tensor([of_point, *point.counted], dtype=torch.float64, device="cpu")
                 sums[name, point.k] = (
@@ -202,14 +203,14 @@ class _Components:
         sizes = [components.A[name].shape[1] + components.B[name].shape[2] for name in components.names]
         return _Components(decomposition, ranks.sum(1), ranks @ torch.tensor(sizes, device="cpu").to(ranks))
 
-    def points(self, batch: Batch, real: Real, ks: Sequence[float], alpha: float) -> Iterator["_Point"]:
+    def points(self, inputs: Inputs, real: Real, ks: Sequence[float], alpha: float) -> Iterator["_Point"]:
         target, components, output = self.decomposition.target, self.decomposition.components, self.decomposition.output
         assert output is not None
-        attributions, _ = self.decomposition._attributed(batch)
+        attributions, _ = self.decomposition._attributed(inputs)
         for k in ks:
             mask = _selected(self.decomposition.settings.selection, k, attributions, real)
             with evaluating(target.model):
-                sparse_output, _ = sparse_pass(target, components, batch, mask, output)
+                sparse_output, _ = sparse_pass(target, components, inputs, mask, output)
             yield _Point(k, _counted(mask, self.rank, self.parameters, alpha, real), sparse_output)
 
 
@@ -224,12 +225,12 @@ class _Spliced:
     projections: int | Literal["auto", "exact"]
     seed: int
 
-    def points(self, batch: Batch, real: Real, ks: Sequence[float], alpha: float) -> Iterator["_Point"]:
+    def points(self, inputs: Inputs, real: Real, ks: Sequence[float], alpha: float) -> Iterator["_Point"]:
         model, selection = self.decomposition.target.model, self.decomposition.settings.selection
-        latents = self._latents(batch)
+        latents = self._latents(inputs)
         on = [self._pooled(each.ne(0).float(), real) > 0 for each in latents]
         if self.by == "gradient":
-            scores = self._effects(batch, real)
+            scores = self._effects(inputs, real)
         else:
             sized = zip(latents, self.dictionaries, strict=True)
             scores = [self._pooled(each.abs() * dictionary.decoder.norm(dim=1), real) for each, dictionary in sized]
@@ -239,7 +240,7 @@ class _Spliced:
                 chosen = (_selected(selection, k, each, real) for each in scores)
                 masks = [each & active for each, active in zip(chosen, on, strict=True)]
             with spliced(model, self.dictionaries, masks if k < torch.inf else None):
-                output = _output(self.decomposition, batch)
+                output = _output(self.decomposition, inputs)
             counted = [
                 _of_latents(self.decomposition, dictionary, mask, alpha, real)
                 for dictionary, mask in zip(self.dictionaries, masks, strict=True)
@@ -247,11 +248,11 @@ class _Spliced:
             active, parameters, bits = (sum(column) for column in zip(*counted, strict=True))
             yield _Point(k, (active, parameters, bits), output)
 
-    def _latents(self, batch: Batch) -> list[Latents]:
+    def _latents(self, inputs: Inputs) -> list[Latents]:
         """On the target's own activations."""
         sites = [dictionary.site for dictionary in self.dictionaries]
         with reading(self.decomposition.target.model, sites) as activations:
-            _output(self.decomposition, batch)
+            _output(self.decomposition, inputs)
         return [dictionary.encode(activations[dictionary.site]) for dictionary in self.dictionaries]
 
     def _pooled(self, values: Latents, real: Real) -> Float[Tensor, "batch *data_pos latents"]:
@@ -261,7 +262,7 @@ class _Spliced:
     def _of_examples(self) -> bool:
         return self.decomposition.settings.selection.granularity == "example"
 
-    def _effects(self, batch: Batch, real: Real) -> list[Float[Tensor, "batch *data_pos latents"]]:
+    def _effects(self, inputs: Inputs, real: Real) -> list[Float[Tensor, "batch *data_pos latents"]]:
         """sqrt( mean_o (latent · ∂f_o/∂latent)² ), with the sum over positions inside where data points are examples.
 
         Gradients are those at the target's own activations: what a dictionary leaves unexplained is added to them.
@@ -274,7 +275,7 @@ class _Spliced:
 
         model, changes = self.decomposition.target.model, [leaf] * len(self.dictionaries)
         with torch.enable_grad(), rewritten_latents(model, self.dictionaries, changes, keep_error=True):
-            output = _output(self.decomposition, batch)
+            output = _output(self.decomposition, inputs)
         if are_exact(output, self.projections):
             cotangents = one_hot_cotangents(output)
         else:
@@ -358,13 +359,13 @@ def _parameters(decomposition: Decomposition, dictionary: Dictionary) -> float:
     return torch.nan if ambiguous else sum(d_in + d_out - d for d_in, d_out in touching)
 
 
-def _output(decomposition: Decomposition, batch: Batch) -> Tensor:
+def _output(decomposition: Decomposition, inputs: Inputs) -> Tensor:
     """The explained output of the user's model as it is at the moment; zero at padding."""
     model = decomposition.target.model
     assert decomposition.output is not None
     with evaluating(model), outside_traces(model):
-        output = explained_output(decomposition.output, call(model, batch), n_examples(batch))
-    return zero_at_padding(output, real_positions(batch))
+        output = explained_output(decomposition.output, call(model, inputs.batch), inputs)
+    return zero_at_padding(output, inputs.valid)
 
 
 def _n_outputs(output: Float[Tensor, "batch *pos n_outputs"], real: Real) -> Float[Tensor, " batch"]:

@@ -126,7 +126,7 @@ class _Running:
         target, output = self.decomposition.target, self.decomposition.output
         assert output is not None  # or nothing had been observed
         with torch.no_grad(), evaluating(target.model):
-            sparse, _ = sparse_pass(target, self.decomposition.components, some.batch, mask, output)
+            sparse, _ = sparse_pass(target, self.decomposition.components, some.inputs, mask, output)
         distance = known_distance(self.decomposition)
         return distances(some.output.float(), sparse.float(), distance, some.real).sum().item()
 
@@ -163,7 +163,7 @@ def collect(
     def watched() -> Iterator[Observed]:
         for some in observe(decomposition, batches, k):
             running.add(some, with_nothing=True)
-            running_null.add(observed(null, some.batch, k))
+            running_null.add(observed(null, some.inputs, k))
             sample.add(some.data(some.attributions))
             yield some
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apd_lens._batches import Batch, arguments
 from apd_lens._errors import InvalidSetting
-from apd_lens._padding import real_positions
+from apd_lens._inputs import Inputs
 from apd_lens._responses import TopExamples
 from apd_lens._target import TargetModel
 
@@ -111,19 +111,19 @@ class Shower:
             values = [[value for value in row if not math.isnan(value)] for row in rows]
         if top.active_positions is not None:
             active = top.active_positions[component].tolist()
-        return [self._shown(top.inputs[n], n, values[i], active[i], largest) for i, n in enumerate(numbers)]
+        return [self._shown(top.read[n], n, values[i], active[i], largest) for i, n in enumerate(numbers)]
 
     def _shown(
-        self, batch: Batch, number: int, values: Sequence[float], active: Sequence[bool], largest: float
+        self, inputs: Inputs, number: int, values: Sequence[float], active: Sequence[bool], largest: float
     ) -> Shown:
         if number not in self._tokens:
-            self._tokens[number] = tokens_of(batch, self.target)
+            self._tokens[number] = tokens_of(inputs.batch, self.target)
         tokens = self._tokens[number]
         if tokens is None:
-            return self._features(number, batch)
+            return self._features(number, inputs.batch)
         if len(values) != len(tokens):  # positions of something else
             values, active = [], []
-        real = real_positions(batch)
+        real = inputs.valid
         if real is not None and real.shape[1] == len(tokens):
             kept = real[0].tolist()
             tokens, values = list(compress(tokens, kept)), list(compress(values, kept))
