@@ -52,6 +52,7 @@ from apd_lens._selection import Lp as Lp
 from apd_lens._selection import TopK as TopK
 from apd_lens._settings import Optimization as Optimization
 from apd_lens._settings import Settings as Settings
+from apd_lens._settings import paper as paper
 from apd_lens._target import Adapter as Adapter
 from apd_lens._target import Bias as Bias
 from apd_lens._target import Intercept as Intercept

@@ -27,7 +27,7 @@ from apd_lens._target import Use
 _FREE = 0.1
 # Contributions smaller than this share of a component's largest one have no say in what directions it writes.
 _SMALL = 0.2
-_FEWEST_DATA_POINTS = 8
+_FEWEST_DATA_POINTS = 2
 # Of the split. Each data point of a cluster has other mechanisms on as well, which it is not to be split by.
 _RIDGE = 0.1
 

@@ -4,6 +4,7 @@ One step: watch the target on the batch; attribute; select the active components
 the losses; take an optimizer step. Now and then, split components that serve too much.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from apd_lens._components import (
     initial_components,
     normalize_columns,
     remove_parallel_gradients,
+    xavier_std,
 )
 from apd_lens._decomposition import Decomposition
 from apd_lens._division_moves import DivisionMoves, make_division_moves, start_as_a_whole
@@ -48,7 +50,7 @@ from apd_lens._passes import (
 from apd_lens._product import Mask
 from apd_lens._schedules import Ramp, value_at
 from apd_lens._selection import BatchTopK, Lp, Selection
-from apd_lens._settings import Moves, Optimization, Settings, learning_rate
+from apd_lens._settings import DEFAULTS, RANK, Moves, Optimization, Settings, learning_rate
 from apd_lens._target import TargetModel, evaluating
 from apd_lens._wrap import wrap
 
@@ -169,12 +171,12 @@ def init(
     *,
     weights: str | Iterable[str] = "*",
     n_components: int,
-    rank: int | None = None,
+    rank: int | None = RANK,
     selection: Selection | None = None,
     attribution: Attribution | None = None,
     losses: Losses | None = None,
     optimization: Optimization | None = None,
-    moves: Moves | None = None,
+    moves: Moves | None = DEFAULTS.moves,
     output: OutputFn = default_output,
     seed: int = 0,
 ) -> State:
@@ -189,10 +191,10 @@ def init(
     target = wrap(model)
     names = target.match(weights)
     settings = Settings(
-        selection=selection or BatchTopK(k=1.0),
-        attribution=attribution or GradientAttribution(),
-        losses=losses or Losses(),
-        optimization=optimization or Optimization(),
+        selection=selection or DEFAULTS.selection,
+        attribution=attribution or DEFAULTS.attribution,
+        losses=losses or DEFAULTS.losses,
+        optimization=optimization or DEFAULTS.optimization,
         moves=moves,
         seed=seed,
     )
@@ -217,7 +219,7 @@ def init(
     if settings.optimization.unit_norm:
         normalize_columns(components)
     device = next(iter(originals.values())).device
-    optimizer = torch.optim.Adam(components.parameters(), lr=settings.optimization.lr, fused=True)
+    optimizer = adam(components, settings.optimization)
     late = LateChecks(device) if on_gpu(device) else None
     if late is not None:
         optimizer.found_inf = late.failed  # type: ignore[attr-defined]
@@ -295,6 +297,17 @@ def weighted_sum(losses: Losses, terms: Mapping[str, Tensor], progress: float) -
     return torch.stack([value_at(getattr(losses, name), progress) * term for name, term in terms.items()]).sum(0)
 
 
+def adam(components: ParameterComponents, optimization: Optimization) -> torch.optim.Optimizer:
+    """Adam for the factors; those of one scale are one group."""
+    groups: dict[float, list[Tensor]] = {}
+    for factor in components.parameters():
+        scale = xavier_std(factor.shape[-2], factor.shape[-1]) if optimization.scaled else 1.0
+        groups.setdefault(scale, []).append(factor)
+    return torch.optim.Adam(
+        [{"params": factors, "scale": scale} for scale, factors in groups.items()], lr=optimization.lr, fused=True
+    )
+
+
 def update(
     optimizer: torch.optim.Optimizer,
     components: ParameterComponents,
@@ -307,7 +320,7 @@ def update(
     learning rate."""
     rate = learning_rate(optimization, step)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]
     optimizer.zero_grad()
     try:
         loss.backward(inputs=list(components.parameters()))
@@ -330,12 +343,12 @@ def decompose(
     weights: str | Iterable[str] = "*",
     *,
     n_components: int,
-    rank: int | None = None,
+    rank: int | None = RANK,
     selection: Selection | None = None,
     attribution: Attribution | None = None,
     losses: Losses | None = None,
     optimization: Optimization | None = None,
-    moves: Moves | None = None,
+    moves: Moves | None = DEFAULTS.moves,
     output: OutputFn = default_output,
     seed: int = 0,
     on_step: Callable[[int, StepInfo], Any] | None = None,
@@ -353,13 +366,14 @@ def decompose(
             with 0 are padding: no data points, and in no loss.
         weights: names or shell patterns, see `apd_lens.wrap(model).weights`.
         n_components: number of components C.
-        rank: m, the rank that each component may have in each matrix; None for min(d_in, d_out).
-        selection: which components are active on a data point, default `BatchTopK(k=1.0)`; or `Lp()`, the form without
-            a selection.
+        rank: m, the rank that a component may have in each matrix, or what the matrix has if that is less; None for
+            min(d_in, d_out).
+        selection: which components are active on a data point; the default finds their number, see `Settings` and
+            `BatchTopK`. `Lp()` is the form without a selection, which needs `losses=Losses(path=0)` and `moves=None`.
         attribution: how much a component matters on a data point; default `GradientAttribution()`.
         losses: default `Losses()`.
         optimization: default `Optimization()`.
-        moves: `SplitMoves()`, `ClusterMoves()`, `DivisionMoves()`, or None for none.
+        moves: `ClusterMoves()`, `SplitMoves()`, `DivisionMoves()`, or None for none.
         output: picks the tensor `batch *pos n_outputs` that is explained from what the model returns; the default takes
             a tensor as it is and `.logits` of a Hugging Face output.
         seed: the same seed on the same machine with the same number of threads gives the same factors bit for bit.
@@ -595,7 +609,8 @@ def _check_selection(settings: Settings, n_components: int) -> None:
     if not isinstance(selection.k, float | int | Ramp):
         return
     ks = (selection.k.start, selection.k.end) if isinstance(selection.k, Ramp) else (selection.k,)
-    if n_components >= 1 and not all(0 < k <= n_components for k in ks):
+    most = math.inf if isinstance(selection, BatchTopK) and selection.share < 1 else n_components
+    if n_components >= 1 and not all(0 < k <= most for k in ks):
         raise InvalidSetting(
             f"{selection} needs 0 < k <= n_components: at least one and at most all of the {n_components} components "
             "can be active."

@@ -23,6 +23,7 @@ from apd_lens._decompose import (
     Seen,
     State,
     StepInfo,
+    adam,
     init,
     loss_terms,
     make_moves,
@@ -39,7 +40,7 @@ from apd_lens._losses import Losses, path_mask
 from apd_lens._padding import without_padding
 from apd_lens._passes import OutputFn, WatchedPass, default_output, replace_weights_of_each, replaced_pass
 from apd_lens._selection import Lp, Selection
-from apd_lens._settings import Moves, Optimization
+from apd_lens._settings import DEFAULTS, RANK, Moves, Optimization
 from apd_lens._target import evaluating
 from apd_lens._wrap import wrap
 
@@ -70,7 +71,7 @@ class SeedsState:
     def single(self, index: int) -> State:
         """The state of one seed, which `step` would take further. Factors and moments share memory with these."""
         single, some = self.singles[index], _own(index, self.singles[index].components.n_components)
-        optimizer = torch.optim.Adam(single.components.parameters(), fused=True)
+        optimizer = adam(single.components, single.settings.optimization)
         for factor, of_all in zip(single.components.parameters(), self.components.parameters(), strict=True):
             moments = self.optimizer.state.get(of_all, {})
             optimizer.state[factor] = {
@@ -94,7 +95,7 @@ def init_seeds(singles: Sequence[State]) -> SeedsState:
     return SeedsState(
         singles=tuple(replace(single, components=view, late=None) for single, view in zip(singles, views, strict=True)),
         components=components,
-        optimizer=torch.optim.Adam(components.parameters(), lr=first.settings.optimization.lr, fused=True),
+        optimizer=adam(components, first.settings.optimization),
         last_active=torch.stack([single.last_active for single in singles]),
     )
 
@@ -154,12 +155,12 @@ def decompose_seeds(
     *,
     seeds: Iterable[int] = range(8),
     n_components: int,
-    rank: int | None = None,
+    rank: int | None = RANK,
     selection: Selection | None = None,
     attribution: Attribution | None = None,
     losses: Losses | None = None,
     optimization: Optimization | None = None,
-    moves: Moves | None = None,
+    moves: Moves | None = DEFAULTS.moves,
     output: OutputFn = default_output,
     on_step: Callable[[int, list[StepInfo]], Any] | None = None,
     progress: bool = True,

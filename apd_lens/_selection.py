@@ -29,17 +29,25 @@ class BatchTopK:
             called with it: the true number of active features, in the paper's implementation. It may be 0. Functions
             are not saved: of a loaded decomposition give it again, `select(batch, k=function)`.
         granularity: whether a data point is an "example" or a "position".
+        share: below 1, k is the most that can be active: of those k·n only as many are as are needed for this share of
+            the sum of all squared attributions. So the data say how many are active, once components differ in what
+            they do; from random factors, which all do as much, k has to be small. A k above C is C then.
     """
 
     k: float | Ramp | Callable[[Batch], float]
     granularity: Granularity = "example"
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not 0 < self.share <= 1:
+            raise InvalidSetting(f"share is a share of all squared attributions, 0 < share <= 1, got {self.share}.")
 
     def __call__(self, attributions: Float[Tensor, "batch *pos C"], real: Real = None) -> Bool[Tensor, "batch *pos C"]:
         k = self._number()
-        return torch.zeros_like(attributions, dtype=torch.bool) if k == 0 else batch_topk_mask(attributions, k, real)
+        if k == 0:
+            return torch.zeros_like(attributions, dtype=torch.bool)
+        return batch_topk_mask(attributions, k, real, self.share)
 
     def at(self, progress: float, batch: Batch) -> "BatchTopK":
         """The selection of a batch when `progress`, a share of the steps, is done: k is a number.
@@ -58,9 +66,9 @@ class BatchTopK:
             )
         return replace(self, k=float(number))
 
-    def n_active(self, n_data_points: int) -> int:
-        """How many components are active on so many data points, all together."""
-        return _whole(self._number(), n_data_points)
+    def n_active(self, n_data_points: int) -> int | None:
+        """How many components are active on so many data points, all together; None if only attributions say it."""
+        return _whole(self._number(), n_data_points) if self.share == 1 else None
 
     def _number(self) -> float:
         if not isinstance(self.k, float | int | Ramp):
@@ -144,10 +152,10 @@ Selection = BatchTopK | TopK | Lp
 
 
 def with_k(selection: Selection, k: K | None) -> Selection:
-    """The selection with another k, if one is given; with a k, `Lp` becomes `BatchTopK`."""
+    """The selection with another k, if one is given, and no share; with a k, `Lp` becomes `BatchTopK`."""
     if k is None:
         return selection
-    return BatchTopK(k, selection.granularity) if isinstance(selection, Lp) else replace(selection, k=k)
+    return replace(selection, k=k) if isinstance(selection, TopK) else BatchTopK(k, selection.granularity)
 
 
 def _whole(k: float, n_data_points: int) -> int:
@@ -156,11 +164,17 @@ def _whole(k: float, n_data_points: int) -> int:
 
 
 def batch_topk_mask(
-    attributions: Float[Tensor, "batch *pos C"], k: float, real: Real = None
+    attributions: Float[Tensor, "batch *pos C"], k: float, real: Real = None, share: float = 1.0
 ) -> Bool[Tensor, "batch *pos C"]:
     """True for the int(k·n) largest of all n·C attributions, n data points.
 
+    >>> batch_topk_mask(torch.tensor([[3.0, 1.0], [0.5, 2.0]]), k=1.5, share=0.9)
+    tensor([[ True, False],
+            [False,  True]])
+
     Args:
+        share: below 1, for the fewest of these whose squares make up this share of the sum of all squares; k may then
+            be larger than C.
         real: False at padding, where nothing is selected and which is not counted; only where data points are
             positions.
 
@@ -169,11 +183,11 @@ def batch_topk_mask(
     """
     if (real := padded(attributions, real)) is not None:
         mask = torch.zeros_like(attributions, dtype=torch.bool)
-        mask[real] = batch_topk_mask(attributions[real], k)
+        mask[real] = batch_topk_mask(attributions[real], k, None, share)
         return mask
     n_components = attributions.shape[-1]
     n_data_points = attributions[..., 0].numel()
-    n_active = _whole(k, n_data_points)
+    n_active = _whole(k if share == 1 else min(k, n_components), n_data_points)
     if not 1 <= n_active <= attributions.numel():
         raise InvalidSetting(
             f"BatchTopK(k={k}) selects int(k·n) = {n_active} of the n·C = {n_data_points} · {n_components} = "
@@ -181,7 +195,12 @@ def batch_topk_mask(
             f"Choose k between {1 / n_data_points:.4g} and {n_components} for this batch."
         )
     flat = torch.zeros(attributions.numel(), dtype=torch.bool, device=attributions.device)
-    flat[attributions.flatten().topk(n_active, sorted=False).indices] = True
+    largest, indices = attributions.flatten().topk(n_active, sorted=share < 1)
+    if share < 1:
+        squares = largest.double().square()
+        flat[indices] = squares.cumsum(0) - squares <= share * attributions.double().square().sum()
+    else:
+        flat[indices] = True
     return flat.view_as(attributions)
 
 
