@@ -480,13 +480,13 @@ def loss_terms(
     """
     target_output, real = _at_least_float32(watched.output.detach()), watched.real
     relative = losses.normalization == "relative"
-    distance_scale = without_padding(target_output, real).var() if relative and losses.distance == "mse" else 1.0
+    distance_scale = _variance(without_padding(target_output, real)) if relative and losses.distance == "mse" else 1.0
     distances = {
         name: minimality_loss(target_output, _at_least_float32(output), losses.distance, real) / distance_scale
         for name, output in outputs.items()
     }
     activity = without_padding(mask, real)
-    mean_activity = activity.float().mean() if relative else 1.0
+    mean_activity = activity.float().mean().clamp_min(1e-12) if relative else 1.0  # none may be active
     minimality = distances.pop("minimality")
     terms = {**_terms(losses, scales, weights, A, B, minimality, activity, mean_activity), **distances}
     if losses.hidden:
@@ -537,7 +537,7 @@ def _lp_attributed(
     squares = attribution.squares(watched, state.components, selection.granularity, state.device_generator)
     scale = 1.0
     if state.settings.losses.normalization == "relative":
-        scale = without_padding(_at_least_float32(watched.output.detach()), watched.real).var()
+        scale = _variance(without_padding(_at_least_float32(watched.output.detach()), watched.real))
     sparsity = without_padding(lp_of_squares(squares / scale, p), watched.real)
     components = state.components
     terms = _terms(
@@ -551,6 +551,12 @@ def _lp_attributed(
     )
     attributions = squares.detach().sqrt()
     return attributions, None if selection.threshold is None else selection(attributions, watched.real), terms
+
+
+def _variance(output: Tensor) -> Tensor:
+    """1 where there is none."""
+    variance = output.var()
+    return torch.where(variance > 0, variance, 1.0)
 
 
 def _at_least_float32(output: Tensor) -> Tensor:
@@ -609,7 +615,7 @@ def _check_selection(settings: Settings, n_components: int) -> None:
     if not isinstance(selection.k, float | int | Ramp):
         return
     ks = (selection.k.start, selection.k.end) if isinstance(selection.k, Ramp) else (selection.k,)
-    most = math.inf if isinstance(selection, BatchTopK) and selection.share < 1 else n_components
+    most = math.inf if isinstance(selection, BatchTopK) and selection.least else n_components
     if n_components >= 1 and not all(0 < k <= most for k in ks):
         raise InvalidSetting(
             f"{selection} needs 0 < k <= n_components: at least one and at most all of the {n_components} components "

@@ -15,6 +15,9 @@ from apd_lens._errors import InvalidSetting
 from apd_lens._padding import Real, padded, zero_at_padding
 from apd_lens._schedules import Ramp, value_at
 
+# Where the largest squared attribution of a data point is this share of the mean, it counts half.
+_SMALL = 0.01
+
 # A mean number of active components, as it is or as a function of the batch.
 K = float | Callable[[Batch], float]
 
@@ -29,25 +32,26 @@ class BatchTopK:
             called with it: the true number of active features, in the paper's implementation. It may be 0. Functions
             are not saved: of a loaded decomposition give it again, `select(batch, k=function)`.
         granularity: whether a data point is an "example" or a "position".
-        share: below 1, k is the most that can be active: of those k·n only as many are as are needed for this share of
-            the sum of all squared attributions. So the data say how many are active, once components differ in what
-            they do; from random factors, which all do as much, k has to be small. A k above C is C then.
+        least: above 0, the data say how many are active, and k is only the most. Attributions are compared by what
+            they are of the largest of their data point, and a component is active only if that is at least this (see
+            `batch_topk_mask`). At the start all components do as much as each other, so k should be small then, as
+            with `Ramp(1, 20)`; a k above C is C.
     """
 
     k: float | Ramp | Callable[[Batch], float]
     granularity: Granularity = "example"
-    share: float = 1.0
+    least: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not 0 < self.share <= 1:
-            raise InvalidSetting(f"share is a share of all squared attributions, 0 < share <= 1, got {self.share}.")
+        if not 0 <= self.least < 1:
+            raise InvalidSetting(f"least is a share of the largest attribution, 0 <= least < 1, got {self.least}.")
 
     def __call__(self, attributions: Float[Tensor, "batch *pos C"], real: Real = None) -> Bool[Tensor, "batch *pos C"]:
         k = self._number()
         if k == 0:
             return torch.zeros_like(attributions, dtype=torch.bool)
-        return batch_topk_mask(attributions, k, real, self.share)
+        return batch_topk_mask(attributions, k, real, self.least)
 
     def at(self, progress: float, batch: Batch) -> "BatchTopK":
         """The selection of a batch when `progress`, a share of the steps, is done: k is a number.
@@ -68,7 +72,7 @@ class BatchTopK:
 
     def n_active(self, n_data_points: int) -> int | None:
         """How many components are active on so many data points, all together; None if only attributions say it."""
-        return _whole(self._number(), n_data_points) if self.share == 1 else None
+        return None if self.least else _whole(self._number(), n_data_points)
 
     def _number(self) -> float:
         if not isinstance(self.k, float | int | Ramp):
@@ -152,7 +156,7 @@ Selection = BatchTopK | TopK | Lp
 
 
 def with_k(selection: Selection, k: K | None) -> Selection:
-    """The selection with another k, if one is given, and no share; with a k, `Lp` becomes `BatchTopK`."""
+    """The selection with another k, if one is given. Then k alone says how many are active, of `Lp` too."""
     if k is None:
         return selection
     return replace(selection, k=k) if isinstance(selection, TopK) else BatchTopK(k, selection.granularity)
@@ -164,17 +168,18 @@ def _whole(k: float, n_data_points: int) -> int:
 
 
 def batch_topk_mask(
-    attributions: Float[Tensor, "batch *pos C"], k: float, real: Real = None, share: float = 1.0
+    attributions: Float[Tensor, "batch *pos C"], k: float, real: Real = None, least: float = 0.0
 ) -> Bool[Tensor, "batch *pos C"]:
     """True for the int(k·n) largest of all n·C attributions, n data points.
 
-    >>> batch_topk_mask(torch.tensor([[3.0, 1.0], [0.5, 2.0]]), k=1.5, share=0.9)
+    >>> batch_topk_mask(torch.tensor([[3.0, 1.0], [0.5, 2.0]]), k=1.5, least=0.4)
     tensor([[ True, False],
             [False,  True]])
 
     Args:
-        share: below 1, for the fewest of these whose squares make up this share of the sum of all squares; k may then
-            be larger than C.
+        least: above 0, the largest r_c = A_c / max_c A_c are taken instead, so that each data point counts as much as
+            any other, and only where r_c is at least this. Data points on which nothing does much count less: r_c² is
+            A_c² / (max_c A_c² + a hundredth of the mean of that maximum). k may then be larger than C.
         real: False at padding, where nothing is selected and which is not counted; only where data points are
             positions.
 
@@ -183,11 +188,11 @@ def batch_topk_mask(
     """
     if (real := padded(attributions, real)) is not None:
         mask = torch.zeros_like(attributions, dtype=torch.bool)
-        mask[real] = batch_topk_mask(attributions[real], k, None, share)
+        mask[real] = batch_topk_mask(attributions[real], k, None, least)
         return mask
     n_components = attributions.shape[-1]
     n_data_points = attributions[..., 0].numel()
-    n_active = _whole(k if share == 1 else min(k, n_components), n_data_points)
+    n_active = _whole(min(k, n_components) if least else k, n_data_points)
     if not 1 <= n_active <= attributions.numel():
         raise InvalidSetting(
             f"BatchTopK(k={k}) selects int(k·n) = {n_active} of the n·C = {n_data_points} · {n_components} = "
@@ -195,13 +200,17 @@ def batch_topk_mask(
             f"Choose k between {1 / n_data_points:.4g} and {n_components} for this batch."
         )
     flat = torch.zeros(attributions.numel(), dtype=torch.bool, device=attributions.device)
-    largest, indices = attributions.flatten().topk(n_active, sorted=share < 1)
-    if share < 1:
-        squares = largest.double().square()
-        flat[indices] = squares.cumsum(0) - squares <= share * attributions.double().square().sum()
-    else:
-        flat[indices] = True
-    return flat.view_as(attributions)
+    compared = _of_the_largest(attributions) if least else attributions
+    flat[compared.flatten().topk(n_active, sorted=False).indices] = True
+    mask = flat.view_as(attributions)
+    return mask & (compared >= least) if least else mask
+
+
+def _of_the_largest(attributions: Float[Tensor, "batch *pos C"]) -> Float[Tensor, "batch *pos C"]:
+    """A_c of each data point over the largest of them, and less where that is small beside other data points'."""
+    squares = attributions.square()
+    largest = squares.amax(-1, keepdim=True)
+    return (squares / (largest + _SMALL * largest.mean()).clamp_min(torch.finfo(squares.dtype).tiny)).sqrt()
 
 
 def topk_mask(attributions: Float[Tensor, "batch *pos C"], k: int, real: Real = None) -> Bool[Tensor, "batch *pos C"]:

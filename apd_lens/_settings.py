@@ -74,9 +74,7 @@ def learning_rate(optimization: Optimization, step: int) -> float:
 class Settings:
     """All that `decompose` was told, apart from the model, the data and the output function."""
 
-    selection: Selection = field(
-        default_factory=lambda: BatchTopK(k=Ramp(1.0, 20.0, hold=0.5, reach=0.8), share=0.98)
-    )
+    selection: Selection = field(default_factory=lambda: BatchTopK(k=Ramp(1.0, 20.0, hold=0.3, reach=0.6), least=0.15))
     attribution: Attribution = field(default_factory=GradientAttribution)
     losses: Losses = field(default_factory=Losses)
     optimization: Optimization = field(default_factory=Optimization)

@@ -332,8 +332,8 @@ def results(folder: Path, name: str, seeds: list[int]) -> list[dict[str, Any]]:
 
 def table(folder: Path, names: list[str], seeds: list[int]) -> Iterator[str]:
     """As markdown. Numbers are those of all seeds, smallest to largest."""
-    of_seeds = ", ".join(map(str, seeds))
-    yield f"| system (seeds {of_seeds}; settings were chosen on 0 and 1) | succeeded | found | random | numbers | seconds |"
+    which = f"seeds {', '.join(map(str, seeds))}; settings were chosen on 0 and 1"
+    yield f"| system ({which}) | succeeded | found | random | numbers | seconds |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for name in names:
         if runs := results(folder, name, seeds):

@@ -46,6 +46,30 @@ def test_a_k_that_cannot_be_is_refused(select, message: str):
     assert message in str(error.value)
 
 
+def test_least_takes_what_does_enough_beside_the_largest_of_its_data_point():
+    attributions = torch.rand(6, 4, dtype=torch.float64) ** 3
+    attributions[2] = 0.0
+    largest = [max(row) ** 2 for row in attributions.tolist()]
+    damping = 0.01 * sum(largest) / 6
+    r = [[a / (most + damping) ** 0.5 for a in row] for row, most in zip(attributions.tolist(), largest, strict=True)]
+    enough = torch.tensor([[value >= 0.3 for value in row] for row in r])
+    assert 6 < enough.sum() < 18
+    assert not enough[2].any()
+    assert torch.equal(apd.BatchTopK(100.0, least=0.3)(attributions), enough)
+    few = apd.BatchTopK(0.5, least=0.3)(attributions)
+    assert few.sum() == 3
+    assert torch.tensor(r)[few].min() >= torch.tensor(r)[~few].max()
+
+
+def test_least_does_not_count_padding_and_may_take_nothing():
+    selection = apd.BatchTopK(10.0, granularity="position", least=0.3)
+    attributions, real = torch.rand(2, 3, 4) ** 3, torch.tensor([[True, True, True], [True, False, True]])
+    mask = selection(attributions, real)
+    assert torch.equal(mask[real], selection(attributions[real][None])[0])
+    assert not mask[~real].any()
+    assert not selection(torch.zeros(2, 3, 4)).any()
+
+
 def test_masks_need_no_gradient():
     attributions: Tensor = torch.rand(2, 3, requires_grad=True)
     assert not apd.TopK(1)(attributions).requires_grad

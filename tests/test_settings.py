@@ -16,6 +16,7 @@ WRONG = {
     "apd.TopK(1.5)": "TopK(k=...) takes int, got 1.5.",
     "apd.TopK(1, granularity='token')": "TopK(granularity=...) takes Literal['example', 'position'], got 'token'.",
     "apd.BatchTopK('1')": "BatchTopK(k=...) takes float | Ramp | Callable[[Any], float], got '1'.",
+    "apd.BatchTopK(1.0, least=1.0)": "least is a share of the largest attribution, 0 <= least < 1, got 1.0.",
     "apd.Lp(0.0)": "Lp needs a positive p, got p=0.0.",
     "apd.Lp(apd.Ramp(2.0, -1.0))": "Lp needs a positive p, got p=Ramp(start=2.0, end=-1.0",
     "apd.Lp(threshold=-1.0)": "Attributions are never negative, so threshold=-1.0 selects all.",
