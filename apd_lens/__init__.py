@@ -49,6 +49,7 @@ from apd_lens._schedules import HoldThenDecay as HoldThenDecay
 from apd_lens._schedules import Ramp as Ramp
 from apd_lens._selection import BatchTopK as BatchTopK
 from apd_lens._selection import Lp as Lp
+from apd_lens._selection import Needed as Needed
 from apd_lens._selection import TopK as TopK
 from apd_lens._settings import Optimization as Optimization
 from apd_lens._settings import Settings as Settings

@@ -289,7 +289,14 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
         learning_rate=rate,
         moves=n_moves,
     )
-    return replace(state, last_active=last_active, step=state.step + 1, seen=seen), info
+    settings = after_step(settings, info.terms["minimality"], progress)
+    return replace(state, settings=settings, last_active=last_active, step=state.step + 1, seen=seen), info
+
+
+def after_step(settings: Settings, minimality: Tensor, progress: float) -> Settings:
+    """The settings of the next step, in which another number of components may be active (`Needed`)."""
+    selection = settings.selection.after(minimality, progress, settings.optimization.steps)
+    return settings if selection is settings.selection else replace(settings, selection=selection)
 
 
 def weighted_sum(losses: Losses, terms: Mapping[str, Tensor], progress: float) -> Tensor:

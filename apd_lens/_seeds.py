@@ -24,6 +24,7 @@ from apd_lens._decompose import (
     State,
     StepInfo,
     adam,
+    after_step,
     init,
     loss_terms,
     make_moves,
@@ -116,8 +117,12 @@ def step_seeds(state: SeedsState, batch: Batch) -> tuple[SeedsState, list[StepIn
         if state.step == 0:
             _check_replicated(state, seen)
         attributions = _attributions(state, watched)
-        selection = settings.selection.at(progress, batch)
-        mask = torch.stack([selection(of_seed, watched.real) for of_seed in attributions])
+        mask = torch.stack(
+            [
+                single.settings.selection.at(progress, batch)(of_seed, watched.real)
+                for single, of_seed in zip(state.singles, attributions, strict=True)
+            ]
+        )
         terms = _loss_terms(state, seen.on_device, watched, mask)
         loss = weighted_sum(settings.losses, terms, progress)
         _check_finite(state, terms)
@@ -145,7 +150,11 @@ def step_seeds(state: SeedsState, batch: Batch) -> tuple[SeedsState, list[StepIn
         )
         for index in range(len(n_moves))
     ]
-    return replace(state, last_active=last_active, step=state.step + 1, seen=seen), infos
+    singles = tuple(
+        replace(single, settings=after_step(single.settings, minimality, progress))
+        for single, minimality in zip(state.singles, terms["minimality"].detach(), strict=True)
+    )
+    return replace(state, singles=singles, last_active=last_active, step=state.step + 1, seen=seen), infos
 
 
 def decompose_seeds(

@@ -18,6 +18,41 @@ from apd_lens._schedules import Ramp, value_at
 # Where the largest squared attribution of a data point is this share of the mean, it counts half.
 _SMALL = 0.01
 
+
+@dataclass(frozen=True)
+class Needed:
+    """k that the training finds: it grows while the active components give the output back too badly, and shrinks
+    while they do so well enough.
+
+    Attributes:
+        now: k of the next step; at the end, of the decomposition.
+        lowest: k shrinks no further.
+        minimality: the term of that name that is good enough. With relative losses and mean squared errors, the share
+            of the output's variance that may be missing.
+        growth: the factor by which k grows or shrinks in a tenth of the steps.
+        hold: share of the steps in which k stays, since nothing is given back well at the start.
+    """
+
+    now: float = 1.0
+    lowest: float = 1.0
+    minimality: float = 0.02
+    growth: float = 2.0
+    hold: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0 < self.lowest <= self.now or self.growth < 1:
+            raise InvalidSetting(f"Needed takes 0 < lowest <= now, and a growth of at least 1, got {self}.")
+
+    def after(self, minimality: float, progress: float, steps: int) -> "Needed":
+        """For the next step out of so many, when `progress`, a share of them, is done."""
+        if progress < self.hold:
+            return self
+        factor = self.growth ** (10 / steps)
+        grown = self.now * factor if minimality > self.minimality else self.now / factor
+        return replace(self, now=max(self.lowest, grown))
+
+
 # A mean number of active components, as it is or as a function of the batch.
 K = float | Callable[[Batch], float]
 
@@ -28,17 +63,17 @@ class BatchTopK:
 
     Attributes:
         k: mean number of active components a data point; need not be whole. A `Ramp` changes it during the training;
-            afterwards its end counts. A function batch -> k says it for every batch, which it is given as the model is
-            called with it: the true number of active features, in the paper's implementation. It may be 0. Functions
-            are not saved: of a loaded decomposition give it again, `select(batch, k=function)`.
+            afterwards its end counts. `Needed` finds it. A function batch -> k says it for every batch, which it is
+            given as the model is called with it: the true number of active features, in the paper's implementation. It
+            may be 0. Functions are not saved: of a loaded decomposition give it again, `select(batch, k=function)`.
         granularity: whether a data point is an "example" or a "position".
         least: above 0, the data say how many are active, and k is only the most. Attributions are compared by what
             they are of the largest of their data point, and a component is active only if that is at least this (see
-            `batch_topk_mask`). At the start all components do as much as each other, so k should be small then, as
-            with `Ramp(1, 20)`; a k above C is C.
+            `batch_topk_mask`). At the start all components do as much as each other, so k should be small then. A k
+            above C is C.
     """
 
-    k: float | Ramp | Callable[[Batch], float]
+    k: float | Ramp | Needed | Callable[[Batch], float]
     granularity: Granularity = "example"
     least: float = 0.0
 
@@ -46,6 +81,8 @@ class BatchTopK:
         check_fields(self)
         if not 0 <= self.least < 1:
             raise InvalidSetting(f"least is a share of the largest attribution, 0 <= least < 1, got {self.least}.")
+        if isinstance(self.k, Needed) and not self.least:
+            raise InvalidSetting("BatchTopK(k=Needed()) needs least > 0, since k may grow beyond what does anything.")
 
     def __call__(self, attributions: Float[Tensor, "batch *pos C"], real: Real = None) -> Bool[Tensor, "batch *pos C"]:
         k = self._number()
@@ -59,8 +96,8 @@ class BatchTopK:
         Raises:
             InvalidSetting: a function gives something else than a number from 0 on.
         """
-        if isinstance(self.k, float | int | Ramp):
-            return replace(self, k=value_at(self.k, progress))
+        if isinstance(self.k, float | int | Ramp | Needed):
+            return replace(self, k=_k_at(self.k, progress))
         k = self.k(batch)
         number = k.item() if isinstance(k, Tensor) and k.numel() == 1 else k
         if not isinstance(number, float | int) or not 0 <= number < math.inf:
@@ -75,9 +112,17 @@ class BatchTopK:
         return None if self.least else _whole(self._number(), n_data_points)
 
     def _number(self) -> float:
-        if not isinstance(self.k, float | int | Ramp):
+        if not isinstance(self.k, float | int | Ramp | Needed):
             raise InvalidSetting(f"{self} is a function of the batch; .at(1.0, batch) is the selection of one.")
-        return value_at(self.k, 1.0)
+        return _k_at(self.k, 1.0)
+
+    def after(self, minimality: Tensor, progress: float, steps: int) -> "BatchTopK":
+        """For the next step: only `Needed` changes. It has to wait for the device."""
+        return replace(self, k=self.k.after(minimality.item(), progress, steps)) if isinstance(self.k, Needed) else self
+
+
+def _k_at(k: float | Ramp | Needed, progress: float) -> float:
+    return k.now if isinstance(k, Needed) else value_at(k, progress)
 
 
 @dataclass(frozen=True)
@@ -100,6 +145,10 @@ class TopK:
 
     def at(self, progress: float, batch: Batch) -> "TopK":
         """The selection of a batch when `progress`, a share of the steps, is done: this one."""
+        return self
+
+    def after(self, minimality: Tensor, progress: float, steps: int) -> "TopK":
+        """For the next step: this one."""
         return self
 
     def n_active(self, n_data_points: int) -> int:
@@ -150,6 +199,10 @@ class Lp:
     def at(self, progress: float, batch: Batch) -> "Lp":
         """The selection when `progress`, a share of the steps, is done: p is a number."""
         return replace(self, p=value_at(self.p, progress))
+
+    def after(self, minimality: Tensor, progress: float, steps: int) -> "Lp":
+        """For the next step: this one."""
+        return self
 
 
 Selection = BatchTopK | TopK | Lp

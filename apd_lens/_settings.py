@@ -11,8 +11,7 @@ from apd_lens._division_moves import DivisionMoves
 from apd_lens._errors import InvalidSetting
 from apd_lens._losses import Losses
 from apd_lens._moves import SplitMoves
-from apd_lens._schedules import Ramp
-from apd_lens._selection import BatchTopK, Selection
+from apd_lens._selection import BatchTopK, Needed, Selection
 
 Moves = SplitMoves | ClusterMoves | DivisionMoves
 
@@ -74,7 +73,7 @@ def learning_rate(optimization: Optimization, step: int) -> float:
 class Settings:
     """All that `decompose` was told, apart from the model, the data and the output function."""
 
-    selection: Selection = field(default_factory=lambda: BatchTopK(k=Ramp(1.0, 20.0, hold=0.3, reach=0.6), least=0.15))
+    selection: Selection = field(default_factory=lambda: BatchTopK(k=Needed(), least=0.15))
     attribution: Attribution = field(default_factory=GradientAttribution)
     losses: Losses = field(default_factory=Losses)
     optimization: Optimization = field(default_factory=Optimization)

@@ -124,11 +124,14 @@ def train(model: nn.Module, loss_at: Callable[[int], Tensor], steps: int, weight
 
 
 def measure_circuit(target: Circuit, decomposition: apd.Decomposition) -> Numbers:
-    """A gate is found if one component, and no other gate's, matters most wherever the gate alone is asked."""
+    """A gate is found if it has a component of its own: the one that matters most where this gate alone is asked,
+    beyond what it matters where any gate is, and that is no other gate's. (Neurons whose bias turns them on serve all.)
+    """
     n_gates = len(target.tables)
     bits = torch.stack([torch.eye(n_gates)[:, :, None] * torch.tensor(on) for on in ((0, 1.0), (1.0, 0), (1.0, 1.0))])
     attributions = decomposition.attributions(bits.flatten(2).flatten(0, 1)).unflatten(0, (3, n_gates))
-    owner = attributions.square().sum(0).argmax(1)
+    squares = attributions.square().sum(0)
+    owner = (squares - squares.mean(0)).argmax(1)
     alone = owner.bincount(minlength=attributions.shape[2])[owner] == 1
     x = target.batches(4096, seed=10**6 + 1)(0)
     asked = x.unflatten(1, (-1, 2)).any(-1)
