@@ -191,12 +191,15 @@ def measure_addition(target: Addition, decomposition: apd.Decomposition) -> Numb
 
 
 def measure_facts(target: evidence.Target, decomposition: apd.Decomposition) -> Numbers:
-    """A fact is found if it has a component of its own."""
+    """A fact is found if its component serves no fact with another answer: two subjects with one answer may be one
+    mechanism. "alone" are those whose component serves nothing else at all."""
     component = evidence.top_components(decomposition, target)
     forgotten = evidence.forgetting(decomposition, component, target)
+    served = [set(target.answers[torch.tensor(component) == c].tolist()) for c in component]
     return {
-        "found": float(evidence.n_alone(component)),
+        "found": float(sum(len(answers) == 1 for answers in served)),
         "of": float(len(target.answers)),
+        "alone": float(evidence.n_alone(component)),
         "own fact forgotten": forgotten.own_share,
         "others forgotten": forgotten.others_share,
         **sparse_accuracies(decomposition, target.prompts, target.accuracy),
