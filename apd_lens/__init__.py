@@ -51,9 +51,11 @@ from apd_lens._schedules import HoldThenDecay as HoldThenDecay
 from apd_lens._schedules import Ramp as Ramp
 from apd_lens._selection import BatchTopK as BatchTopK
 from apd_lens._selection import Lp as Lp
+from apd_lens._selection import Needed as Needed
 from apd_lens._selection import TopK as TopK
 from apd_lens._settings import Optimization as Optimization
 from apd_lens._settings import Settings as Settings
+from apd_lens._settings import paper as paper
 from apd_lens._target import Adapter as Adapter
 from apd_lens._target import Bias as Bias
 from apd_lens._target import Intercept as Intercept

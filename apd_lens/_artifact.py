@@ -32,7 +32,7 @@ from apd_lens._files import locked, make_folder, put, read_file, sync, write_fil
 from apd_lens._losses import Losses
 from apd_lens._moves import SplitMoves
 from apd_lens._schedules import HoldThenDecay, Ramp
-from apd_lens._selection import BatchTopK, Lp, TopK
+from apd_lens._selection import BatchTopK, Lp, Needed, TopK
 from apd_lens._settings import Optimization, Settings
 
 FORMAT = "apd_lens decomposition"
@@ -73,6 +73,7 @@ _SETTINGS = {
         ClusterMoves,
         DivisionMoves,
         Ramp,
+        Needed,
         SplitMoves,
         TopK,
     )

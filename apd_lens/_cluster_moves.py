@@ -27,7 +27,6 @@ from apd_lens._target import Use
 _FREE = 0.1
 # Contributions smaller than this share of a component's largest one have no say in what directions it writes.
 _SMALL = 0.2
-_FEWEST_DATA_POINTS = 8
 # Of the split. Each data point of a cluster has other mechanisms on as well, which it is not to be split by.
 _RIDGE = 0.1
 
@@ -46,6 +45,7 @@ class ClusterMoves:
         split_below: a component is split if what it writes falls into two clusters whose mean directions have a cosine
             below this; -1 for no splits.
         smallest: share of the data points that the smaller cluster must have.
+        fewest: data points that a component must be active on in the batch, to be split.
         separation: a component is split only if, in one matrix at least, the two parts do this much of what it did,
             each for its own data points: 2 is all, for two directions that have nothing to do with each other; 1 is one
             direction that is cut in two. What fills a plane, or more dimensions, is in between.
@@ -59,6 +59,7 @@ class ClusterMoves:
     merge_above: float = 0.7
     split_below: float = 0.9
     smallest: float = 0.15
+    fewest: int = 2
     separation: float = 1.2
     residual: bool = True
 
@@ -163,7 +164,7 @@ def plan_cluster_split(
     What it writes is seen in all matrices together, each in units of what the whole matrix can write.
     """
     where = active.nonzero()[:, 0]
-    if len(where) < _FEWEST_DATA_POINTS:
+    if len(where) < moves.fewest:
         return None
     written = []
     for use, x in inputs:

@@ -157,33 +157,34 @@ def initial_components(
 
     Args:
         scale: of the factors, over Xavier's.
-        rank: m of every matrix; None for min(d_in, d_out) of each.
+        rank: the largest m; a matrix whose min(d_in, d_out) is less has that, and with None each has it.
         generator: on the CPU; factors are drawn there, so that every device gets the same.
 
     Raises:
-        InvalidSetting: n_components < 1, rank < 1, or a rank that exceeds min(d_in, d_out) of a matrix.
+        InvalidSetting: n_components < 1 or rank < 1.
     """
     if n_components < 1:
         raise InvalidSetting(f"n_components must be at least 1, got {n_components}.")
+    if rank is not None and rank < 1:
+        raise InvalidSetting(f"rank must be at least 1, or None for the full rank of each matrix; got {rank}.")
     A, B = {}, {}
     for matrix in matrices:
         d_in, d_out = matrix.d_in, matrix.d_out
-        full_rank = min(d_in, d_out)
-        m = full_rank if rank is None else rank
-        if not 1 <= m <= full_rank:
-            raise InvalidSetting(
-                f"rank must be between 1 and min(d_in, d_out), which is {full_rank} for {matrix.name} "
-                f"({d_in} × {d_out}); got {rank}. Give rank=None for the full rank of each matrix."
-            )
+        m = min(d_in, d_out) if rank is None else min(rank, d_in, d_out)
         weight = matrix.value()
         dtype = torch.promote_types(weight.dtype, torch.float32)
 
         def xavier(fan_in: int, fan_out: int) -> Tensor:
             factor = torch.randn(n_components, fan_in, fan_out, generator=generator, dtype=dtype, device="cpu")  # noqa: B023
-            return (factor * scale * (2 / (fan_in + fan_out)) ** 0.5).to(weight.device)  # noqa: B023
+            return (factor * scale * xavier_std(fan_in, fan_out)).to(weight.device)  # noqa: B023
 
         A[matrix.name], B[matrix.name] = xavier(d_in, m), xavier(m, d_out)
     return ParameterComponents(A, B)
+
+
+def xavier_std(fan_in: int, fan_out: int) -> float:
+    """Standard deviation of the entries of a factor at the start."""
+    return (2 / (fan_in + fan_out)) ** 0.5
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from apd_lens._components import (
     initial_components,
     normalize_columns,
     remove_parallel_gradients,
+    xavier_std,
 )
 from apd_lens._decomposition import Decomposition
 from apd_lens._division_moves import DivisionMoves, make_division_moves, start_as_a_whole
@@ -52,7 +53,7 @@ from apd_lens._passes import (
 from apd_lens._product import Mask
 from apd_lens._schedules import value_at
 from apd_lens._selection import BatchTopK, Lp, Selection, check_k
-from apd_lens._settings import Moves, Optimization, Settings, learning_rate
+from apd_lens._settings import DEFAULTS, RANK, Moves, Optimization, Settings, learning_rate
 from apd_lens._target import TargetModel, evaluating
 from apd_lens._wrap import wrap
 
@@ -180,12 +181,12 @@ def init(
     *,
     weights: str | Iterable[str] = "*",
     n_components: int,
-    rank: int | None = None,
+    rank: int | None = RANK,
     selection: Selection | None = None,
     attribution: Attribution | None = None,
     losses: Losses | None = None,
     optimization: Optimization | None = None,
-    moves: Moves | None = None,
+    moves: Moves | None = DEFAULTS.moves,
     output: OutputFn = default_output,
     valid: ValidFn | None = None,
     seed: int = 0,
@@ -202,10 +203,10 @@ def init(
     target = target if valid is None else target.with_valid(valid)
     names = target.match(weights)
     settings = Settings(
-        selection=selection or BatchTopK(k=1.0),
-        attribution=attribution or GradientAttribution(),
-        losses=losses or Losses(),
-        optimization=optimization or Optimization(),
+        selection=selection or DEFAULTS.selection,
+        attribution=attribution or DEFAULTS.attribution,
+        losses=losses or DEFAULTS.losses,
+        optimization=optimization or DEFAULTS.optimization,
         moves=moves,
         seed=seed,
     )
@@ -230,7 +231,7 @@ def init(
     if settings.optimization.unit_norm:
         normalize_columns(components)
     device = next(iter(originals.values())).device
-    optimizer = torch.optim.Adam(components.parameters(), lr=settings.optimization.lr, fused=True)
+    optimizer = adam(components, settings.optimization)
     late = LateChecks(device) if on_gpu(device) else None
     if late is not None:
         optimizer.found_inf = late.failed  # type: ignore[attr-defined]
@@ -305,12 +306,30 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
         learning_rate=rate,
         moves=n_moves,
     )
-    return replace(state, last_active=last_active, step=state.step + 1, seen=seen), info
+    settings = after_step(settings, info.terms["minimality"], progress)
+    return replace(state, settings=settings, last_active=last_active, step=state.step + 1, seen=seen), info
+
+
+def after_step(settings: Settings, minimality: Tensor, progress: float) -> Settings:
+    """The settings of the next step, in which another number of components may be active (`Needed`)."""
+    selection = settings.selection.after(minimality, progress, settings.optimization.steps)
+    return settings if selection is settings.selection else replace(settings, selection=selection)
 
 
 def weighted_sum(losses: Losses, terms: Mapping[str, Tensor], progress: float) -> Tensor:
     """Loss terms times their coefficients, when `progress`, a share of the steps, is done."""
     return torch.stack([value_at(getattr(losses, name), progress) * term for name, term in terms.items()]).sum(0)
+
+
+def adam(components: ParameterComponents, optimization: Optimization) -> torch.optim.Optimizer:
+    """Adam for the factors; those of one scale are one group."""
+    groups: dict[float, list[Tensor]] = {}
+    for factor in components.parameters():
+        scale = xavier_std(factor.shape[-2], factor.shape[-1]) if optimization.scaled else 1.0
+        groups.setdefault(scale, []).append(factor)
+    return torch.optim.Adam(
+        [{"params": factors, "scale": scale} for scale, factors in groups.items()], lr=optimization.lr, fused=True
+    )
 
 
 def update(
@@ -325,7 +344,7 @@ def update(
     learning rate."""
     rate = learning_rate(optimization, step)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]
     optimizer.zero_grad()
     try:
         loss.backward(inputs=list(components.parameters()))
@@ -349,12 +368,12 @@ def decompose(
     weights: str | Iterable[str] = "*",
     *,
     n_components: int,
-    rank: int | None = None,
+    rank: int | None = RANK,
     selection: Selection | None = None,
     attribution: Attribution | None = None,
     losses: Losses | None = None,
     optimization: Optimization | None = None,
-    moves: Moves | None = None,
+    moves: Moves | None = DEFAULTS.moves,
     output: OutputFn = default_output,
     valid: ValidFn | None = None,
     seed: int = 0,
@@ -373,13 +392,14 @@ def decompose(
             with 0 are padding: no data points, and in no loss.
         weights: names or shell patterns, see `apd_lens.wrap(model).weights`.
         n_components: number of components C.
-        rank: m, the rank that each component may have in each matrix; None for min(d_in, d_out).
-        selection: which components are active on a data point, default `BatchTopK(k=1.0)`; or `Lp()`, the form without
-            a selection.
+        rank: m, the rank that a component may have in each matrix, or what the matrix has if that is less; None for
+            min(d_in, d_out).
+        selection: which components are active on a data point; the default finds their number, see `Settings` and
+            `BatchTopK`. `Lp()` is the form without a selection, which needs `losses=Losses(path=0)` and `moves=None`.
         attribution: how much a component matters on a data point; default `GradientAttribution()`.
         losses: default `Losses()`.
         optimization: default `Optimization()`.
-        moves: `SplitMoves()`, `ClusterMoves()`, `DivisionMoves()`, or None for none.
+        moves: `ClusterMoves()`, `SplitMoves()`, `DivisionMoves()`, or None for none.
         output: picks the tensor `batch *pos n_outputs` that is explained from what the model returns; the default takes
             a tensor as it is and `.logits` of a Hugging Face output.
         valid: a function of a batch, as the model is called with it, that returns which positions of the explained
@@ -489,13 +509,13 @@ def loss_terms(
     """
     target_output, real = _at_least_float32(watched.output.detach()), watched.real
     relative = losses.normalization == "relative"
-    distance_scale = without_padding(target_output, real).var() if relative and losses.distance == "mse" else 1.0
+    distance_scale = _variance(without_padding(target_output, real)) if relative and losses.distance == "mse" else 1.0
     distances = {
         name: minimality_loss(target_output, _at_least_float32(output), losses.distance, real) / distance_scale
         for name, output in outputs.items()
     }
     activity = without_padding(mask, real)
-    mean_activity = activity.float().mean() if relative else 1.0
+    mean_activity = activity.float().mean().clamp_min(1e-12) if relative else 1.0  # none may be active
     minimality = distances.pop("minimality")
     terms = {**_terms(losses, scales, weights, A, B, minimality, activity, mean_activity), **distances}
     if losses.hidden:
@@ -546,7 +566,7 @@ def _lp_attributed(
     squares = attribution.squares(watched, state.components, selection.granularity, state.device_generator)
     scale = 1.0
     if state.settings.losses.normalization == "relative":
-        scale = without_padding(_at_least_float32(watched.output.detach()), watched.real).var()
+        scale = _variance(without_padding(_at_least_float32(watched.output.detach()), watched.real))
     sparsity = without_padding(lp_of_squares(squares / scale, p), watched.real)
     components = state.components
     terms = _terms(
@@ -560,6 +580,12 @@ def _lp_attributed(
     )
     attributions = squares.detach().sqrt()
     return attributions, None if selection.threshold is None else selection(attributions, watched.real), terms
+
+
+def _variance(output: Tensor) -> Tensor:
+    """1 where there is none."""
+    variance = output.var()
+    return torch.where(variance > 0, variance, 1.0)
 
 
 def _at_least_float32(output: Tensor) -> Tensor:

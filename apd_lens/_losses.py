@@ -4,7 +4,7 @@ Source of all formulas unless another is named: Braun et al. 2025, arXiv 2501.14
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from apd_lens._checks import check_fields
 from apd_lens._components import side_by_side, sum_of_components
 from apd_lens._errors import InvalidSetting, ShapeMismatch
 from apd_lens._padding import Real, without_padding
-from apd_lens._schedules import Schedule
+from apd_lens._schedules import HoldThenDecay, Schedule
 
 # Added under a root so that its gradient is finite at zero; as in the paper's implementation.
 _EPS = 1e-16
@@ -53,14 +53,14 @@ class Losses:
 
     faithfulness: Schedule = 1.0
     minimality: Schedule = 1.0
-    simplicity: Schedule = 0.7
-    schatten_p: float = 1.0
-    simplicity_floor: float = 0.0
-    path: Schedule = 0.0
+    simplicity: Schedule = field(default_factory=lambda: HoldThenDecay(0.08))
+    schatten_p: float = 0.9
+    simplicity_floor: float = 0.5
+    path: Schedule = 2.0
     hidden: Schedule = 0.0
     hidden_at: tuple[str, ...] = ()
     distance: Distance = "mse"
-    normalization: Literal["paper", "relative"] = "paper"
+    normalization: Literal["paper", "relative"] = "relative"
 
     def __post_init__(self) -> None:
         check_fields(self)

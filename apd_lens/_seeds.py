@@ -17,12 +17,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from apd_lens._attribution import AblationAttribution, Attribution, GradientAttribution
-from apd_lens._batches import Batch, stream
+from apd_lens._batches import Batch, replicated, stream
 from apd_lens._components import ParameterComponents
 from apd_lens._decompose import (
     Seen,
     State,
     StepInfo,
+    adam,
+    after_step,
     init,
     loss_terms,
     make_moves,
@@ -35,12 +37,11 @@ from apd_lens._decompose import (
 from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting, UnsupportedModel
 from apd_lens._finite import raise_first
-from apd_lens._inputs import Inputs
 from apd_lens._losses import Losses, path_mask
 from apd_lens._padding import without_padding
 from apd_lens._passes import OutputFn, WatchedPass, default_output, replace_weights_of_each, replaced_pass
 from apd_lens._selection import Lp, Selection
-from apd_lens._settings import Moves, Optimization
+from apd_lens._settings import DEFAULTS, RANK, Moves, Optimization
 from apd_lens._target import evaluating
 from apd_lens._wrap import wrap
 
@@ -71,7 +72,7 @@ class SeedsState:
     def single(self, index: int) -> State:
         """The state of one seed, which `step` would take further. Factors and moments share memory with these."""
         single, some = self.singles[index], _own(index, self.singles[index].components.n_components)
-        optimizer = torch.optim.Adam(single.components.parameters(), fused=True)
+        optimizer = adam(single.components, single.settings.optimization)
         for factor, of_all in zip(single.components.parameters(), self.components.parameters(), strict=True):
             moments = self.optimizer.state.get(of_all, {})
             optimizer.state[factor] = {
@@ -95,7 +96,7 @@ def init_seeds(singles: Sequence[State]) -> SeedsState:
     return SeedsState(
         singles=tuple(replace(single, components=view, late=None) for single, view in zip(singles, views, strict=True)),
         components=components,
-        optimizer=torch.optim.Adam(components.parameters(), lr=first.settings.optimization.lr, fused=True),
+        optimizer=adam(components, first.settings.optimization),
         last_active=torch.stack([single.last_active for single in singles]),
     )
 
@@ -108,7 +109,7 @@ def step_seeds(state: SeedsState, batch: Batch) -> tuple[SeedsState, list[StepIn
         ApdError: as `step`.
     """
     first, settings = state.singles[0], state.singles[0].settings
-    progress = min(1.0, state.step / settings.optimization.steps)
+    progress = state.step / settings.optimization.steps
 
     with evaluating(first.target.model):
         seen = watch(replace(first, step=state.step, seen=state.seen), batch)
@@ -116,9 +117,13 @@ def step_seeds(state: SeedsState, batch: Batch) -> tuple[SeedsState, list[StepIn
         if state.step == 0:
             _check_replicated(state, seen)
         attributions = _attributions(state, watched)
-        selection = settings.selection.at(progress, batch)
-        mask = torch.stack([selection(of_seed, watched.real) for of_seed in attributions])
-        terms = _loss_terms(state, watched, mask)
+        mask = torch.stack(
+            [
+                single.settings.selection.at(progress, batch)(of_seed, watched.real)
+                for single, of_seed in zip(state.singles, attributions, strict=True)
+            ]
+        )
+        terms = _loss_terms(state, seen.on_device, watched, mask)
         loss = weighted_sum(settings.losses, terms, progress)
         _check_finite(state, terms)
         rate = update(
@@ -145,10 +150,13 @@ def step_seeds(state: SeedsState, batch: Batch) -> tuple[SeedsState, list[StepIn
         )
         for index in range(len(n_moves))
     ]
-    return replace(state, last_active=last_active, step=state.step + 1, seen=seen), infos
+    singles = tuple(
+        replace(single, settings=after_step(single.settings, minimality, progress))
+        for single, minimality in zip(state.singles, terms["minimality"].detach(), strict=True)
+    )
+    return replace(state, singles=singles, last_active=last_active, step=state.step + 1, seen=seen), infos
 
 
-@torch.inference_mode(False)
 def decompose_seeds(
     model: Any,
     batches: Iterable[Batch] | Callable[[int], Batch],
@@ -156,12 +164,12 @@ def decompose_seeds(
     *,
     seeds: Iterable[int] = range(8),
     n_components: int,
-    rank: int | None = None,
+    rank: int | None = RANK,
     selection: Selection | None = None,
     attribution: Attribution | None = None,
     losses: Losses | None = None,
     optimization: Optimization | None = None,
-    moves: Moves | None = None,
+    moves: Moves | None = DEFAULTS.moves,
     output: OutputFn = default_output,
     on_step: Callable[[int, list[StepInfo]], Any] | None = None,
     progress: bool = True,
@@ -273,7 +281,7 @@ def _attributions(state: SeedsState, watched: WatchedPass) -> Float[Tensor, "S b
 
 
 def _loss_terms(
-    state: SeedsState, watched: WatchedPass, mask: Bool[Tensor, "S batch *pos C"]
+    state: SeedsState, batch: Batch, watched: WatchedPass, mask: Bool[Tensor, "S batch *pos C"]
 ) -> dict[str, Float[Tensor, " S"]]:
     """Of each seed, from one pass of the model for all seeds and masks."""
     first, n_seeds = state.singles[0], len(state.singles)
@@ -284,7 +292,7 @@ def _loss_terms(
             path_mask(of_seed, single.device_generator) for of_seed, single in zip(mask, state.singles, strict=True)
         ]
         masks["path"] = torch.stack(drawn)
-    outputs, hidden = _passes(state, watched.run.inputs, masks)
+    outputs, hidden = _passes(state, batch, masks)
     A, B = (
         {name: factor.unflatten(0, (n_seeds, -1)) for name, factor in factors.items()}
         for factors in (state.components.A, state.components.B)
@@ -311,7 +319,7 @@ def _at(values: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
 
 
 def _passes(
-    state: SeedsState, inputs: Inputs, masks: Mapping[str, Float[Tensor, "S batch *pos C"]]
+    state: SeedsState, batch: Batch, masks: Mapping[str, Float[Tensor, "S batch *pos C"]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The explained output `S batch *pos n_outputs` under each of the masks, and the hidden activations under the
     first, in one pass of the model."""
@@ -322,7 +330,7 @@ def _passes(
         first.target,
         first.components.names,
         replaced,
-        inputs.replicated(n_replicates),
+        replicated(batch, n_replicates),
         first.output,
         first.settings.losses.hidden_at,
     )
@@ -346,11 +354,7 @@ def _check_replicated(state: SeedsState, seen: Seen) -> None:
     n = len(state.singles) * (1 + bool(first.settings.losses.path))
     try:
         output, _ = replaced_pass(
-            first.target,
-            [],
-            lambda use, x, original, bias: original(),
-            seen.watched.run.inputs.replicated(n),
-            first.output,
+            first.target, [], lambda use, x, original, bias: original(), replicated(seen.on_device, n), first.output
         )
         difference = (output.unflatten(0, (n, -1)) - expected).abs().max()
     except Exception as error:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from apd_lens._attribution import Attribution, GradientAttribution
 from apd_lens._checks import check_fields
@@ -11,7 +11,7 @@ from apd_lens._division_moves import DivisionMoves
 from apd_lens._errors import InvalidSetting
 from apd_lens._losses import Losses
 from apd_lens._moves import SplitMoves
-from apd_lens._selection import BatchTopK, Selection
+from apd_lens._selection import BatchTopK, Needed, Selection
 
 Moves = SplitMoves | ClusterMoves | DivisionMoves
 
@@ -23,6 +23,8 @@ class Optimization:
     Attributes:
         steps: number of batches.
         lr: learning rate at the peak.
+        scaled: lr is a share of the standard deviation that Xavier's start gives the entries of a factor,
+            sqrt(2 / (d + m)), so the larger a matrix, the smaller its steps. False: lr is of all factors as it is.
         schedule: after the warm-up "cosine" is lr·cos(π/2 · progress), "linear" is lr·(1 − progress), "constant" is lr.
         warmup: share of the steps in which the learning rate rises linearly from 0.
         init_scale: standard deviation of the factors at the start, over Xavier's. With many components their sum is
@@ -38,11 +40,12 @@ class Optimization:
             Source: the paper's residual MLPs.
     """
 
-    steps: int = 20_000
+    steps: int = 2_000
     lr: float = 3e-2
+    scaled: bool = True
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.05
-    init_scale: float = 1.0
+    init_scale: float = 0.5
     start: Literal["random", "matrices"] = "random"
     unit_norm: bool = False
 
@@ -71,12 +74,32 @@ def learning_rate(optimization: Optimization, step: int) -> float:
 class Settings:
     """All that `decompose` was told, apart from the model, the data and the output function."""
 
-    selection: Selection = field(default_factory=lambda: BatchTopK(k=1.0))
+    selection: Selection = field(default_factory=lambda: BatchTopK(k=Needed(), least=0.15))
     attribution: Attribution = field(default_factory=GradientAttribution)
     losses: Losses = field(default_factory=Losses)
     optimization: Optimization = field(default_factory=Optimization)
-    moves: Moves | None = None
+    moves: Moves | None = field(default_factory=ClusterMoves)
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+# What `decompose` does where nothing else is said; and m at most.
+DEFAULTS = Settings()
+RANK = 4
+
+
+def paper() -> dict[str, Any]:
+    """The settings of the paper's own form, as keyword arguments: `decompose(model, batches, …, **paper())`.
+
+    A fixed number of active components, losses over the number of parameters, no path loss, no moves, full rank. The
+    paper chooses k, coefficients and the learning rate for each system; these are those of its smallest.
+    """
+    return {
+        "rank": None,
+        "selection": BatchTopK(k=1.0),
+        "losses": Losses(simplicity=0.7, schatten_p=1.0, simplicity_floor=0.0, path=0.0, normalization="paper"),
+        "moves": None,
+        "optimization": Optimization(steps=20_000, lr=3e-2, scaled=False, init_scale=1.0),
+    }

@@ -34,6 +34,8 @@ def residual_mlp(
         n_components=n_components,
         rank=rank,
         selection=apd.BatchTopK(1.0),
+        losses=apd.paper()["losses"],
+        moves=None,
         attribution=attribution or apd.GradientAttribution("exact"),
     )
     return state, toys.residual_mlp_data(512, torch.Generator().manual_seed(0), n_features=n_outputs)
@@ -53,7 +55,8 @@ def gpt2(
         n_components=n_components,
         rank=1,
         selection=apd.TopK(min(8, n_components), granularity=granularity),
-        losses=apd.Losses(distance="kl"),
+        losses=replace(apd.paper()["losses"], distance="kl"),
+        moves=None,
     )
     return state, torch.randint(vocabulary, (4, length), generator=torch.Generator().manual_seed(0))
 

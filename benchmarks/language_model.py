@@ -11,6 +11,7 @@ from random projections of the 50,257 logits. Medians of rounds in one run:
 import argparse
 import statistics
 import warnings
+from dataclasses import replace
 
 import torch
 from timing import save, seconds
@@ -53,8 +54,9 @@ def main() -> None:
             n_components=arguments.components,
             rank=arguments.rank,
             selection=apd.TopK(arguments.k, granularity="position"),
-            losses=apd.Losses(distance="kl", normalization="relative"),
-            optimization=apd.Optimization(steps=1000, lr=1e-3),
+            losses=replace(apd.paper()["losses"], distance="kl", normalization="relative"),
+            optimization=apd.Optimization(steps=1000, lr=1e-3, scaled=False),
+            moves=None,
         )
         names = state.components.names
         factors = sum(factor.numel() for factor in state.components.parameters())

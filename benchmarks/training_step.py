@@ -7,7 +7,7 @@ medians over rounds. Peak memory is that of a process of its own, above what it 
 import argparse
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import textbook
@@ -49,12 +49,14 @@ class Case:
         return toys.residual_mlp_data(self.batch_size, generator)
 
     def state(self, attribution: apd.GradientAttribution) -> apd.State:
+        paper = apd.paper()["losses"]
         if self.system == "tms":
-            losses = apd.Losses(minimality=10.0, simplicity=20.0, schatten_p=0.9)
+            losses = replace(paper, minimality=10.0, simplicity=20.0, schatten_p=0.9)
             n_components, k = 50, 1.0
         else:
             two = self.n_layers == 2
-            losses = apd.Losses(
+            losses = replace(
+                paper,
                 minimality=2.0 if two else 1.0,
                 simplicity=7.0 if two else 10.0,
                 schatten_p=0.9,
@@ -66,10 +68,12 @@ class Case:
             self.model(),
             weights="linear*" if self.system == "tms" else "layers.*",
             n_components=n_components,
+            rank=None,
             selection=apd.BatchTopK(k),
             attribution=attribution,
             losses=losses,
-            optimization=apd.Optimization(steps=10_000, lr=1e-3),
+            optimization=apd.Optimization(steps=10_000, lr=1e-3, scaled=False, init_scale=1.0),
+            moves=None,
         )
 
     def runner(self, way: str) -> Callable[[], Tensor]:

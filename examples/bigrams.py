@@ -66,12 +66,13 @@ def decompose(model: HookedTransformer, prompts: Tensor, steps: int, seed: int) 
             minimality=1,
             simplicity=apd.HoldThenDecay(1.67, hold=0.6, zero=0.8),
             schatten_p=0.9,
+            simplicity_floor=0,
             path=2,
             distance="kl",
             normalization="relative",
         ),
         moves=apd.SplitMoves(every=100, until=0.6),
-        optimization=apd.Optimization(steps=steps, lr=3e-3),
+        optimization=apd.Optimization(steps=steps, lr=3e-3, scaled=False, init_scale=1),
         seed=seed,
     )
 

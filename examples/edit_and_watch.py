@@ -164,8 +164,8 @@ def decompose_tms(target: toys.TMSTarget, steps: int) -> apd.Decomposition:
             simplicity_floor=0.5,
             normalization="relative",
         ),
-        moves=apd.ClusterMoves(),
-        optimization=apd.Optimization(steps=steps, lr=1e-2, init_scale=0.5),
+        moves=apd.ClusterMoves(fewest=8),
+        optimization=apd.Optimization(steps=steps, lr=1e-2, scaled=False, init_scale=0.5),
     )
 
 

@@ -28,20 +28,20 @@ warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 N_SUBJECTS, N_OBJECTS, D_MODEL, N_NEURONS = 64, 32, 256, 48
 
 
-def train_target(seed: int) -> Target:
+def train_target(seed: int, n_subjects: int = N_SUBJECTS, d_model: int = D_MODEL, n_neurons: int = N_NEURONS) -> Target:
     """A model that knows a random object for each subject."""
     torch.manual_seed(seed)
-    relation = N_SUBJECTS  # tokens: the subjects, the relation, the objects
-    prompts = torch.tensor([[relation, subject] for subject in range(N_SUBJECTS)])
-    answers = N_SUBJECTS + 1 + torch.randint(0, N_OBJECTS, (N_SUBJECTS,))
+    relation = n_subjects  # tokens: the subjects, the relation, the objects
+    prompts = torch.tensor([[relation, subject] for subject in range(n_subjects)])
+    answers = n_subjects + 1 + torch.randint(0, N_OBJECTS, (n_subjects,))
     cfg = HookedTransformerConfig(
         n_layers=1,
-        d_model=D_MODEL,
+        d_model=d_model,
         n_ctx=2,
         d_head=16,
         n_heads=2,
-        d_mlp=N_NEURONS,
-        d_vocab=N_SUBJECTS + 1 + N_OBJECTS,
+        d_mlp=n_neurons,
+        d_vocab=n_subjects + 1 + N_OBJECTS,
         act_fn="relu",
         normalization_type="LN",
         seed=seed,
@@ -50,7 +50,7 @@ def train_target(seed: int) -> Target:
     model = HookedTransformer(cfg)
     with torch.no_grad():
         model.W_E.normal_()
-        model.W_U.normal_(std=D_MODEL**-0.5)
+        model.W_U.normal_(std=d_model**-0.5)
         model.blocks[0].attn.W_O.zero_()
     mlp = model.requires_grad_(False).blocks[0].mlp.requires_grad_(True)
     optimizer = torch.optim.AdamW(mlp.parameters(), lr=3e-3, weight_decay=0.05)
@@ -84,11 +84,12 @@ def decompose(model: HookedTransformer, prompts: Tensor, steps: int, seed: int) 
             minimality=1,
             simplicity=apd.HoldThenDecay(0.06, hold=0.6, zero=0.8),
             schatten_p=0.9,
+            simplicity_floor=0,
             path=2,
             normalization="relative",
         ),
         moves=apd.SplitMoves(every=100, until=0.6),
-        optimization=apd.Optimization(steps=steps, lr=3e-3),
+        optimization=apd.Optimization(steps=steps, lr=3e-3, scaled=False, init_scale=1),
         seed=seed,
     )
 

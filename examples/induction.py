@@ -154,7 +154,8 @@ def decompose(model: HookedTransformer, steps: int, seed: int = 0) -> apd.Decomp
             simplicity_floor=0.5,
             normalization="relative",
         ),
-        optimization=apd.Optimization(steps=steps, lr=3e-3, init_scale=0.5),
+        optimization=apd.Optimization(steps=steps, lr=3e-3, scaled=False, init_scale=0.5),
+        moves=None,
         seed=seed,
     )
 

@@ -114,12 +114,15 @@ def decompose(model: NNsight, batches: list[Batch], steps: int) -> apd.Decomposi
             faithfulness=100,
             minimality=0.1,
             simplicity=apd.HoldThenDecay(0.00625),
+            schatten_p=1,
+            simplicity_floor=0,
             path=1,
             hidden=30,
             hidden_at=("embedding",),
             normalization="relative",
         ),
-        optimization=apd.Optimization(steps=steps, lr=4e-3),
+        optimization=apd.Optimization(steps=steps, lr=4e-3, scaled=False, init_scale=1),
+        moves=None,
     )
 
 

@@ -26,9 +26,9 @@ for _ in range(300):
     optimizer.step()
 
 model = NNsight(gpt2.requires_grad_(False))
-losses = apd.Losses(30, 1, apd.HoldThenDecay(0.06), schatten_p=0.9, path=2, normalization="relative")
+losses = apd.Losses(30, 1, apd.HoldThenDecay(0.06), simplicity_floor=0, path=2)
 settings = {"n_components": 40, "rank": 4, "selection": apd.TopK(1), "moves": apd.SplitMoves(), "losses": losses}
-optimization = apd.Optimization(steps=2000, lr=3e-3)
+optimization = apd.Optimization(steps=2000, lr=3e-3, scaled=False, init_scale=1)
 decomposition = apd.decompose(model, [prompts], ["transformer.h.0.mlp.*"], optimization=optimization, **settings)
 mask = decomposition.select(prompts)
 print(f"components, one alone a prompt: {len(set(mask.float().argmax(1).tolist()))} for {N_FACTS} facts")

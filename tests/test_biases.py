@@ -226,8 +226,9 @@ def batch(step):
 
 decomposition = apd.decompose(
     apd.wrap(model, biases=True), batch, n_components=2, rank=1, selection=apd.TopK(1),
-    losses=apd.Losses(10, 1, apd.HoldThenDecay(0.05), schatten_p=0.9, path=1, normalization="relative"),
-    moves=apd.SplitMoves(every=50), optimization=apd.Optimization(1000, lr=3e-2), progress=False,
+    losses=apd.Losses(10, 1, apd.HoldThenDecay(0.05), simplicity_floor=0.0, path=1),
+    moves=apd.SplitMoves(every=50), optimization=apd.Optimization(1000, lr=3e-2, scaled=False, init_scale=1.0),
+    progress=False,
 )
 for components in (decomposition.components, apd.random_components(decomposition.components)):
     P = components.component_weights("0.weight")

@@ -185,7 +185,7 @@ decomposition = apd.decompose(
     selection=apd.BatchTopK(apd.Ramp(0.25, 0.44)),
     losses=apd.Losses(path=1, simplicity=apd.HoldThenDecay(0.1), schatten_p=0.9, simplicity_floor=0.5,
                       normalization="relative"),
-    moves=apd.ClusterMoves(), optimization=apd.Optimization(steps=1500, lr=1e-2, init_scale=0.5), progress=False,
+    moves=apd.ClusterMoves(), optimization=apd.Optimization(steps=1500, lr=1e-2, scaled=False), progress=False,
 )
 for components in (decomposition.components, apd.random_components(decomposition.components)):
     parts = components.component_weights("linear1.weight")

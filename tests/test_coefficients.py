@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 import apd_lens as apd
 from toy_models import ResidualMLP
 
-BASE = apd.Losses(faithfulness=3.0, minimality=1.0, simplicity=0.0375, schatten_p=0.9, normalization="relative")
+BASE = apd.Losses(faithfulness=3.0, minimality=1.0, simplicity=0.0375, simplicity_floor=0.0, path=0.0)
 CASES = {
     "faithfulness": ((0.1, 10.0), {}),
     "minimality": ((0.1, 10.0), {}),
@@ -36,7 +36,8 @@ def measured(losses, seed):
         return torch.eye(6)[torch.randint(6, (n,), generator=generator)] * torch.randn(n, 1, generator=generator)
     decomposition = apd.decompose(
         model, lambda step: batch(32), ["layers.*"], n_components=8, rank=2, selection=apd.TopK(1),
-        losses=losses, optimization=apd.Optimization(steps=100, lr=1e-2), seed=seed, progress=False,
+        losses=losses, optimization=apd.Optimization(steps=100, lr=1e-2, scaled=False, init_scale=1.0), moves=None,
+        seed=seed, progress=False,
     )
     x, seen = batch(512), {}
     for name in ("mlp_in", "act"):

@@ -62,6 +62,11 @@ def test_rank_none_is_the_full_rank_of_each_matrix():
     }
 
 
+def test_a_rank_beyond_that_of_a_matrix_is_that_of_the_matrix():
+    components = apd.init(ResidualMLP(4, 6, 3, 1), weights=["W_E.weight", *NAMES], n_components=2, rank=4).components
+    assert {name: B.shape[1] for name, B in components.B.items()} == {"W_E.weight": 4, **dict.fromkeys(NAMES, 3)}
+
+
 def test_the_start_is_xavier_normal():
     matrices = list(apd.wrap(torch.nn.Linear(300, 40)).weights.values())
     components = initial_components(matrices, 20, 10, torch.Generator().manual_seed(0))
@@ -112,8 +117,7 @@ def test_shares_are_of_columns_and_rows(components: apd.ParameterComponents):
     ("options", "message"),
     [
         ({"n_components": 0}, "n_components must be at least 1, got 0"),
-        ({"rank": 0}, "rank must be between 1 and min(d_in, d_out), which is 3 for weight (5 × 3); got 0"),
-        ({"rank": 4}, "which is 3 for weight (5 × 3); got 4. Give rank=None"),
+        ({"rank": 0}, "rank must be at least 1, or None for the full rank of each matrix; got 0"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(options: dict, message: str):

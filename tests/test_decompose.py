@@ -66,8 +66,7 @@ def test_the_same_batch_again_is_not_computed_again_but_a_changed_one_is():
     model, calls = residual_mlp(), []
     model.register_forward_pre_hook(lambda module, args: calls.append(torch.is_grad_enabled()))
     x = torch.randn(6, 4)
-    state = apd.init(model, n_components=5, rank=2)
-    fresh = apd.init(model, n_components=5, rank=2)
+    state, fresh = (apd.init(model, n_components=5, rank=2, losses=apd.Losses(path=0.0)) for _ in range(2))
 
     def n_forwards() -> int:
         calls.clear()
@@ -88,7 +87,10 @@ def test_the_same_batch_again_is_not_computed_again_but_a_changed_one_is():
 def test_info_says_what_happened():
     selection = apd.BatchTopK(1.5)
     losses = apd.Losses(faithfulness=2.0, minimality=3.0, simplicity=apd.HoldThenDecay(0.5), path=0.25)
-    state = apd.init(residual_mlp(), n_components=5, rank=2, selection=selection, losses=losses)
+    optimization = apd.Optimization(steps=20_000, lr=3e-2)
+    state = apd.init(
+        residual_mlp(), n_components=5, rank=2, selection=selection, losses=losses, optimization=optimization
+    )
     state, info = apd.step(state, batches()[0])
     assert list(info.terms) == ["faithfulness", "minimality", "simplicity", "path"]
     expected = sum(c * info.terms[name] for c, name in zip((2.0, 3.0, 0.5, 0.25), info.terms, strict=True))
@@ -100,7 +102,7 @@ def test_info_says_what_happened():
 
 def test_a_component_counts_as_alive_for_a_hundred_steps():
     state = apd.init(
-        residual_mlp(), n_components=5, rank=2, selection=apd.TopK(1), optimization=apd.Optimization(lr=0.0)
+        residual_mlp(), n_components=5, rank=2, selection=apd.TopK(1), optimization=apd.Optimization(lr=0.0), moves=None
     )
     first, second = (x[:1] for x in batches(2))
     top = [int(state.decomposition().select(x).nonzero()[0, 1]) for x in (first, second)]
@@ -165,8 +167,9 @@ def test_known_parts_are_found_again_at_their_size():
         def decompose(simplicity, steps):
             return apd.decompose(
                 model, batch, n_components=6, rank=2, selection=apd.TopK(1),
-                losses=apd.Losses(30, 1, simplicity, schatten_p=0.9, path=2, normalization="relative"),
-                moves=apd.SplitMoves(every=50), optimization=apd.Optimization(steps, lr=3e-2), progress=False,
+                losses=apd.Losses(30, 1, simplicity, simplicity_floor=0.0),
+                moves=apd.SplitMoves(every=50), progress=False,
+                optimization=apd.Optimization(steps, lr=3e-2, scaled=False, init_scale=1.0),
             )
 
         for decomposition in (decompose(apd.HoldThenDecay(0.05), 1500), decompose(0.05, 1500), decompose(0.05, 1)):
@@ -320,7 +323,7 @@ BAD_INPUT = {
         r"^step 1: input tensor 0 of the batch \(shape \(6, 4\)\) holds 24 values that are NaN or infinite",
     ),
     "NaN in a loss": (
-        lambda: {"losses": apd.Losses(distance=nan_from(3))},
+        lambda: {"losses": apd.Losses(distance=nan_from(3), path=0.0)},
         apd.NonFinite,
         "^step 3: the minimality is nan; nothing before it was",
     ),

@@ -128,7 +128,10 @@ def test_settings_that_cannot_be():
     with pytest.raises(apd.InvalidSetting, match="projections >= 1"):
         apd.DivisionMoves(projections=0)
     with pytest.raises(apd.InvalidSetting, match="DivisionMoves look at which components are active"):
-        apd.init(torch.nn.Linear(4, 4, bias=False), n_components=2, selection=apd.Lp(), moves=apd.DivisionMoves())
+        apd.init(
+            torch.nn.Linear(4, 4, bias=False), n_components=2, selection=apd.Lp(), moves=apd.DivisionMoves(),
+            losses=apd.Losses(path=0.0),
+        )  # fmt: skip
 
 
 GATED = """
@@ -141,7 +144,7 @@ decomposition = apd.decompose(
     selection=apd.BatchTopK(apd.Ramp(0.2, 0.35)),
     losses=apd.Losses(path=1, simplicity=apd.HoldThenDecay(2), schatten_p=0.9, simplicity_floor=0.5,
                       normalization="relative"),
-    moves=apd.DivisionMoves(), optimization=apd.Optimization(steps=60, lr=2e-3, init_scale=0.5), progress=False,
+    moves=apd.DivisionMoves(), optimization=apd.Optimization(steps=60, lr=2e-3, scaled=False), progress=False,
 )
 for components in (decomposition.components, apd.random_components(decomposition.components)):
     owned = sum((components.component_weights(name).abs()[:, None] * mask).sum((2, 3))

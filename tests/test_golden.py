@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -27,14 +27,15 @@ class Case:
     hidden_at: tuple[str, ...]
 
     def state(self, k: float, selection: Callable[[float], object] = apd.BatchTopK) -> apd.State:
-        coefficients = self.settings["coefficients"]
+        coefficients, paper = self.settings["coefficients"], apd.paper()
         state = apd.init(
             self.model,
             weights=list(self.names),
             n_components=len(self.tensors["batch_topk_mask"][0]),
             rank=self.tensors[f"A.{next(iter(self.names.values()))}"].shape[-1],
             selection=selection(k),
-            losses=apd.Losses(
+            losses=replace(
+                paper["losses"],
                 faithfulness=coefficients["faithfulness"],
                 minimality=coefficients["minimality"],
                 simplicity=coefficients["simplicity"],
@@ -42,9 +43,14 @@ class Case:
                 hidden=coefficients["hidden_activation"],
                 hidden_at=self.hidden_at,
             ),
-            optimization=apd.Optimization(
-                steps=self.settings["train_steps"], lr=self.settings["lr"], schedule="constant", warmup=0.0
+            optimization=replace(
+                paper["optimization"],
+                steps=self.settings["train_steps"],
+                lr=self.settings["lr"],
+                schedule="constant",
+                warmup=0.0,
             ),
+            moves=paper["moves"],
         )
         with torch.no_grad():
             for name, golden in self.names.items():

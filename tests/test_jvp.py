@@ -215,7 +215,8 @@ def test_what_cannot_be_differentiated_twice_takes_the_other_products(operation,
 def test_the_lp_form_still_has_gradients():
     """Its attributions lead to the factors, so it keeps to vector-Jacobian products."""
     exact = apd.GradientAttribution("exact")
-    state = apd.init(nn.Linear(5, 40), n_components=3, selection=apd.Lp(0.9), attribution=exact)
+    options = {"losses": apd.Losses(path=0.0), "moves": None}
+    state = apd.init(nn.Linear(5, 40), n_components=3, selection=apd.Lp(0.9), attribution=exact, **options)
     before = state.components.A["weight"].detach().clone()
     state, info = apd.step(state, torch.randn(6, 5))
     assert info.terms["minimality"] > 0

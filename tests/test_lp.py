@@ -1,6 +1,8 @@
 """The Lp form: its losses and gradients against brute force, what it refuses, and that it trains."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import outside
 import pytest
@@ -12,6 +14,10 @@ from torch.testing import assert_close
 from toy_models import TMS, ResidualMLP, Snapshot
 
 import apd_lens as apd
+
+PAPER = apd.paper()["losses"]
+# The Lp form has no path loss, and no mask to make moves by.
+init = partial(apd.init, losses=PAPER, moves=None)
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "tied": lambda: TMS(4, 3).double(),
@@ -49,8 +55,8 @@ def brute_force(state: apd.State, x: Tensor, p: float) -> dict[str, Tensor]:
 def test_terms_and_gradients_are_those_of_brute_force(make, p: float):
     model, x = make(), torch.rand(7, 4, dtype=torch.float64)
     names = ["linear1*"] if isinstance(model, TMS) else ["layers.*"]
-    losses = apd.Losses(faithfulness=2.0, minimality=0.7, simplicity=3.0, schatten_p=0.8)
-    state = apd.init(model, weights=names, n_components=5, rank=2, selection=apd.Lp(p), losses=losses)
+    losses = replace(PAPER, faithfulness=2.0, minimality=0.7, simplicity=3.0, schatten_p=0.8)
+    state = apd.init(model, weights=names, n_components=5, rank=2, selection=apd.Lp(p), losses=losses, moves=None)
     factors = list(state.components.parameters())
     expected = brute_force(state, x, p)
     wanted = 2.0 * expected["faithfulness"] + 0.7 * expected["minimality"] + 3.0 * expected["simplicity"]
@@ -68,7 +74,7 @@ def test_small_memory_changes_nothing():
     grads = []
     for memory in (2**29, 2000):
         attribution = apd.GradientAttribution(memory=memory)
-        state = apd.init(model, n_components=5, rank=2, selection=apd.Lp(), attribution=attribution)
+        state = init(model, n_components=5, rank=2, selection=apd.Lp(), attribution=attribution)
         apd.step(state, x)
         grads.append([factor.grad for factor in state.components.parameters()])
     for one, other in zip(*grads, strict=True):
@@ -76,7 +82,7 @@ def test_small_memory_changes_nothing():
 
 
 def test_inputs_that_no_component_serves_have_finite_gradients():
-    state = apd.init(nn.Linear(3, 3), n_components=4, rank=2, selection=apd.Lp(0.5))
+    state = init(nn.Linear(3, 3), n_components=4, rank=2, selection=apd.Lp(0.5))
     _, info = apd.step(state, torch.zeros(6, 3))
     assert info.loss.isfinite()
     assert all(factor.grad.isfinite().all() for factor in state.components.parameters())
@@ -86,7 +92,7 @@ def test_p_can_be_annealed():
     model, x = nn.Linear(3, 2), torch.randn(5, 3)
     optimization = apd.Optimization(steps=10, lr=0.0)
     ramp = apd.Ramp(2.0, 1.0, hold=0.2, reach=0.8)
-    state = apd.init(model, n_components=4, rank=1, selection=apd.Lp(ramp), optimization=optimization)
+    state = init(model, n_components=4, rank=1, selection=apd.Lp(ramp), optimization=optimization)
     attributions = state.decomposition().attributions(x)
     for step in range(10):
         state, info = apd.step(state, x)
@@ -98,7 +104,7 @@ def test_positions_are_data_points_and_padding_is_none():
     """The mean over all positions that are no padding of Σ_c A_c^p; and gradients of positions one by one."""
     model, batch = gpt2(), padded()
     selection = apd.Lp(0.8, granularity="position")
-    state = apd.init(model, weights="*.mlp.*", n_components=5, rank=2, selection=selection)
+    state = init(model, weights="*.mlp.*", n_components=5, rank=2, selection=selection)
     attributions = state.decomposition().attributions(batch)[batch["attention_mask"].bool()]
     _, info = apd.step(state, batch)
     assert_close(info.terms["minimality"], attributions.pow(0.8).sum(1).mean())
@@ -111,8 +117,8 @@ def test_relative_terms_do_not_depend_on_the_scale_of_the_model():
     large.weight.data = 10 * small.weight.data
     x, terms = torch.randn(6, 4), []
     for model, scale in ((small, 1.0), (large, 10.0)):
-        losses = apd.Losses(normalization="relative", schatten_p=0.9)
-        state = apd.init(model, n_components=4, rank=2, losses=losses, selection=apd.Lp())
+        losses = replace(PAPER, normalization="relative", schatten_p=0.9)
+        state = init(model, n_components=4, rank=2, losses=losses, selection=apd.Lp())
         with torch.no_grad():
             state.components.A["weight"].mul_(scale)
         _, info = apd.step(state, x)
@@ -124,7 +130,7 @@ def test_relative_terms_do_not_depend_on_the_scale_of_the_model():
 
 
 def lp_decomposition(selection: apd.Lp) -> apd.Decomposition:
-    return apd.init(nn.Linear(3, 3), n_components=4, rank=2, selection=selection).decomposition()
+    return init(nn.Linear(3, 3), n_components=4, rank=2, selection=selection).decomposition()
 
 
 def test_without_a_threshold_the_user_says_how_many():
@@ -153,17 +159,17 @@ def test_info_says_what_is_active_if_that_can_be_said():
     model, x = nn.Linear(3, 3), torch.randn(6, 3)
     options = {"n_components": 4, "rank": 2}
     threshold = apd.init(model, **options).decomposition().attributions(x).median().item()
-    _, info = apd.step(apd.init(model, selection=apd.Lp(), **options), x)
+    _, info = apd.step(init(model, selection=apd.Lp(), **options), x)
     assert (info.k, info.alive) == (None, None)
-    _, info = apd.step(apd.init(model, selection=apd.Lp(threshold=threshold), **options), x)
+    _, info = apd.step(init(model, selection=apd.Lp(threshold=threshold), **options), x)
     assert info.k == 2.0
     assert 2 <= info.alive <= 4
 
 
 REFUSED = {
-    "path": ({"losses": apd.Losses(path=1.0)}, r"no mask and no sparse pass.*path=1\.0"),
-    "hidden": ({"losses": apd.Losses(hidden=1.0, hidden_at=("",))}, "no mask and no sparse pass"),
-    "distance": ({"losses": apd.Losses(distance="kl")}, "distance='kl'"),
+    "path": ({"losses": replace(PAPER, path=1.0)}, r"no mask and no sparse pass.*path=1\.0"),
+    "hidden": ({"losses": replace(PAPER, hidden=1.0, hidden_at=("",))}, "no mask and no sparse pass"),
+    "distance": ({"losses": replace(PAPER, distance="kl")}, "distance='kl'"),
     "attributions without gradients": ({"attribution": apd.AblationAttribution()}, "take gradients of"),
     "cluster moves": ({"moves": apd.ClusterMoves()}, r"Give Lp\(threshold=\.\.\.\), or use SplitMoves"),
 }
@@ -172,7 +178,7 @@ REFUSED = {
 @pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_needs_a_mask_is_refused(options, message: str):
     with pytest.raises(apd.InvalidSetting, match=message):
-        apd.init(nn.Linear(3, 3), n_components=4, selection=apd.Lp(), **options)
+        init(nn.Linear(3, 3), n_components=4, selection=apd.Lp(), **options)
 
 
 def test_moves_save_and_load(tmp_path):
@@ -182,7 +188,8 @@ def test_moves_save_and_load(tmp_path):
         infos: list[apd.StepInfo] = []
         decomposition = apd.decompose(
             model, [x], n_components=40, rank=2, selection=selection, moves=moves, progress=False,
-            optimization=apd.Optimization(10, lr=1e-2), on_step=lambda step, info, infos=infos: infos.append(info),
+            losses=PAPER, optimization=apd.Optimization(10, lr=1e-2, scaled=False, init_scale=1.0),
+            on_step=lambda step, info, infos=infos: infos.append(info),
         )  # fmt: skip
         assert sum(info.moves for info in infos) > 0
         decomposition.save(tmp_path)
@@ -201,8 +208,8 @@ for seed in (0, 1, 2):
     decomposition = apd.decompose(
         target.model, target.batches(512, seed=1000 + seed), "linear1*", n_components=8, rank=2,
         selection=apd.Lp(p=0.5, threshold=0.02), moves=apd.ClusterMoves(),
-        losses=apd.Losses(10, apd.HoldThenDecay(3), apd.HoldThenDecay(3), schatten_p=0.9, normalization="relative"),
-        optimization=apd.Optimization(steps=1000, lr=1e-2, init_scale=0.5), seed=seed, progress=False,
+        losses=apd.Losses(10, apd.HoldThenDecay(3), apd.HoldThenDecay(3), simplicity_floor=0.0, path=0.0),
+        optimization=apd.Optimization(steps=1000, lr=1e-2, scaled=False), seed=seed, progress=False,
     )
     alone = [
         metrics.features_alone(target.rows, components.component_weights("linear1.weight"))

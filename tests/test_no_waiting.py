@@ -134,7 +134,7 @@ CASES: dict[str, Case] = {
             "selection": apd.TopK(2),
         },
     ),
-    "Lp": (residual_mlp, batch, {"selection": apd.Lp(0.9, threshold=0.01)}),
+    "Lp": (residual_mlp, batch, {"selection": apd.Lp(0.9, threshold=0.01), "losses": apd.Losses(path=0.0)}),
     "the same batch": (residual_mlp, lambda step: BATCH, {}),
     "integrated gradients": (residual_mlp, batch, {"attribution": apd.IntegratedGradients(steps=2, start="zero")}),
     "ablations": (residual_mlp, batch, {"attribution": apd.AblationAttribution()}),
@@ -153,7 +153,9 @@ BATCH = batch(0)
 
 
 def options(case: Case) -> dict[str, Any]:
-    few = {"n_components": 5, "rank": 2, "optimization": apd.Optimization(N_STEPS, lr=1e-2)}
+    # How many are active is known without asking the device.
+    selection = apd.BatchTopK(1.0)
+    few = {"n_components": 5, "rank": 2, "selection": selection, "optimization": apd.Optimization(N_STEPS, lr=1e-2)}
     return {**few, **case[2]}
 
 
@@ -268,7 +270,7 @@ def run(wrong: str, at: int, **changes: Any) -> tuple[BaseException, list[int]]:
         seen.append(step)
 
     few = {"n_components": 5, "rank": 2, "optimization": apd.Optimization(N_STEPS, lr=1e-2, unit_norm=True)}
-    settings = {**few, "losses": apd.Losses(distance=distance), "on_step": on_step, **changes}
+    settings = {**few, "losses": apd.Losses(distance=distance, path=0.0), "on_step": on_step, **changes}
     torch.manual_seed(0)
     with pytest.raises((apd.NonFinite, KeyboardInterrupt)) as error:
         apd.decompose(Exponential(), batches, progress=False, **settings)

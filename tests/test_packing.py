@@ -94,7 +94,7 @@ def test_attributions_masks_and_sparse_outputs_are_those_of_each_document(host: 
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_a_training_step_is_that_on_the_documents_one_by_one(host: str):
-    losses = apd.Losses(distance="kl", normalization="relative")
+    losses = apd.Losses(distance="kl", path=0.0)
     infos = []
     for state, batch in both(host, GRADIENT, apd.BatchTopK(1.5, "position"), losses=losses):
         for _ in range(2):

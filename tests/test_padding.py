@@ -89,7 +89,7 @@ def test_training_is_that_without_padding(host: str, granularity, distance):
                 hidden=1.0,
                 hidden_at=(weights.replace("*", "c_fc" if host == "gpt2" else "dense"),),
                 distance=functions.get(distance, distance),
-                normalization="relative",
+                path=0.0,  # its draws have the batch's shape
             ),
             moves=apd.SplitMoves(every=2, noise=0.0),
             optimization=apd.Optimization(steps=10, lr=1e-3),

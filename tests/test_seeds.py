@@ -37,7 +37,7 @@ def squared(target: Tensor, sparse: Tensor) -> Tensor:
 
 CASES = {
     "a tied matrix": (tms, vectors, {}),
-    "the paper's losses": (residual_mlp, vectors, {"losses": apd.Losses()}),
+    "the paper's losses": (residual_mlp, vectors, {"losses": apd.paper()["losses"]}),
     "thirty steps with cluster moves": (
         residual_mlp,
         lambda: vectors(3, 64),
@@ -231,7 +231,7 @@ BAD_INPUT = {
         lambda: {"batches": [vectors()[0] * float("nan")]}, apd.NonFinite, "^step 0: input tensor 0 of the batch"
     ),
     "NaN in a loss": (
-        lambda: {"losses": apd.Losses(distance=nan_from(5))},  # called once a seed and step
+        lambda: {"losses": apd.Losses(distance=nan_from(5), path=0.0)},  # called once a seed and step
         apd.NonFinite,
         "^step 2, seed 0: the minimality is nan",
     ),

@@ -46,6 +46,56 @@ def test_a_k_that_cannot_be_is_refused(select, message: str):
     assert message in str(error.value)
 
 
+def test_least_takes_what_does_enough_beside_the_largest_of_its_data_point():
+    attributions = torch.rand(6, 4, dtype=torch.float64) ** 3
+    attributions[2] = 0.0
+    largest = [max(row) ** 2 for row in attributions.tolist()]
+    damping = 0.01 * sum(largest) / 6
+    r = [[a / (most + damping) ** 0.5 for a in row] for row, most in zip(attributions.tolist(), largest, strict=True)]
+    enough = torch.tensor([[value >= 0.3 for value in row] for row in r])
+    assert 6 < enough.sum() < 18
+    assert not enough[2].any()
+    assert torch.equal(apd.BatchTopK(100.0, least=0.3)(attributions), enough)
+    few = apd.BatchTopK(0.5, least=0.3)(attributions)
+    assert few.sum() == 3
+    assert torch.tensor(r)[few].min() >= torch.tensor(r)[~few].max()
+
+
+def test_least_does_not_count_padding_and_may_take_nothing():
+    selection = apd.BatchTopK(10.0, granularity="position", least=0.3)
+    attributions, real = torch.rand(2, 3, 4) ** 3, torch.tensor([[True, True, True], [True, False, True]])
+    mask = selection(attributions, real)
+    assert torch.equal(mask[real], selection(attributions[real][None])[0])
+    assert not mask[~real].any()
+    assert not selection(torch.zeros(2, 3, 4)).any()
+
+
+def test_needed_grows_while_too_little_is_given_back_and_shrinks_while_enough_is():
+    """By the factor 2 in a tenth of the steps, from the first tenth on, and not below the lowest."""
+    needed, found = apd.Needed(now=2.0, minimality=0.1, hold=0.2), []
+    for step, minimality in enumerate([0.5] * 20 + [0.5] * 10 + [0.05] * 40):
+        needed = needed.after(minimality, progress=step / 100, steps=100)
+        found.append(needed.now)
+    assert found[:20] == [2.0] * 20
+    assert found[29] == pytest.approx(4.0)
+    assert found[39] == pytest.approx(2.0)
+    assert found[49:] == pytest.approx([1.0] * 21)
+
+
+def test_training_with_needed_keeps_the_k_that_it_found():
+    """Two features are always on, and one component can't do the work of two."""
+    model, x = torch.nn.Linear(2, 2, bias=False), torch.rand(64, 2) + 0.5
+    torch.nn.init.eye_(model.weight)
+    options = {"n_components": 4, "rank": 1, "selection": apd.BatchTopK(apd.Needed(minimality=1e-9), least=1e-6), "moves": None}
+    state, ks = apd.init(model, optimization=apd.Optimization(steps=20), **options), []
+    for _ in range(20):
+        state, info = apd.step(state, x)
+        ks.append(info.k)
+    assert ks == pytest.approx([1.0] * 3 + [2.0 ** (n / 2) for n in range(1, 5)] + [4.0] * 13, abs=0.02)
+    assert state.decomposition().settings.selection.k.now > 4
+    assert state.decomposition().select(x).sum() == 4 * 64
+
+
 def test_masks_need_no_gradient():
     attributions: Tensor = torch.rand(2, 3, requires_grad=True)
     assert not apd.TopK(1)(attributions).requires_grad

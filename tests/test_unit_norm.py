@@ -1,5 +1,7 @@
 """Columns of A at norm 1: the step against one written out, and that moves keep to it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,8 +36,8 @@ def test_normalised_components_are_the_same():
 def test_steps_are_those_written_out():
     """Three steps of Adam on g − a <a, g>, then a / ‖a‖, for each column a; B is left to Adam alone."""
     model, x = nn.Linear(4, 3, bias=False).double(), torch.randn(7, 4, dtype=torch.float64)
-    optimization = apd.Optimization(steps=3, lr=0.1, schedule="constant", warmup=0.0, unit_norm=True)
-    losses = apd.Losses(faithfulness=1.0, minimality=0.0, simplicity=0.3)
+    optimization = apd.Optimization(steps=3, lr=0.1, schedule="constant", warmup=0.0, unit_norm=True, scaled=False)
+    losses = replace(apd.paper()["losses"], faithfulness=1.0, minimality=0.0, simplicity=0.3)
     options = {"n_components": 3, "rank": 2, "selection": apd.TopK(3), "losses": losses}
     state = apd.init(model, optimization=optimization, **options)
     W = model.weight.detach().T

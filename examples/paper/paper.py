@@ -50,7 +50,7 @@ LOSSES = apd.Losses(
     simplicity_floor=0.5,
     normalization="relative",
 )
-MOVES = apd.ClusterMoves()
+MOVES = apd.ClusterMoves(fewest=8)
 
 Target = toys.TMSTarget | toys.ResidualMLPTarget | toys.GatedTarget
 Numbers = dict[str, float]
@@ -118,7 +118,9 @@ def settings(system: System, losses: apd.Losses | None = None, steps: int | None
         "selection": apd.BatchTopK(apd.Ramp(system.k, 1.75 * system.k)),
         "losses": losses or system.losses,
         "moves": system.moves,
-        "optimization": apd.Optimization(steps=steps or system.steps, lr=system.lr, init_scale=0.5, start=system.start),
+        "optimization": apd.Optimization(
+            steps=steps or system.steps, lr=system.lr, scaled=False, init_scale=0.5, start=system.start
+        ),
     }
 
 

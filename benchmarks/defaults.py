@@ -1,0 +1,381 @@
+"""Do the default settings work on systems that nobody tuned them for?
+
+Every system is decomposed with `apd.decompose(model, batches, weights, n_components=…)`, with `output=` where the model
+returns more than what is to be explained, and with nothing else. Prints a row a system: on how many targets everything
+was found, what was found of what there is, other numbers, and the same of random components with the same spectra.
+Each run leaves a JSON in out/defaults/SETTINGS/; runs that are already there are skipped.
+
+    python benchmarks/defaults.py                                  # all systems, seeds 2, 3 and 4
+    python benchmarks/defaults.py --systems facts tms-5-2 --seeds 0 1
+    python benchmarks/defaults.py --settings paper                 # the paper's own form, `apd.paper()`
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import apd_lens as apd
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path += [str(EXAMPLES), str(EXAMPLES / "paper")]
+import bigrams  # noqa: E402
+import evidence  # noqa: E402
+import facts_in_an_mlp as facts  # noqa: E402
+import induction  # noqa: E402
+import paper  # noqa: E402
+
+OUT = Path("out/defaults")
+# Settings were chosen on seeds 0 and 1.
+SEEDS = (2, 3, 4)
+SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {"defaults": dict}
+
+Numbers = dict[str, float]
+Batches = Callable[[int], Any] | list[Any]
+
+
+@dataclass(frozen=True)
+class System:
+    """What is known of a system; all but the first five is for the measures.
+
+    Attributes:
+        make: seed, and the share of the training's steps to take -> a trained or coded target.
+        batches: target, seed -> what `decompose` is given.
+        weights: of the target.
+        output: of the model's return value; None where the default is meant.
+        measure: target, decomposition -> numbers, among them "found" and "of".
+    """
+
+    title: str
+    make: Callable[[int, float], Any]
+    batches: Callable[[Any, int], Batches]
+    weights: Callable[[Any], list[str]]
+    n_components: int
+    measure: Callable[[Any, apd.Decomposition], Numbers]
+    output: Callable[[Tensor], Tensor] | None = None
+    least: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """A two-layer network that computes gates of two bits each, with too few neurons to keep them apart.
+
+    Attributes:
+        tables: `gate 4`, the output of each gate for the bits 00, 01, 10 and 11.
+    """
+
+    model: nn.Module
+    tables: Tensor
+
+    def batches(self, batch_size: int, seed: int) -> Callable[[int], Tensor]:
+        """Bits of data points, by step."""
+        return lambda step: gate_bits(len(self.tables), batch_size, seed * 1_000_003 + step)
+
+
+GATES, AWAKE = 20, 0.05
+AND, OR, XOR = (0, 0, 0, 1), (0, 1, 1, 1), (0, 1, 1, 0)
+
+
+def gate_bits(n_gates: int, batch_size: int, seed: int) -> Tensor:
+    """`batch (gates 2)`: each gate is asked with a small probability, and then one of its bits is on or both are."""
+    generator = torch.Generator().manual_seed(seed)
+    pattern = torch.randint(1, 4, (batch_size, n_gates), generator=generator)
+    pattern *= torch.rand(batch_size, n_gates, generator=generator) < AWAKE
+    return torch.stack([pattern // 2, pattern % 2], -1).flatten(1).float()
+
+
+def gate_values(bits: Tensor, tables: Tensor) -> Tensor:
+    """`batch gate`: what the gates make of the bits."""
+    pattern = (bits.unflatten(1, (-1, 2)) * torch.tensor([2.0, 1.0])).sum(-1).long()
+    return tables.expand(len(bits), -1, -1).gather(2, pattern[..., None])[..., 0]
+
+
+def train_circuit(seed: int, share: float) -> Circuit:
+    """Random gates in as many neurons; most need two."""
+    torch.manual_seed(seed)
+    tables = torch.tensor([AND, OR, XOR]).float()[torch.randint(3, (GATES,))]
+    model = nn.Sequential(nn.Linear(2 * GATES, GATES), nn.ReLU(), nn.Linear(GATES, GATES))
+    circuit = Circuit(model, tables)
+    batches = circuit.batches(1024, seed + 10**6)
+    train(model, lambda step: F.mse_loss(model(x := batches(step)), gate_values(x, tables)), int(share * 6000))
+    return circuit
+
+
+def train(model: nn.Module, loss_at: Callable[[int], Tensor], steps: int, weight_decay: float = 0.0) -> None:
+    """AdamW with a learning rate that falls to 0."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_at(step).backward()
+        optimizer.step()
+        schedule.step()
+    model.requires_grad_(False)
+
+
+def measure_circuit(target: Circuit, decomposition: apd.Decomposition) -> Numbers:
+    """A gate is found if it has a component of its own: the one that matters most where this gate alone is asked,
+    beyond what it matters where any gate is, and that is no other gate's. (Neurons whose bias turns them on serve all.)
+    """
+    n_gates = len(target.tables)
+    bits = torch.stack([torch.eye(n_gates)[:, :, None] * torch.tensor(on) for on in ((0, 1.0), (1.0, 0), (1.0, 1.0))])
+    attributions = decomposition.attributions(bits.flatten(2).flatten(0, 1)).unflatten(0, (3, n_gates))
+    squares = attributions.square().sum(0)
+    owner = (squares - squares.mean(0)).argmax(1)
+    alone = owner.bincount(minlength=attributions.shape[2])[owner] == 1
+    x = target.batches(4096, seed=10**6 + 1)(0)
+    asked = x.unflatten(1, (-1, 2)).any(-1)
+    right = (gate_values(x, target.tables) > 0.5)[asked]
+
+    def accuracy() -> float:
+        return ((target.model(x) > 0.5)[asked] == right).float().mean().item()
+
+    return {
+        "found": float(alone.sum()),
+        "of": float(n_gates),
+        "target's accuracy": accuracy(),
+        **sparse_accuracies(decomposition, x, accuracy),
+    }
+
+
+def sparse_accuracies(decomposition: apd.Decomposition, x: Any, accuracy: Callable[[], float]) -> Numbers:
+    """Accuracy on the active components alone, and with a random half of the others on."""
+    mask = decomposition.select(x)
+    half = apd.metrics.scrubbed_mask(mask, torch.Generator().manual_seed(0))
+    with decomposition.sparse(mask):
+        sparse = accuracy()
+    with decomposition.sparse(half):
+        return {"sparse accuracy": sparse, "with half of the inactive": accuracy()}
+
+
+@dataclass(frozen=True, eq=False)
+class Addition:
+    """A two-layer network that adds modulo a small number; both summands are one-hot."""
+
+    model: nn.Module
+    pairs: Tensor
+    sums: Tensor
+
+
+MODULUS = 7
+
+
+def train_addition(seed: int, share: float) -> Addition:
+    torch.manual_seed(seed)
+    summands = torch.cartesian_prod(torch.arange(MODULUS), torch.arange(MODULUS))
+    pairs, sums = F.one_hot(summands, MODULUS).flatten(1).float(), summands.sum(1) % MODULUS
+    model = nn.Sequential(nn.Linear(2 * MODULUS, 24), nn.ReLU(), nn.Linear(24, MODULUS))
+    train(model, lambda step: F.cross_entropy(model(pairs), sums), int(share * 3000), weight_decay=0.1)
+    return Addition(model, pairs, sums)
+
+
+def measure_addition(target: Addition, decomposition: apd.Decomposition) -> Numbers:
+    """Pairs that are added rightly on their active components; nobody knows what the mechanisms are."""
+
+    def right() -> float:
+        return (target.model(target.pairs).argmax(1) == target.sums).float().mean().item()
+
+    accuracies = sparse_accuracies(decomposition, target.pairs, right)
+    found = round(accuracies["sparse accuracy"] * len(target.sums))
+    return {"found": float(found), "of": float(len(target.sums)), "target's accuracy": right(), **accuracies}
+
+
+def measure_facts(target: evidence.Target, decomposition: apd.Decomposition) -> Numbers:
+    """A fact is found if its component serves no fact with another answer: two subjects with one answer may be one
+    mechanism. "alone" are those whose component serves nothing else at all."""
+    component = evidence.top_components(decomposition, target)
+    forgotten = evidence.forgetting(decomposition, component, target)
+    served = [set(target.answers[torch.tensor(component) == c].tolist()) for c in component]
+    return {
+        "found": float(sum(len(answers) == 1 for answers in served)),
+        "of": float(len(target.answers)),
+        "alone": float(evidence.n_alone(component)),
+        "own fact forgotten": forgotten.own_share,
+        "others forgotten": forgotten.others_share,
+        **sparse_accuracies(decomposition, target.prompts, target.accuracy),
+    }
+
+
+def measure_induction(model: nn.Module, decomposition: apd.Decomposition) -> Numbers:
+    """Found is the share of next tokens that are right on the active components, in per cent of the target's; and where
+    the components lie that matter for the right logit."""
+    batch = induction.sequences(64, seed=2)
+    accuracy = lambda: induction.known_loss_and_accuracy(model, batch)[1]  # noqa: E731
+    located = induction.located(decomposition, batch, ["a0.1", "a1.2"])
+    accuracies = sparse_accuracies(decomposition, batch.tokens, accuracy)
+    return {
+        "found": round(100 * accuracies["sparse accuracy"] / accuracy()),
+        "of": 100.0,
+        "target's accuracy": accuracy(),
+        **accuracies,
+        "weight in the two heads": located.weight_share,
+    }
+
+
+def of_the_paper(name: str) -> System:
+    """A system of examples/paper, without what was chosen for it but C and the batch."""
+    system = paper.SYSTEMS[name]
+
+    def make(seed: int, share: float) -> Any:
+        full = {"tms": 5000, "res": 10_000, "gat": 1}[name[:3]]
+        return paper.make_target(name, seed, max(1, int(share * full)))
+
+    return System(
+        system.title,
+        make,
+        lambda target, seed: target.batches(system.batch_size, seed=1000 + seed),
+        lambda target: target.weights,
+        system.n_components,
+        system.measure,
+        least=0.95,
+    )
+
+
+def with_facts(title: str, n_components: int, **sizes: int) -> System:
+    return System(
+        title,
+        lambda seed, share: facts.train_target(seed, **sizes),
+        lambda target, seed: [target.prompts],
+        lambda target: ["blocks.*.mlp.*"],
+        n_components,
+        measure_facts,
+        facts.centred_logits,
+        least=0.95,
+    )
+
+
+SYSTEMS = {
+    **{name: of_the_paper(name) for name in paper.SYSTEMS},
+    "facts": with_facts("64 facts in 48 neurons", 100),
+    "bigrams": System(
+        "40 bigrams in 12 dimensions",
+        lambda seed, share: bigrams.train_target(seed),
+        lambda target, seed: [target.prompts],
+        lambda target: ["embed.W_E", "unembed.W_U"],
+        60,
+        measure_facts,
+        lambda logits: logits[:, -1],
+        least=0.95,
+    ),
+    "induction": System(
+        "induction transformer",
+        lambda seed, share: trained_for_induction(share),
+        lambda target, seed: lambda step: induction.sequences(24, seed=10**5 * seed + step).tokens,
+        lambda target: ["blocks.*.attn.W_*"],
+        60,
+        measure_induction,
+        induction.centred,
+        least=0.9,
+    ),
+    "circuit": System(
+        "Boolean circuit, new",
+        train_circuit,
+        lambda target, seed: target.batches(512, seed=1000 + seed),
+        lambda target: ["*.weight"],
+        30,
+        measure_circuit,
+        least=0.95,
+    ),
+    "addition": System(
+        "addition modulo 7, new",
+        train_addition,
+        lambda target, seed: [target.pairs],
+        lambda target: ["*.weight"],
+        60,
+        measure_addition,
+        least=0.95,
+    ),
+    "facts-40": with_facts("96 facts in 40 neurons, new", 140, n_subjects=96, d_model=128, n_neurons=40),
+}
+
+
+@cache
+def trained_for_induction(share: float) -> nn.Module:
+    """Of target seed 0, the only one of the first three that learns induction."""
+    return induction.train_target(0, steps=max(1, int(share * 1500)))
+
+
+def run(name: str, seed: int, settings: dict[str, Any], share: float = 1.0) -> dict[str, Any]:
+    """One target, decomposed and measured, beside random components with the same singular values."""
+    system = SYSTEMS[name]
+    target = system.make(seed, share)
+    model = getattr(target, "model", target)
+    given = {} if system.output is None else {"output": system.output}
+    batches = system.batches(target, seed)
+    start = time.perf_counter()
+    decomposition = apd.decompose(
+        model, batches, system.weights(target), n_components=system.n_components, seed=seed, **given, **settings
+    )
+    seconds = time.perf_counter() - start
+    random = replace(decomposition, components=apd.random_components(decomposition.components))
+    batch = batches(-2) if callable(batches) else batches[0]
+    numbers, null = (
+        {**system.measure(target, each), "residual": each.residuals()["all"]} for each in (decomposition, random)
+    )
+    mask = decomposition.select(batch)
+    return {
+        "numbers": {**numbers, "active": mask.sum(-1).float().mean().item()},
+        "null": null,
+        "succeeded": numbers["found"] >= system.least * numbers["of"],
+        "seconds": seconds,
+    }
+
+
+def results(folder: Path, name: str, seeds: list[int]) -> list[dict[str, Any]]:
+    files = [folder / f"{name}-{seed}.json" for seed in seeds]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def table(folder: Path, names: list[str], seeds: list[int]) -> Iterator[str]:
+    """As markdown. Numbers are those of all seeds, smallest to largest."""
+    which = f"seeds {', '.join(map(str, seeds))}; settings were chosen on 0 and 1"
+    yield f"| system ({which}) | succeeded | found | random | numbers | seconds |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for name in names:
+        if runs := results(folder, name, seeds):
+            met = f"{sum(run['succeeded'] for run in runs)} of {len(runs)}"
+            found, null = (
+                f"{paper.spread([run[kind]['found'] for run in runs])} of {runs[0][kind]['of']:g}"
+                for kind in ("numbers", "null")
+            )
+            others = [
+                {key: value for key, value in run["numbers"].items() if key not in ("found", "of")} for run in runs
+            ]
+            seconds = paper.spread([round(run["seconds"]) for run in runs])
+            yield f"| {SYSTEMS[name].title} | {met} | {found} | {null} | {paper.spreads(others)} | {seconds} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--settings", choices=SETTINGS, default="defaults")
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args()
+    folder = arguments.out / (arguments.settings + ("-quick" if arguments.quick else ""))
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = SETTINGS[arguments.settings]()
+    if arguments.quick:
+        settings["optimization"] = replace(settings.get("optimization", apd.Optimization()), steps=20)
+    for name, seed in itertools.product(arguments.systems, arguments.seeds):
+        file = folder / f"{name}-{seed}.json"
+        if not file.exists():
+            result = run(name, seed, settings, 0.01 if arguments.quick else 1.0)
+            file.write_text(json.dumps(result, indent=1))
+            print(f"{name} seed {seed}: {paper.spreads([result['numbers']])}; {result['seconds']:.0f} s", flush=True)
+    print("\n".join(table(folder, arguments.systems, arguments.seeds)))
+
+
+if __name__ == "__main__":
+    main()
