@@ -36,7 +36,7 @@ from apd_lens._owner import Owner
 from apd_lens._patch import Patch, PatchedForward
 
 if TYPE_CHECKING:
-    from apd_lens._target import TargetModel, Use, WeightMatrix
+    from apd_lens._target import Adapter, Use, WeightMatrix
 
 # So many rows of y are compared at each use.
 _ROWS = 512
@@ -48,12 +48,20 @@ class Bypasses:
     """Looks for bypasses of the named matrices in the forwards of one context.
 
     Args:
+        weights: all matrices of the model.
         seen: the forms of forwards that were looked at; those of this context are added.
     """
 
-    def __init__(self, target: "TargetModel", names: Sequence[str], seen: set[Any]):
-        self._target = target
-        self._matrices = {name: target.weights[name] for name in names}
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: "Adapter",
+        weights: Mapping[str, "WeightMatrix"],
+        names: Sequence[str],
+        seen: set[Any],
+    ):
+        self._model, self._adapter, self._weights = model, adapter, weights
+        self._matrices = {name: weights[name] for name in names}
         self._seen = seen
         self._look: _Look | None = None
         self.owner: Owner | None = None  # of the context, once it is entered
@@ -79,7 +87,7 @@ class Bypasses:
         form = self._form(args, kwargs)
         if form in self._seen or self._look is not None or _in_functorch():
             return original(*args, **kwargs)
-        self._look = look = _Look(self._target, self._matrices)
+        self._look = look = _Look(self._model, self._weights, self._matrices)
         try:
             with Block(partial(self._parts, look)):
                 output = original(*args, **kwargs)
@@ -98,7 +106,7 @@ class Bypasses:
         """What is in place while a forward is looked at."""
         owner = self.owner
         assert owner is not None
-        untied = self._target.adapter.patches(self._target.model, look.untied(), _as_it_is)
+        untied = self._adapter.patches(self._model, look.untied(), _as_it_is)
         patches = [Patch(module, self.around(module, forward), owner) for module, forward in untied]
         return Together([*patches, _WithoutAutocastCache(), _Operators(look)])
 
@@ -113,7 +121,7 @@ class Bypasses:
             tuple(self._matrices),
             tuple(None if isinstance(value, str) else _form_of(value) for value in args),  # a string is a text
             tuple((name, _form_of(value)) for name, value in kwargs.items()),
-            self._target.model.training,
+            self._model.training,
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled("cpu"),
@@ -141,9 +149,9 @@ class _Look:
         reads: bare reads: the matrix, and where it is read.
     """
 
-    def __init__(self, target: "TargetModel", matrices: Mapping[str, "WeightMatrix"]):
+    def __init__(self, model: nn.Module, weights: Mapping[str, "WeightMatrix"], matrices: Mapping[str, "WeightMatrix"]):
         self.reads: list[tuple[Any, str]] = []
-        self._target = target
+        self._model, self._weights = model, weights
         self._matrices = matrices
         self._called: set[str] = set()
         self._allowed: list[set[str]] = []
@@ -156,7 +164,7 @@ class _Look:
 
     def untied(self) -> "list[WeightMatrix]":
         """Matrices that share memory with a decomposed one, and were untied from it: their uses are theirs."""
-        others = [matrix for name, matrix in self._target.weights.items() if name not in self._matrices]
+        others = [matrix for name, matrix in self._weights.items() if name not in self._matrices]
         return [matrix for matrix in others if _storage(matrix.parameter) in self._in_storage]
 
     @contextmanager
@@ -169,10 +177,10 @@ class _Look:
             self._allowed.pop()
 
     def _used_in(self, module: nn.Module) -> Iterator["WeightMatrix"]:
-        model, here = self._target.model, set(module.modules())
+        model, here = self._model, set(module.modules())
         places = [
             (matrix, place)
-            for matrix in self._target.weights.values()
+            for matrix in self._weights.values()
             for place in (matrix.module, *(model.get_submodule(use.site) for use in matrix.uses))
         ]
         used = [matrix for matrix, place in places if place in here or module in set(place.modules())]

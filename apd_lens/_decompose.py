@@ -52,7 +52,7 @@ from apd_lens._passes import (
 )
 from apd_lens._product import Mask
 from apd_lens._schedules import value_at
-from apd_lens._selection import BatchTopK, Lp, Selection, check_k
+from apd_lens._selection import Lp, Selection, check_k
 from apd_lens._settings import DEFAULTS, RANK, Moves, Optimization, Settings, learning_rate
 from apd_lens._target import TargetModel, evaluating
 from apd_lens._wrap import wrap

@@ -86,7 +86,8 @@ def test_training_with_needed_keeps_the_k_that_it_found():
     """Two features are always on, and one component can't do the work of two."""
     model, x = torch.nn.Linear(2, 2, bias=False), torch.rand(64, 2) + 0.5
     torch.nn.init.eye_(model.weight)
-    options = {"n_components": 4, "rank": 1, "selection": apd.BatchTopK(apd.Needed(minimality=1e-9), least=1e-6), "moves": None}
+    selection = apd.BatchTopK(apd.Needed(minimality=1e-9), least=1e-6)
+    options = {"n_components": 4, "rank": 1, "selection": selection, "moves": None}
     state, ks = apd.init(model, optimization=apd.Optimization(steps=20), **options), []
     for _ in range(20):
         state, info = apd.step(state, x)
