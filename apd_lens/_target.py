@@ -399,7 +399,9 @@ class TargetModel:
         matrices = [self.weights[name] for name in names]
         with_bias = {matrix.name for matrix in matrices if matrix.bias is not None}
         expected = {use.site for matrix in matrices for use in matrix.uses}
-        bypasses = Bypasses(self.model, self.adapter, self.weights, list(names), self._looked_at)
+        bypasses = Bypasses(
+            self.model, self.adapter, self.weights, [matrix.name for matrix in matrices], self._looked_at
+        )
         matrices += [self.weights[name] for name in observed]
         forward = _Forward()
 
