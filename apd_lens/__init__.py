@@ -7,26 +7,14 @@
 Types and shapes of arguments are checked here, at the edge, and not inside.
 """
 
-from apd_lens import _components, _decompose, _losses, _product, _responses, _seeds, _selection
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
 from apd_lens import metrics as metrics
-from apd_lens import watch as watch
-from apd_lens._attribution import AblationAttribution as AblationAttribution
-from apd_lens._attribution import ActivationAttribution as ActivationAttribution
-from apd_lens._attribution import GradientAttribution as GradientAttribution
-from apd_lens._attribution import IntegratedGradients as IntegratedGradients
+from apd_lens import monitor as monitor
 from apd_lens._checks import checked as _checked
-from apd_lens._cluster_moves import ClusterMoves as ClusterMoves
-from apd_lens._components import ParameterComponents as ParameterComponents
-from apd_lens._components import random_components as random_components
-from apd_lens._decompose import State as State
-from apd_lens._decompose import StepInfo as StepInfo
-from apd_lens._decompose import step as step
-from apd_lens._decomposition import Decomposition as Decomposition
-from apd_lens._decomposition import Summary as Summary
-from apd_lens._decomposition import load as load
-from apd_lens._division_moves import DivisionMoves as DivisionMoves
-from apd_lens._editing import Edit as Edit
-from apd_lens._editing import apply_edit as apply_edit
 from apd_lens._errors import AlreadyActive as AlreadyActive
 from apd_lens._errors import ApdError as ApdError
 from apd_lens._errors import ApdWarning as ApdWarning
@@ -41,52 +29,62 @@ from apd_lens._errors import SiteNotCalled as SiteNotCalled
 from apd_lens._errors import UnknownWeight as UnknownWeight
 from apd_lens._errors import UnsupportedModel as UnsupportedModel
 from apd_lens._errors import WeightsChanged as WeightsChanged
-from apd_lens._losses import Losses as Losses
-from apd_lens._moves import SplitMoves as SplitMoves
-from apd_lens._responses import CoActivation as CoActivation
-from apd_lens._responses import Effects as Effects
-from apd_lens._responses import Responses as Responses
-from apd_lens._responses import TopExamples as TopExamples
 from apd_lens._schedules import HoldThenDecay as HoldThenDecay
 from apd_lens._schedules import Ramp as Ramp
-from apd_lens._selection import BatchTopK as BatchTopK
-from apd_lens._selection import Lp as Lp
-from apd_lens._selection import Needed as Needed
-from apd_lens._selection import TopK as TopK
 from apd_lens._settings import Optimization as Optimization
 from apd_lens._settings import Settings as Settings
 from apd_lens._settings import paper as paper
-from apd_lens._target import Adapter as Adapter
-from apd_lens._target import Bias as Bias
-from apd_lens._target import Intercept as Intercept
-from apd_lens._target import TargetModel as TargetModel
-from apd_lens._target import Units as Units
-from apd_lens._target import Use as Use
-from apd_lens._target import WeightMatrix as WeightMatrix
-from apd_lens._wrap import wrap as wrap
+from apd_lens.attribution._ablation import AblationAttribution as AblationAttribution
+from apd_lens.attribution._activation import ActivationAttribution as ActivationAttribution
+from apd_lens.attribution._gradient import GradientAttribution as GradientAttribution
+from apd_lens.attribution._integrated import IntegratedGradients as IntegratedGradients
+from apd_lens.components._components import ParameterComponents as ParameterComponents
+from apd_lens.components._measures import random_components as random_components
+from apd_lens.decomposition._decomposition import Decomposition as Decomposition
+from apd_lens.decomposition._editing import Edit as Edit
+from apd_lens.decomposition._editing import apply_edit as apply_edit
+from apd_lens.decomposition._load import load as load
+from apd_lens.decomposition._summary import Summary as Summary
+from apd_lens.host._matrix import WeightMatrix as WeightMatrix
+from apd_lens.host._target import TargetModel as TargetModel
+from apd_lens.host._wrap import wrap as wrap
+from apd_lens.losses import faithfulness_loss as faithfulness_loss
+from apd_lens.losses import minimality_loss as minimality_loss
+from apd_lens.losses import simplicity_loss as simplicity_loss
+from apd_lens.losses._losses import Losses as Losses
+from apd_lens.masks._selection import BatchTopK as BatchTopK
+from apd_lens.masks._selection import Lp as Lp
+from apd_lens.masks._selection import Needed as Needed
+from apd_lens.masks._selection import TopK as TopK
+from apd_lens.moves._cluster import ClusterMoves as ClusterMoves
+from apd_lens.moves._division import DivisionMoves as DivisionMoves
+from apd_lens.moves._split import SplitMoves as SplitMoves
+from apd_lens.responses._responses import CoActivation as CoActivation
+from apd_lens.responses._responses import Effects as Effects
+from apd_lens.responses._responses import Responses as Responses
+from apd_lens.responses._responses import TopExamples as TopExamples
+from apd_lens.responses._top import responses as _responses
+from apd_lens.training import _loop, _state
+from apd_lens.training._state import State as State
+from apd_lens.training._state import StepInfo as StepInfo
+from apd_lens.training._step import step as step
 
-decompose = _checked(_decompose.decompose, InvalidSetting)
-decompose_seeds = _checked(_seeds.decompose_seeds, InvalidSetting)
-init = _checked(_decompose.init, InvalidSetting)
+decompose = _checked(_loop.decompose, InvalidSetting)
+init = _checked(_state.init, InvalidSetting)
+responses = _checked(_responses, InvalidSetting)
 
-responses = _checked(_responses.responses, InvalidSetting)
 
-faithfulness_loss = _checked(_losses.faithfulness_loss)
-minimality_loss = _checked(_losses.minimality_loss)
-simplicity_loss = _checked(_losses.simplicity_loss)
-hidden_activation_loss = _checked(_losses.hidden_activation_loss)
-kl_divergence = _checked(_losses.kl_divergence)
-lp_sparsity = _checked(_losses.lp_sparsity)
-path_mask = _checked(_losses.path_mask)
+def _report(decomposition: Decomposition, batches: Iterable[Any], path: str | PathLike[str], **options: Any) -> Path:
+    """Writes one self-contained HTML page to look at; `apd_lens.report.write_report` says what it takes.
 
-batch_topk_mask = _checked(_selection.batch_topk_mask)
-topk_mask = _checked(_selection.topk_mask)
+    Raises:
+        MissingExtra: plotly, jinja2 or pandas is not installed.
+    """
+    from apd_lens.report import write_report
 
-masked_product = _checked(_product.masked_product)
-component_outputs = _checked(_product.component_outputs)
-singular_values = _checked(_components.singular_values)
-effective_rank = _checked(_components.effective_rank)
-input_share = _checked(_components.input_share)
-output_share = _checked(_components.output_share)
+    return write_report(decomposition, batches, path, **options)
 
-__version__ = "0.1.0"
+
+Decomposition.report = _report  # here, since a report stands on all that can be asked of a decomposition
+
+__version__ = "0.2.0"

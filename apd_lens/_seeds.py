@@ -16,34 +16,28 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from apd_lens._attribution import AblationAttribution, Attribution, GradientAttribution
-from apd_lens._batches import Batch, replicated, stream
-from apd_lens._components import ParameterComponents
-from apd_lens._decompose import (
-    Seen,
-    State,
-    StepInfo,
-    adam,
-    after_step,
-    init,
-    loss_terms,
-    make_moves,
-    moves_are_due,
-    readings_of_terms,
-    update,
-    watch,
-    weighted_sum,
-)
-from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting, UnsupportedModel
-from apd_lens._finite import raise_first
-from apd_lens._losses import Losses, path_mask
-from apd_lens._padding import without_padding
-from apd_lens._passes import OutputFn, WatchedPass, default_output, replace_weights_of_each, replaced_pass
-from apd_lens._selection import Lp, Selection
-from apd_lens._settings import DEFAULTS, RANK, Moves, Optimization
-from apd_lens._target import evaluating
-from apd_lens._wrap import wrap
+from apd_lens._settings import DEFAULTS, RANK, Attribution, Moves, Optimization
+from apd_lens.attribution._ablation import AblationAttribution
+from apd_lens.attribution._gradient import GradientAttribution
+from apd_lens.components._components import ParameterComponents
+from apd_lens.data._batch import Batch, replicated
+from apd_lens.data._finite import raise_first
+from apd_lens.data._points import without_padding
+from apd_lens.data._stream import stream
+from apd_lens.decomposition._decomposition import Decomposition
+from apd_lens.host._target import evaluating
+from apd_lens.host._wrap import wrap
+from apd_lens.losses._losses import Losses
+from apd_lens.losses._terms import loss_terms, weighted_sum
+from apd_lens.masks._sampling import path_mask
+from apd_lens.masks._selection import Lp, Selection
+from apd_lens.passes._output import OutputFn, default_output
+from apd_lens.passes._replace import replace_weights_of_each
+from apd_lens.passes._watch import WatchedPass, replaced_pass
+from apd_lens.training._optimizer import adam, update
+from apd_lens.training._state import Seen, State, StepInfo, init
+from apd_lens.training._step import after_step, make_moves, moves_are_due, readings_of_terms, watch
 
 # Seeds are attributed together as long as the effects of their components on all outputs take no more bytes than this:
 # what is larger than a CPU's caches gains nothing by it, and loses.

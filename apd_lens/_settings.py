@@ -4,14 +4,17 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from apd_lens._attribution import Attribution, GradientAttribution
 from apd_lens._checks import check_fields
-from apd_lens._cluster_moves import ClusterMoves
-from apd_lens._division_moves import DivisionMoves
 from apd_lens._errors import InvalidSetting
-from apd_lens._losses import Losses
-from apd_lens._moves import SplitMoves
-from apd_lens._selection import BatchTopK, Needed, Selection
+from apd_lens.attribution._ablation import AblationAttribution
+from apd_lens.attribution._activation import ActivationAttribution
+from apd_lens.attribution._gradient import GradientAttribution
+from apd_lens.attribution._integrated import IntegratedGradients
+from apd_lens.losses._losses import Losses
+from apd_lens.masks._selection import BatchTopK, Needed, Selection
+from apd_lens.moves._cluster import ClusterMoves
+from apd_lens.moves._division import DivisionMoves
+from apd_lens.moves._split import SplitMoves
 
 Moves = SplitMoves | ClusterMoves | DivisionMoves
 
@@ -59,15 +62,7 @@ class Optimization:
             raise InvalidSetting(f"init_scale must be positive, got {self.init_scale}.")
 
 
-def learning_rate(optimization: Optimization, step: int) -> float:
-    """The learning rate of a step, counted from 0; beyond the last one, that of the last."""
-    step = min(step, optimization.steps - 1)
-    progress = step / optimization.steps
-    if progress < optimization.warmup:
-        return optimization.lr * (step + 1) / math.ceil(optimization.warmup * optimization.steps)
-    after = (progress - optimization.warmup) / (1 - optimization.warmup)
-    factor = {"cosine": math.cos(math.pi / 2 * after), "linear": 1 - after, "constant": 1.0}
-    return optimization.lr * factor[optimization.schedule]
+Attribution = GradientAttribution | ActivationAttribution | IntegratedGradients | AblationAttribution
 
 
 @dataclass(frozen=True)
@@ -88,6 +83,17 @@ class Settings:
 # What `decompose` does where nothing else is said; and m at most.
 DEFAULTS = Settings()
 RANK = 4
+
+
+def learning_rate(optimization: Optimization, step: int) -> float:
+    """The learning rate of a step, counted from 0; beyond the last one, that of the last."""
+    step = min(step, optimization.steps - 1)
+    progress = step / optimization.steps
+    if progress < optimization.warmup:
+        return optimization.lr * (step + 1) / math.ceil(optimization.warmup * optimization.steps)
+    after = (progress - optimization.warmup) / (1 - optimization.warmup)
+    factor = {"cosine": math.cos(math.pi / 2 * after), "linear": 1 - after, "constant": 1.0}
+    return optimization.lr * factor[optimization.schedule]
 
 
 def paper() -> dict[str, Any]:

@@ -18,10 +18,12 @@ from torch import Tensor
 from training_step import CASES, Case
 
 import apd_lens as apd
-from apd_lens import _attribution, _decompose, _passes
-from apd_lens._attribution import component_effects
-from apd_lens._losses import weight_losses
-from apd_lens._product import inner_activations, masked_product
+from apd_lens.attribution import _gradient as _attribution
+from apd_lens.attribution._effects import component_effects
+from apd_lens.components._products import inner_activations, masked_product
+from apd_lens.losses._weights import weight_losses
+from apd_lens.passes import _watch as _passes
+from apd_lens.training import _step as _decompose
 
 
 def of_weights(weight: Tensor, A: Tensor, B: Tensor, mask: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import apd_lens as apd
-from apd_lens._passes import default_output
+from apd_lens.passes._output import default_output
 
 ROOT = Path(apd.__file__).parent.parent
 TRACED = (str(ROOT / "apd_lens"), str(ROOT / "adapters"), contextlib.__file__)

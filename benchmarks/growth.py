@@ -18,8 +18,10 @@ from timing import median_seconds, peak_bytes, save
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import apd_lens as apd
-from apd_lens import _attribution, toys
-from apd_lens._passes import sparse_pass
+from apd_lens import toys
+from apd_lens.attribution import _gradient as _attribution
+from apd_lens.data import _points
+from apd_lens.passes._watch import sparse_pass
 
 
 def residual_mlp(
@@ -42,7 +44,7 @@ def residual_mlp(
 
 
 def gpt2(
-    length: int, vocabulary: int = 1000, n_components: int = 100, granularity: _attribution.Granularity = "position"
+    length: int, vocabulary: int = 1000, n_components: int = 100, granularity: _points.Granularity = "position"
 ) -> tuple[apd.State, torch.Tensor]:
     torch.manual_seed(0)
     config = GPT2Config(
@@ -82,7 +84,7 @@ def sparse_ms(state: apd.State, batch: torch.Tensor, rounds: int) -> tuple[float
         output.square().mean().backward(inputs=list(state.components.parameters()))
 
     active = median_seconds(run, rounds)
-    with mock.patch("apd_lens._product.cheapest_way", return_value="dense"):
+    with mock.patch("apd_lens.components._pairs.cheapest_way", return_value="dense"):
         return 1000 * active, 1000 * median_seconds(run, rounds)
 
 

@@ -35,7 +35,9 @@ import torch
 from torch import Tensor, nn
 
 import apd_lens as apd
-from apd_lens import _artifact, _files, watch
+from apd_lens import _files
+from apd_lens import monitor as watch
+from apd_lens.decomposition import _artifact
 
 JSON, TENSORS = _artifact.JSON_FILE, _artifact.TENSOR_FILE
 X = torch.linspace(-1, 1, 24).reshape(6, 4)

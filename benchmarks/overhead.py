@@ -20,7 +20,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import apd_lens as apd
-from apd_lens._passes import watched_pass
+from apd_lens.passes._watch import watched_pass
 
 WEIGHTS = {"HookedTransformer": "blocks.*", "Hugging Face GPT-2": "transformer.h.*"}
 

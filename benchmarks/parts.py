@@ -19,10 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_step import CASES, Case
 
 import apd_lens as apd
-from apd_lens._attribution import effects_of_calls, sum_of_squares
-from apd_lens._decompose import _loss_terms
-from apd_lens._jacobian import jacobians_in_parts, one_hot_cotangents
-from apd_lens._passes import watched_pass
+from apd_lens.attribution._effects import effects_of_calls
+from apd_lens.attribution._over_outputs import sum_of_squares
+from apd_lens.attribution._pullback import jacobians_in_parts
+from apd_lens.passes._cotangents import one_hot_cotangents
+from apd_lens.passes._watch import watched_pass
+from apd_lens.training._step import _loss_terms
 
 _T = TypeVar("_T")
 

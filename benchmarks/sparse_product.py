@@ -13,8 +13,8 @@ from timing import median_seconds, save
 from torch import Tensor
 
 import apd_lens as apd
-from apd_lens import _product
-from apd_lens._product import active_pairs, cheapest_way, pairwise_product
+from apd_lens.components import _products as _product
+from apd_lens.components._pairs import active_pairs, cheapest_way, pairwise_product
 
 # rows, C, d_in, m, d_out, k
 SHAPES = [
@@ -56,7 +56,7 @@ def times(shape: tuple[int, int, int, int, int, float], skewed: bool, rounds: in
         return torch.autograd.grad(y, (x, A, B), upstream)
 
     runs = {
-        "dense": lambda: both_ways(apd.masked_product(x, A, B, mask)),
+        "dense": lambda: both_ways(apd.components.masked_product(x, A, B, mask)),
         "padded": lambda: both_ways(pairwise_product(x, A, B, mask, active, "padded")),
         "grouped": lambda: both_ways(pairwise_product(x, A, B, mask, active, "grouped")),
     }

@@ -21,6 +21,7 @@ import sae_lens
 import torch
 import torch.nn.functional as F
 from facts_in_an_mlp import centred_logits, decompose, train_target
+from matplotlib import pyplot as plt
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
@@ -175,7 +176,7 @@ def draw(
     path: Path,
 ) -> None:
     """Who matches whom, best matches beside their nulls, and loss against sparsity counted in two ways."""
-    figure, grid = plots.plt.subplots(2, 3, figsize=(22, 10), layout="constrained")
+    figure, grid = plt.subplots(2, 3, figsize=(22, 10), layout="constrained")
     plots.match_matrix(direction.cosine, direction.found.partner, ax=grid[0, 0], label="cosine of directions")
     plots.match_matrix(activity.f1, direction.found.partner, ax=grid[1, 0], label="F1 of activity")
     grid[1, 0].set_title("The same pairs: are they active together?")
@@ -198,7 +199,7 @@ def draw(
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
-    plots.plt.close(figure)
+    plt.close(figure)
     print(f"\nwrote {path}", flush=True)
 
 

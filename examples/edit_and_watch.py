@@ -20,10 +20,12 @@ from evidence import Target
 from facts_in_an_mlp import decompose as decompose_facts
 from facts_in_an_mlp import train_target
 from jaxtyping import Float
+from matplotlib import pyplot as plt
 from torch import Tensor
 
 import apd_lens as apd
-from apd_lens import compare, plots, toys, watch
+from apd_lens import compare, plots, toys
+from apd_lens import monitor as watch
 
 N_FEATURES, N_TESTED = 40, 1000
 # Active components of a data point, where 2 features are on. Chosen by looking: of 2, a fourth is on by
@@ -171,7 +173,7 @@ def decompose_tms(target: toys.TMSTarget, steps: int) -> apd.Decomposition:
 
 def main(steps: int | None, n_reference: int, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    figure, panels = plots.plt.subplots(2, 2, figsize=(17, 9), layout="constrained")
+    figure, panels = plt.subplots(2, 2, figsize=(17, 9), layout="constrained")
 
     target = train_target(seed=0)
     decomposition = decompose_facts(target.model, target.prompts, steps or 4000, seed=0)

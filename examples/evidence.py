@@ -122,14 +122,16 @@ def measure(
 def print_components(decomposition: apd.Decomposition, found: Forgetting, twin: Forgetting, facts: list[str]) -> None:
     """A row for each fact: its component, that component's norm and effective rank in each matrix, and what removing it
     does, beside its random twin."""
-    spectra = {name: apd.singular_values(decomposition.components, name) for name in decomposition.components.names}
+    spectra = {
+        name: apd.components.singular_values(decomposition.components, name) for name in decomposition.components.names
+    }
     width = max(map(len, facts))
     matrices = "".join(f" │ {name.rpartition('.')[2]:>12}" for name in spectra)
     print(f"\n{'':{width}}          {matrices} │ removed, forgets │ its random twin")
     print(f"{'fact':{width}} component{' │    norm rank' * len(spectra)} │  own      others │  own     others")
     for row, (fact, component) in enumerate(zip(facts, found.component, strict=True)):
         cells = "".join(
-            f" │ {spectrum[component].norm():7.2f} {apd.effective_rank(spectrum)[component]:4.1f}"
+            f" │ {spectrum[component].norm():7.2f} {apd.components.effective_rank(spectrum)[component]:4.1f}"
             for spectrum in spectra.values()
         )
         print(

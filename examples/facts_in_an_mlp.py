@@ -97,7 +97,10 @@ def decompose(model: HookedTransformer, prompts: Tensor, steps: int, seed: int) 
 def draw(decomposition: apd.Decomposition, prompts: Tensor, path: Path) -> None:
     """Facts × components, and neurons × components."""
     attributions, components = decomposition.attributions(prompts), decomposition.components
-    read, written = apd.output_share(components, "blocks.0.mlp.W_in"), apd.input_share(components, "blocks.0.mlp.W_out")
+    read, written = (
+        apd.components.output_share(components, "blocks.0.mlp.W_in"),
+        apd.components.input_share(components, "blocks.0.mlp.W_out"),
+    )
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
     plots.attribution_matrix(attributions, ax=left, data_name="fact")
     order = plots.sorted_components(attributions)

@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from matplotlib import pyplot as plt
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig, head_detector
 
@@ -261,12 +262,12 @@ def draw(
     path: Path,
 ) -> None:
     """In which heads the active components lie, beside how many of them are needed."""
-    figure, (left, right) = plots.plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained", width_ratios=(3, 2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained", width_ratios=(3, 2))
     where = compare.weight_map(decomposition)
     plots.component_nodes(where.shares("head"), where.nodes("head"), known=circuit, order=often, ax=left)
     plots.faithfulness(curve.kept, curve.curves(), ax=right, unit=curve.unit)
     figure.savefig(path, dpi=120)
-    plots.plt.close(figure)
+    plt.close(figure)
 
 
 def main() -> None:

@@ -156,7 +156,7 @@ def sparse_cosines(
     for k in powers_of_two(decomposition.components.n_components):
         sparse = []
         for batch, attribution in zip(batches, attributions, strict=True):
-            with decomposition.sparse(apd.topk_mask(attribution, k)):
+            with decomposition.sparse(apd.masks.topk_mask(attribution, k)):
                 sparse.append(embed(model, batch))
         cosines[k] = F.cosine_similarity(torch.cat(sparse), torch.cat(target)).mean().item()
     return cosines
@@ -277,7 +277,7 @@ def main(steps: int, n_sentences: int, out: Path) -> None:
     without_mlp = cosine_without_mlp(decomposition, model, unseen)
     print_cosines(cosines, without_mlp)
 
-    used = apd.topk_mask(positions(attributions["components"], unseen), K).float().mean(0)
+    used = apd.masks.topk_mask(positions(attributions["components"], unseen), K).float().mean(0)
     tokens, contexts = (list(column) for column in zip(*places(unseen, tokenizer), strict=True))
     by_kind = {name: positions(values, unseen) for name, values in attributions.items()}
     print(f"\n{int((used == 0).sum())} of {N_COMPONENTS} components are never among the top {K} of an unseen sentence")

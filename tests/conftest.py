@@ -7,7 +7,7 @@ from jaxtyping import install_import_hook
 install_import_hook("apd_transformer_lens", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 # Imported after the hook, so that the names that it imports are checked too.
-from coverage_table import pytest_addoption, pytest_configure  # noqa: E402, F401
+from support.coverage_table import pytest_addoption, pytest_configure  # noqa: E402, F401
 
 collect_ignore = ["bare_environment.py"]  # make wheel runs it; pytest would import it to look for doctests
 

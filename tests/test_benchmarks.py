@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_golden import EXACT, residual_mlp, tms
+from support.golden import EXACT, residual_mlp, tms
 from torch import nn
 from torch.testing import assert_close
 

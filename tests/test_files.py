@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.toy_models import decomposition_of
 from torch import nn
-from toy_models import decomposition_of
 
 import apd_lens as apd
-from apd_lens import _files, watch
-from apd_lens.compare import Dictionary, read_circuit
+from apd_lens import _files
+from apd_lens import monitor as watch
+from apd_lens.compare._circuit_files import read_circuit
+from apd_lens.compare._dictionaries import Dictionary
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

@@ -7,13 +7,13 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-import outside
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import outside
+from support.toy_models import Snapshot
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toy_models import Snapshot
 
 import apd_lens as apd
 from apd_lens import compare
@@ -72,7 +72,7 @@ print([first == second for first, second in zip(digests[::2], digests[1::2])])
 
 GATHERED = """
 import torch
-from apd_lens._product import active_pairs, pairwise_product
+from apd_lens.components._pairs import active_pairs, pairwise_product
 
 torch.set_num_threads(n_threads)
 x, A, B = torch.randn(2048, 32, requires_grad=True), torch.randn(64, 32, 4), torch.randn(64, 4, 8)
@@ -177,7 +177,7 @@ def everything(decomposition: apd.Decomposition) -> dict[str, object]:
         "sparsity": str(sparsity),
         "directions": str(compare.direction_match(decomposition, neurons, "0.weight")),
         "activations": str(compare.activation_match(decomposition, [x], neurons)),
-        "watch": apd.watch.fit(decomposition, [x]).score(x).surprise,
+        "watch": apd.monitor.fit(decomposition, [x]).score(x).surprise,
         "curve": str(compare.faithfulness_curve(decomposition, [x], metric)),
         "edits": str(compare.edit_effects(decomposition, [0], [x], [x])),
         "map": [matrix.total for matrix in compare.attribution_map(decomposition, [x], metric).matrices],
@@ -270,7 +270,7 @@ before = random.getstate(), str(numpy.random.get_state()), torch.get_rng_state()
 moves = apd.SplitMoves(every=2)
 d = apd.decompose(model, [x], ["0.weight"], n_components=4, rank=2, progress=False, moves=moves,
                   losses=apd.Losses(path=1.0), optimization=apd.Optimization(steps=6))
-apd.responses(d, [x]); d.summary(x); apd.metrics.stability([d, d]); apd.watch.fit(d, [x]); d.report([x], path)
+apd.responses(d, [x]); d.summary(x); apd.metrics.stability([d, d]); apd.monitor.fit(d, [x]); d.report([x], path)
 compare.faithfulness_curve(d, [x], lambda y: y[:, 0]); compare.edit_effects(d, [0], [x], [x])
 print(random.getstate() == before[0], str(numpy.random.get_state()) == before[1])
 print(torch.equal(torch.get_rng_state(), before[2]))
@@ -339,7 +339,7 @@ def test_nan_is_no_setting():
 def test_one_batch_in_the_place_of_several(batches):
     for call in (
         lambda: outside_checks(apd.decompose)(small_model(), batches, **FEW),
-        lambda: apd.watch.fit.__wrapped__(trained(), batches),
+        lambda: apd.monitor.fit.__wrapped__(trained(), batches),
     ):
         with pytest.raises(apd.InvalidBatches, match=r"Of one batch give \[batch\]"):
             call()

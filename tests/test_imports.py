@@ -3,8 +3,8 @@
 import importlib.metadata
 import inspect
 
-import outside
 import pytest
+from support import outside
 
 import apd_lens as apd
 
@@ -85,7 +85,7 @@ def test_an_adapter_is_found_by_the_package_of_the_models_class():
         import importlib.metadata, sys, types
         import torch
         import apd_lens as apd
-        from apd_lens._torch_modules import TorchAdapter
+        from apd_lens.host._torch_modules import TorchAdapter
 
         host = types.ModuleType("my_host")
         class Model(torch.nn.Sequential):
@@ -98,7 +98,7 @@ def test_an_adapter_is_found_by_the_package_of_the_models_class():
         entry = importlib.metadata.EntryPoint("my_host", "my_host:wrap", "apd_lens.adapters")
         importlib.metadata.entry_points = lambda group: [entry]
 
-        print(isinstance(Adapter(), apd.Adapter))
+        print(isinstance(Adapter(), apd.host.Adapter))
         print(type(apd.wrap(Model(torch.nn.Linear(2, 2))).adapter).__module__)
         print(type(apd.wrap(torch.nn.Linear(2, 2)).adapter).__name__)
         """

@@ -1,7 +1,7 @@
 import math
 
-import outside
 import pytest
+from support import outside
 
 import apd_lens as apd
 from apd_lens._settings import learning_rate

@@ -1,15 +1,15 @@
 """apd_lens for nnsight: the module behind an `NNsight` model, whatever host it is of.
 
-Interception goes to the forward that nnsight's controller runs (see `apd_lens._patch`), so a decomposition works the
+Interception goes to the forward that nnsight's controller runs (see `apd_lens.host._patch`), so a decomposition works the
 same on the module, on an envoy made of it before or after, and inside a trace of the user's.
 """
 
 from functools import partial
 from typing import Any
 
-import apd_lens as apd
-from apd_lens import MissingExtra, TargetModel, UnsupportedModel
-from apd_lens._batches import are_texts
+from apd_lens._errors import MissingExtra, UnsupportedModel
+from apd_lens.host import TargetModel, are_texts
+from apd_lens.host import wrap as wrap_module
 
 try:
     from nnsight import Envoy
@@ -39,7 +39,7 @@ def wrap(model: Any) -> TargetModel:
             f"The weights of this {type(model).__name__} are not loaded yet: they are on the meta device. Load them "
             "first; a TransformersModel does with dispatch=True."
         )
-    target = apd.wrap(model._module)
+    target = wrap_module(model._module)
     return TargetModel(target.model, target.adapter, prepare=partial(_model_inputs, model))
 
 

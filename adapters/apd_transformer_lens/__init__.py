@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from apd_lens import InvalidBatches, MissingExtra, TargetModel, UnsupportedModel
-from apd_lens._batches import are_texts, arguments
+from apd_lens._errors import InvalidBatches, MissingExtra, UnsupportedModel
+from apd_lens.host import TargetModel, are_texts, arguments
 
 try:
     from transformer_lens.model_bridge import TransformerBridge

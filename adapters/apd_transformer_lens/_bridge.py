@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
-from apd_lens import Intercept, Units, Use, WeightMatrix
-from apd_lens._torch_modules import TorchAdapter
+from apd_lens.host import Intercept, TorchAdapter, Units, Use, WeightMatrix
 from apd_transformer_lens._shadow import Shadow, kept, shadowed
 
 # Component of a block -> its leaves, in the order of the forward pass -> names, as in HookedTransformer.

@@ -40,7 +40,7 @@ from transformer_lens.components.mlps.mlp import MLP
 from transformer_lens.components.mlps.moe import MoE
 from transformer_lens.utilities import get_offset_position_ids
 
-from apd_lens import Bias, Intercept, Units, Use, WeightMatrix
+from apd_lens.host import Bias, Intercept, Units, Use, WeightMatrix
 from apd_transformer_lens._shadow import Shadow, shadowed
 
 _PLAIN = "d_in d_out -> d_in d_out"

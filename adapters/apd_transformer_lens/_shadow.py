@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from apd_lens._block import Block, Part
+from apd_lens.host import Block, Part
 
 # Called as stand_in(real, *args): `real` is what the module has there.
 StandIn = Callable[..., Any]

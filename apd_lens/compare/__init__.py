@@ -21,16 +21,14 @@ from apd_lens.compare._activations import activation_measures as activation_meas
 from apd_lens.compare._activations import activation_sums as activation_sums
 from apd_lens.compare._architecture import ArchitectureMap as ArchitectureMap
 from apd_lens.compare._architecture import MatrixAmounts as MatrixAmounts
-from apd_lens.compare._architecture import attribution_map as attribution_map
-from apd_lens.compare._architecture import layer_of as layer_of
 from apd_lens.compare._architecture import weight_map as weight_map
+from apd_lens.compare._attribution_map import attribution_map as attribution_map
+from apd_lens.compare._circuit_files import read_circuit as read_circuit
 from apd_lens.compare._circuits import Circuit as Circuit
 from apd_lens.compare._circuits import circuit_of_edges as circuit_of_edges
 from apd_lens.compare._circuits import circuit_of_scores as circuit_of_scores
-from apd_lens.compare._circuits import read_circuit as read_circuit
 from apd_lens.compare._dictionaries import Dictionary as Dictionary
 from apd_lens.compare._dictionaries import random_dictionary as random_dictionary
-from apd_lens.compare._dictionaries import spliced as spliced
 from apd_lens.compare._directions import DirectionMatch as DirectionMatch
 from apd_lens.compare._directions import direction_cosines as direction_cosines
 from apd_lens.compare._directions import direction_match as direction_match
@@ -46,10 +44,12 @@ from apd_lens.compare._location import locate as locate
 from apd_lens.compare._location import overlap as overlap
 from apd_lens.compare._matching import Matching as Matching
 from apd_lens.compare._matching import matching as matching
+from apd_lens.compare._nodes import layer_of as layer_of
 from apd_lens.compare._signed import SignedAttributions as SignedAttributions
 from apd_lens.compare._signed import signed_attributions as signed_attributions
 from apd_lens.compare._sparsity import Sparsity as Sparsity
 from apd_lens.compare._sparsity import sparsity as sparsity
+from apd_lens.compare._splice import spliced as spliced
 
 __all__ = [
     "ActivationMatch",

@@ -9,14 +9,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from apd_lens._batches import Batch
-from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidBatches, InvalidSetting, ShapeMismatch
-from apd_lens._padding import Real, padded, without_padding
-from apd_lens._selection import K
 from apd_lens.compare._dictionaries import Dictionary, Latents, moved
 from apd_lens.compare._matching import Matching, matching, side_by_side, with_null
-from apd_lens.compare._sites import check_batches, reading
+from apd_lens.data._batch import Batch
+from apd_lens.data._points import Real, padded, without_padding
+from apd_lens.data._stream import check_batches
+from apd_lens.decomposition._decomposition import Decomposition
+from apd_lens.host._sites import reading
+from apd_lens.masks._selection import K
 
 Measure = Literal["f1", "jaccard", "precision", "recall", "correlation"]
 Pool = Literal["max", "mean", "last"]

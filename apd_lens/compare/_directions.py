@@ -22,16 +22,19 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from apd_lens._batches import Batch
-from apd_lens._components import ParameterComponents, full_precision, random_components
-from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting, ShapeMismatch, UnknownWeight
-from apd_lens._padding import Real, zero_at_padding
-from apd_lens._product import Inputs
-from apd_lens._target import Use, evaluating
 from apd_lens.compare._dictionaries import Dictionary
 from apd_lens.compare._matching import Matching, matching, side_by_side, with_null
-from apd_lens.compare._sites import check_batches
+from apd_lens.components._components import ParameterComponents
+from apd_lens.components._factors import MatrixInput as Inputs
+from apd_lens.components._factors import full_precision
+from apd_lens.components._measures import random_components
+from apd_lens.data._batch import Batch
+from apd_lens.data._points import Real, zero_at_padding
+from apd_lens.data._stream import check_batches
+from apd_lens.decomposition._decomposition import Decomposition
+from apd_lens.host._matrix import Use
+from apd_lens.host._target import evaluating
 
 # Numbers in a temporary of `direction_cosines`.
 _AT_ONCE = 2**24

@@ -23,18 +23,24 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from apd_lens._attribution import metric_scalars
-from apd_lens._batches import Batch, one_pass
 from apd_lens._checks import checked
-from apd_lens._components import ParameterComponents, random_components, singular_values, sum_of_components
-from apd_lens._decomposition import Chosen, Decomposition, check_fits, numbers_of, ready
 from apd_lens._errors import InvalidSetting
-from apd_lens._inputs import Inputs
-from apd_lens._losses import Distance, distance_of_each
-from apd_lens._padding import Real, one_row, without_padding
-from apd_lens._passes import OutputFn, check_finite_output, replaced_pass, subtract_weights
 from apd_lens._table import table
-from apd_lens._target import Use, evaluating
+from apd_lens.attribution._metric import metric_scalars
+from apd_lens.components._components import ParameterComponents
+from apd_lens.components._factors import sum_of_components
+from apd_lens.components._measures import random_components, singular_values
+from apd_lens.data._batch import Batch
+from apd_lens.data._inputs import Inputs
+from apd_lens.data._points import Real, one_row, without_padding
+from apd_lens.data._stream import one_pass
+from apd_lens.decomposition._decomposition import Chosen, Decomposition, check_fits, numbers_of, ready
+from apd_lens.host._matrix import Use
+from apd_lens.host._target import evaluating
+from apd_lens.losses._outputs import Distance, distance_of_each
+from apd_lens.passes._output import OutputFn
+from apd_lens.passes._replace import subtract_weights
+from apd_lens.passes._watch import check_finite_output, replaced_pass
 
 # Added to C_other's diagonal, as a share of its mean.
 _RIDGE = 1e-4

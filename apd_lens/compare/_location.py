@@ -11,14 +11,20 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
-from apd_lens._batches import Batch, one_pass
-from apd_lens._components import ParameterComponents, random_components
-from apd_lens._decomposition import Decomposition, check_fits
 from apd_lens._errors import InvalidSetting
-from apd_lens._padding import without_padding
-from apd_lens._target import Units
-from apd_lens.compare._architecture import Level, Metric, as_text, attribution_map, metric_on, weight_map
+from apd_lens._table import as_text
+from apd_lens.attribution._metric import Metric, metric_on
+from apd_lens.compare._architecture import weight_map
+from apd_lens.compare._attribution_map import attribution_map
 from apd_lens.compare._circuits import Circuit, node
+from apd_lens.compare._nodes import Level
+from apd_lens.components._components import ParameterComponents
+from apd_lens.components._measures import random_components
+from apd_lens.data._batch import Batch
+from apd_lens.data._points import without_padding
+from apd_lens.data._stream import one_pass
+from apd_lens.decomposition._decomposition import Decomposition, check_fits
+from apd_lens.host._matrix import Units
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,15 +8,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apd_lens._attribution import metric_effects, metric_scalars, sum_as_one_component
-from apd_lens._batches import Batch, one_pass
-from apd_lens._components import ParameterComponents
-from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidSetting
-from apd_lens._padding import Valid, padded
-from apd_lens._passes import WatchedPass, replaced_pass, subtract_weights
-from apd_lens._target import evaluating
-from apd_lens.compare._architecture import Metric, as_text, metric_on
+from apd_lens._table import as_text
+from apd_lens.attribution._integrated import sum_as_one_component
+from apd_lens.attribution._metric import Metric, metric_effects, metric_on, metric_scalars
+from apd_lens.components._components import ParameterComponents
+from apd_lens.data._batch import Batch
+from apd_lens.data._points import Valid, padded
+from apd_lens.data._stream import one_pass
+from apd_lens.decomposition._decomposition import Decomposition
+from apd_lens.host._target import evaluating
+from apd_lens.passes._replace import subtract_weights
+from apd_lens.passes._watch import WatchedPass, replaced_pass
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,22 +16,25 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apd_lens import metrics
-from apd_lens._attribution import AUTO_PROJECTIONS, are_exact
-from apd_lens._batches import Batch, call
-from apd_lens._components import random_components
-from apd_lens._decomposition import Decomposition
 from apd_lens._errors import InvalidBatches, InvalidSetting, ShapeMismatch
-from apd_lens._inputs import Inputs, check_finite
-from apd_lens._jacobian import one_hot_cotangents, random_cotangents
-from apd_lens._losses import minimality_loss
-from apd_lens._padding import Real, padded, without_padding, zero_at_padding
-from apd_lens._passes import check_finite_output, explained_output, sparse_pass
-from apd_lens._patch import outside_traces
-from apd_lens._selection import Selection, TopK, with_k
-from apd_lens._target import evaluating
+from apd_lens.attribution._projections import AUTO_PROJECTIONS, are_exact
 from apd_lens.compare._activations import Pool, pooled
-from apd_lens.compare._dictionaries import Dictionary, Latents, moved, random_dictionary, rewritten_latents, spliced
-from apd_lens.compare._sites import check_batches, reading
+from apd_lens.compare._dictionaries import Dictionary, Latents, moved, random_dictionary
+from apd_lens.compare._splice import rewritten_latents, spliced
+from apd_lens.components._measures import random_components
+from apd_lens.data._batch import Batch, call
+from apd_lens.data._inputs import Inputs, check_finite
+from apd_lens.data._points import Real, padded, without_padding, zero_at_padding
+from apd_lens.data._stream import check_batches
+from apd_lens.decomposition._decomposition import Decomposition
+from apd_lens.host._patch import outside_traces
+from apd_lens.host._sites import reading
+from apd_lens.host._target import evaluating
+from apd_lens.losses._outputs import minimality_loss
+from apd_lens.masks._selection import Selection, TopK, with_k
+from apd_lens.passes._cotangents import one_hot_cotangents, random_cotangents
+from apd_lens.passes._output import explained_output
+from apd_lens.passes._watch import check_finite_output, sparse_pass
 
 # Between the target's output and another; or "ce", of labels.
 Loss = Literal["mse", "kl", "ce"] | Callable[[Tensor, Tensor], Tensor]

@@ -1,20 +1,24 @@
-"""How training went, and how much depends on seeds and settings."""
+"""What the model gives out on all, some and none of its components."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
+from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import NullLocator, PercentFormatter
 from torch import Tensor
 
 from apd_lens._checks import checked
-from apd_lens._decompose import StepInfo
 from apd_lens._errors import InvalidSetting
+from apd_lens.metrics._audit import AblationPath
 from apd_lens.plots._draw import (
+    ANTI_SCRUBBED,
     NULL,
     POSITIVE,
+    SCRUBBED,
+    SPARSE,
     TARGET,
     axes,
     check_names,
@@ -23,13 +27,39 @@ from apd_lens.plots._draw import (
     grid,
     legend,
     plain,
-    plt,
     whole_numbers,
 )
+from apd_lens.training._state import StepInfo
 
 # One entry a step that was kept: what `on_step` is called with, or name -> value.
 History = Sequence[StepInfo] | Sequence[Mapping[str, float | Tensor]]
 _NOT_LOSSES = ("step", "alive", "moves")
+
+
+@checked
+def ablation_path(path: AblationPath, *, ax: Axes | None = None) -> Figure | SubFigure:
+    """Output error as inactive components are ablated: together, each at random, and where it does most harm.
+
+    Args:
+        path: from `apd_lens.metrics.ablation_path_audit`.
+    """
+    ax, amount = axes(ax, 7.0), plain(path.amount).numpy()
+    looks: tuple[tuple[str, Tensor, dict[str, Any]], ...] = (
+        ("worst case", path.worst, {"color": ANTI_SCRUBBED, "marker": "^", "markersize": 10}),
+        ("each at random", path.random, {"color": SCRUBBED, "marker": "o"}),
+        ("all together", path.together, {"color": SPARSE, "marker": "s", "markersize": 4, "linestyle": "--"}),
+    )
+    for name, errors, look in looks:
+        ax.plot(amount, plain(errors).numpy(), label=name, **look)
+    ax.set(
+        yscale="log",
+        xlabel="t, how far inactive components may be ablated",
+        ylabel="output error",
+        title="Do inactive components matter?",
+    )
+    grid(ax)
+    legend(ax)
+    return ax.figure
 
 
 @checked
@@ -158,41 +188,3 @@ def seed_stability(
     figure.colorbar(drawn[0, -1].images[0], ax=drawn[0, -1], label="similarity", fraction=0.05, pad=0.03)
     figure.suptitle("Do seeds find the same components?")
     return figure
-
-
-@checked
-def coefficient_valley(
-    factors: Sequence[float],
-    success: Float[Tensor, "coefficients factors"],
-    names: Sequence[str],
-    *,
-    ax: Axes | None = None,
-) -> Figure | SubFigure:
-    """Success rate against what a coefficient was multiplied by, a line for each coefficient.
-
-    Args:
-        factors: such as (1/4, 1/2, 1, 2, 4), 1 being the settings' own.
-        success: share of runs that succeed, from 0 to 1.
-        names: of the coefficients.
-
-    Raises:
-        InvalidSetting: factors that do not rise from above 0, another number of them than in `success`, or of names.
-    """
-    if len(factors) != success.shape[1] or factors[0] <= 0 or list(factors) != sorted(set(factors)):
-        raise InvalidSetting(f"Expected {success.shape[1]} factors that rise from above 0, got {list(factors)}.")
-    check_names(names, len(success), "coefficient")
-    ax = axes(ax, 7.0)
-    for row, (name, colour, line) in enumerate(zip(names, colours(len(names)), plain(success), strict=True)):
-        nudge = 1.025 ** (row - (len(names) - 1) / 2)  # so that lines of the same height are all seen
-        marker = "osD^vP*X"[row % 8]
-        ax.plot([factor * nudge for factor in factors], line.numpy(), color=colour, marker=marker, label=name)
-    ax.axvline(1, color=NULL, linestyle=":", linewidth=1, zorder=0)
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(factors, [f"×{factor:g}" for factor in factors])
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    ax.set(ylim=(-0.03, 1.05), xlabel="coefficient, times its setting", ylabel="runs that succeed")
-    ax.set_title("How exactly must coefficients be chosen?")
-    grid(ax)
-    legend(ax)
-    return ax.figure

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from apd_lens._checks import checked
 from apd_lens._errors import InvalidSetting
+from apd_lens.metrics._auroc import auroc
 from apd_lens.plots._draw import NULL, PALETTE, axes, check_names, colours, grid, legend, plain, plain_curves
-from apd_lens.watch import auroc
 
 
 @checked

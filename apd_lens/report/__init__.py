@@ -6,15 +6,13 @@ Needs jinja2, pandas, plotly and scipy: pip install 'apd-lens[report]'.
 from apd_lens._errors import MissingExtra
 
 try:
-    import jinja2
-    import pandas
-    import plotly
-    import scipy
+    import jinja2  # noqa: F401
+    import pandas  # noqa: F401
+    import plotly  # noqa: F401
+    import scipy  # noqa: F401
 except ImportError as error:
     raise MissingExtra(
         "apd_lens.report needs jinja2, pandas, plotly and scipy. Install them with pip install 'apd-lens[report]'"
     ) from error
 
 from apd_lens.report._page import write_report as write_report
-
-__all__ = ["jinja2", "pandas", "plotly", "scipy", "write_report"]

@@ -7,24 +7,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from apd_lens._batches import Batch
-from apd_lens._components import effective_rank, random_components, singular_values
-from apd_lens._decomposition import Decomposition
-from apd_lens._passes import sparse_pass
-from apd_lens._responses import (
-    Effects,
-    LossFn,
-    Observed,
-    Responses,
-    ablation_effects,
-    distances,
-    known_distance,
-    observe,
-    observed,
-    respond,
-)
-from apd_lens._selection import K, with_k
-from apd_lens._target import evaluating
+from apd_lens.components._measures import effective_rank, random_components, singular_values
+from apd_lens.data._batch import Batch
+from apd_lens.decomposition._decomposition import Decomposition
+from apd_lens.decomposition._observed import Observed, observe, observed
+from apd_lens.host._target import evaluating
+from apd_lens.masks._selection import K, with_k
+from apd_lens.passes._watch import sparse_pass
+from apd_lens.responses._ablation import LossFn, ablation_effects, distances, known_distance
+from apd_lens.responses._responses import Effects, Responses
+from apd_lens.responses._top import respond
 
 # Data points in the figures that need a number for each: the attribution matrix, and the loss by k.
 _IN_MATRIX, _IN_CURVE = 200, 1024

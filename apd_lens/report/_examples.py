@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apd_lens._batches import Batch, arguments
 from apd_lens._errors import InvalidSetting
-from apd_lens._inputs import Inputs
-from apd_lens._responses import TopExamples
-from apd_lens._target import TargetModel
+from apd_lens.data._batch import Batch, arguments
+from apd_lens.data._inputs import Inputs
+from apd_lens.host._target import TargetModel
+from apd_lens.responses._responses import TopExamples
 
 # Token id -> what is shown for it.
 Decode = Callable[[int], str]

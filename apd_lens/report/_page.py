@@ -19,17 +19,18 @@ from plotly.offline import get_plotlyjs
 from plotly.utils import PlotlyJSONEncoder
 from torch import Tensor
 
-from apd_lens._artifact import UserFunction, encode_settings, library_versions
-from apd_lens._batches import Batch
-from apd_lens._decomposition import Decomposition
+from apd_lens._codec import UserFunction, encode_settings
 from apd_lens._errors import ArtifactError, InvalidSetting
 from apd_lens._files import user_path, write_file
-from apd_lens._responses import LossFn, known_distance
-from apd_lens._selection import K
-from apd_lens.compare import weight_map
+from apd_lens.compare._architecture import weight_map
+from apd_lens.data._batch import Batch
+from apd_lens.decomposition._artifact import library_versions
+from apd_lens.decomposition._decomposition import Decomposition
+from apd_lens.masks._selection import K
 from apd_lens.report._collect import Numbers, collect
 from apd_lens.report._examples import Decode, Shower, called, own_decode, tokens_of
 from apd_lens.report._figures import figures
+from apd_lens.responses._ablation import LossFn, known_distance
 
 # A list of names, one for each output unit, or a function of the unit.
 Names = Sequence[str] | Callable[[int], str]

@@ -9,19 +9,21 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import drawing
 import paper
 import torch
 import torch.nn.functional as F
+from matplotlib import pyplot as plt
 from torch import Tensor
 
 import apd_lens as apd
 from apd_lens import metrics, plots, toys
 
-Drawn = Iterator[tuple[str, plots.plt.Figure]]
+Drawn = Iterator[tuple[str, plt.Figure]]
 
 
 def of_tms(target: toys.TMSTarget, decomposition: apd.Decomposition) -> Drawn:
-    yield "vectors", plots.feature_vectors(target.rows, decomposition.components.component_weights("linear1.weight"))
+    yield "vectors", drawing.feature_vectors(target.rows, decomposition.components.component_weights("linear1.weight"))
 
 
 def of_residual_mlp(target: toys.ResidualMLPTarget, decomposition: apd.Decomposition) -> Drawn:
@@ -35,30 +37,30 @@ def of_residual_mlp(target: toys.ResidualMLPTarget, decomposition: apd.Decomposi
     contributions = torch.cat(
         [metrics.neuron_contributions(W_E, *layer, W_U) for layer in zip(sides[::2], sides[1::2], strict=True)], -1
     )
-    yield "neuron_contributions", plots.neuron_contributions(target.contributions, contributions, component_of=owner)
+    yield "neuron_contributions", drawing.neuron_contributions(target.contributions, contributions, component_of=owner)
 
     x = torch.eye(n_features)
     alone = F.one_hot(owner, components.n_components).bool()
     yield (
         "single_feature_responses",
-        plots.single_feature_responses(model(x), sparse(x, alone), toys.residual_mlp_labels(x)),
+        drawing.single_feature_responses(model(x), sparse(x, alone), toys.residual_mlp_labels(x)),
     )
 
     x = target.batches(2**14, seed=10**6)(0)
     labels = toys.residual_mlp_labels(x)
     full = errors(model(x), labels)
     attributions = decomposition.attributions(x)
-    masks = {"top-1": apd.topk_mask(attributions, 1), "batch top-k": decomposition.select(x)}
+    masks = {"top-1": apd.masks.topk_mask(attributions, 1), "batch top-k": decomposition.select(x)}
     losses = {name: errors(sparse(x, mask), labels) for name, mask in masks.items()}
     on = (x != 0).float()
     yield (
         "feature_loss",
-        plots.feature_loss(
+        drawing.feature_loss(
             mean_where(on, full),
             {name: mean_where(on, loss) for name, loss in losses.items()},
         ),
     )
-    yield "loss_by_active", plots.loss_by_active(on.sum(1).long(), full, losses)
+    yield "loss_by_active", drawing.loss_by_active(on.sum(1).long(), full, losses)
 
     generator = torch.Generator().manual_seed(0)
     active = masks["batch top-k"]
@@ -67,7 +69,7 @@ def of_residual_mlp(target: toys.ResidualMLPTarget, decomposition: apd.Decomposi
         for draw in (metrics.scrubbed_mask, metrics.anti_scrubbed_mask)
     )
     some = on.any(1)  # where nothing is on, there is nothing to do
-    yield "scrubbed_losses", plots.scrubbed_losses(full[some], scrubbed[some], anti[some])
+    yield "scrubbed_losses", drawing.scrubbed_losses(full[some], scrubbed[some], anti[some])
 
     values = torch.linspace(-1, 1, 81)
     x = torch.zeros(len(values), n_features)
@@ -76,18 +78,18 @@ def of_residual_mlp(target: toys.ResidualMLPTarget, decomposition: apd.Decomposi
         torch.stack([sparse(x, draw(alone[:1], generator).expand(len(x), -1))[:, 0] for _ in range(20)])
         for draw in (metrics.scrubbed_mask, metrics.anti_scrubbed_mask)
     )
-    yield "scrubbed_outputs", plots.scrubbed_outputs(values, model(x)[:, 0], scrubbed, anti, input_name="input 0")
+    yield "scrubbed_outputs", drawing.scrubbed_outputs(values, model(x)[:, 0], scrubbed, anti, input_name="input 0")
 
 
 def of_gated(target: toys.GatedTarget, decomposition: apd.Decomposition) -> Drawn:
     sides = [decomposition.components.component_weights(name) for name in target.weights]
     names = ["x", *(f"bit {i}" for i in range(len(target.values))), "y"]
-    yield "component_graph", plots.component_graph(sides[::2], sides[1::2], residual_names=names)
+    yield "component_graph", drawing.component_graph(sides[::2], sides[1::2], residual_names=names)
 
 
 def of_any(target: paper.Target, decomposition: apd.Decomposition) -> Drawn:
     components = decomposition.components
-    spectra = [apd.singular_values(components, name) for name in components.names]
+    spectra = [apd.components.singular_values(components, name) for name in components.names]
     x = target.batches(256, seed=10**6)(0)
     order = plots.sorted_components(decomposition.attributions(x))
     yield (
@@ -102,8 +104,8 @@ def of_any(target: paper.Target, decomposition: apd.Decomposition) -> Drawn:
     yield "ablation_path", plots.ablation_path(metrics.ablation_path_audit(decomposition, x))
 
 
-def of_history(history: list[dict[str, float]]) -> plots.plt.Figure:
-    figure, (left, right) = plots.plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+def of_history(history: list[dict[str, float]]) -> plt.Figure:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     plots.loss_curves(history, ax=left)
     plots.alive_components(history, ax=right)
     return figure
@@ -142,7 +144,7 @@ def main() -> None:
         for what, figure in drawn:
             path = arguments.figures / f"{name}-{what}.png"
             figure.savefig(path, dpi=80)
-            plots.plt.close(figure)
+            plt.close(figure)
             print(path)
 
 

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import drawing
 import paper
 import torch
 
@@ -96,7 +97,7 @@ def main() -> None:
     between = whole[~torch.eye(len(whole), dtype=torch.bool)]
     print(f"best cosine between seeds {between.mean():.4f}, lowest {between.min():.4f}, random {null.mean():.4f}")
     figures = {
-        "valley": plots.coefficient_valley(FACTORS, success, COEFFICIENTS),
+        "valley": drawing.coefficient_valley(FACTORS, success, COEFFICIENTS),
         "stability": plots.seed_stability(whole[None], null[None], names=["all matrices"]),
     }
     for what, figure in figures.items():

@@ -1,0 +1,90 @@
+"""Settings as JSON can hold them, and back."""
+
+import dataclasses
+from typing import Any, NoReturn
+
+from apd_lens._errors import ArtifactError
+from apd_lens._schedules import HoldThenDecay, Ramp
+from apd_lens._settings import Optimization, Settings
+from apd_lens.attribution._ablation import AblationAttribution
+from apd_lens.attribution._activation import ActivationAttribution
+from apd_lens.attribution._gradient import GradientAttribution
+from apd_lens.attribution._integrated import IntegratedGradients
+from apd_lens.losses._losses import Losses
+from apd_lens.masks._selection import BatchTopK, Lp, Needed, TopK
+from apd_lens.moves._cluster import ClusterMoves
+from apd_lens.moves._division import DivisionMoves
+from apd_lens.moves._split import SplitMoves
+
+_SETTINGS = {
+    cls.__name__: cls
+    for cls in (
+        AblationAttribution,
+        ActivationAttribution,
+        BatchTopK,
+        GradientAttribution,
+        HoldThenDecay,
+        IntegratedGradients,
+        Losses,
+        Lp,
+        Optimization,
+        Settings,
+        ClusterMoves,
+        DivisionMoves,
+        Ramp,
+        Needed,
+        SplitMoves,
+        TopK,
+    )
+}
+
+
+class UserFunction:
+    """What stands in loaded settings where a function of the user's was; functions are not saved."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, *args: Any) -> NoReturn:
+        raise ArtifactError(f"The function {self.name} was not saved with the decomposition.")
+
+    def __repr__(self) -> str:
+        return f"<function {self.name}, not saved>"
+
+
+def encode_settings(value: Any) -> Any:
+    """Settings as what JSON can hold: dataclasses as mappings with their type, functions by name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: encode_settings(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, tuple):
+        return [encode_settings(item) for item in value]
+    if callable(value):
+        return {"type": "function", "name": getattr(value, "__qualname__", getattr(value, "name", repr(value)))}
+    return value
+
+
+def decode_settings(value: Any) -> Any:
+    """The inverse of `encode_settings`, with a `UserFunction` in the place of a function.
+
+    Raises:
+        ArtifactError: not what `encode_settings` of this apd_lens gives.
+    """
+    try:
+        return _decoded(value)
+    except Exception as error:  # any: the classes are called with whatever the file holds
+        raise ArtifactError(
+            f"The saved settings are none that this apd_lens knows: {type(error).__name__}: {error}. They may be of "
+            "a newer apd_lens: upgrade, or save again."
+        ) from error
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_decoded(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    fields = {name: _decoded(item) for name, item in value.items() if name != "type"}
+    if value["type"] == "function":
+        return UserFunction(str(fields["name"]))
+    return _SETTINGS[value["type"]](**fields)

@@ -1,0 +1,1 @@
+"""Who did it: the effect of each component on the output, by several methods."""

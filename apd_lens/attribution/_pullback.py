@@ -1,0 +1,169 @@
+"""Gradients of the outputs with respect to y of every use: v · f pulled back for many cotangents v at once.
+
+The cost is that of the backward passes through the target, one for each v and example. What is the same for all
+examples is computed once.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from apd_lens.attribution._linearity import (
+    Readout,
+    cut_off,
+    find_readout,
+    in_front_of_nonlinearity,
+    inputs,
+    readout_of_graph,
+    spread_over_examples,
+    unknown_readout,
+)
+from apd_lens.data._finite import on_gpu
+from apd_lens.passes._cotangents import Cotangents
+from apd_lens.passes._watch import WatchedPass
+
+# values `v examples *pos d` and through `d d_out` (None for the identity): values @ through. `examples` is 1 where the
+# values are the same for all.
+Part = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Jacobians:
+    """∂(v · f)/∂y of every call of a watched pass.
+
+    Attributes:
+        of_calls: for each call the parts that add up to it; none where the output does not depend on y.
+        slopes: `v examples`, what all of them are multiplied with; None for 1.
+    """
+
+    of_calls: Sequence[Sequence[Part]]
+    slopes: Tensor | None = None
+
+    @classmethod
+    def whole(cls, gradients: Sequence[Tensor | None]) -> "Jacobians":
+        """Of gradients `v examples *pos d_out`, each in one part."""
+        return cls([[] if gradient is None else [(gradient, None)] for gradient in gradients])
+
+    def as_whole(self) -> list[Float[Tensor, "v examples *pos d_out"] | None]:
+        """The gradients, multiplied out and added up."""
+        gradients = []
+        for parts in self.of_calls:
+            total = None
+            for values, through in parts:
+                gradient = values if through is None else values @ through
+                total = gradient if total is None else total + gradient
+            if total is not None and self.slopes is not None:
+                total = total * self.slopes.reshape(*self.slopes.shape, *[1] * (total.ndim - 2))
+            gradients.append(total)
+        return gradients
+
+
+def jacobians_in_parts(
+    watched: WatchedPass, cotangents: Cotangents, memory: int
+) -> Iterator[tuple[WatchedPass, Iterator[Jacobians]]]:
+    """The pass in parts of some examples each, and for each part its Jacobians in chunks of cotangents.
+
+    There is one part and one chunk if the Jacobians and what it takes to compute them fit into `memory` bytes. If not,
+    the target is run again on some examples at a time, so that what is multiplied with the Jacobians later is not
+    computed again for each chunk of cotangents. Uses up the pass's graph.
+    """
+    if watched.jacobians is not None and cotangents.exact:
+        yield watched, iter([watched.jacobians])
+        return
+    root, slopes = _root(watched, cotangents)
+    readout = unknown_readout(watched)
+    if cotangents.count > 2 and len(watched.output) > 1:
+        find = readout_of_graph if on_gpu(watched.output.device) else find_readout
+        readout = find(watched, root)
+    n_examples = len(watched.output)
+    bytes_per_example = cotangents.count * _bytes_per_cotangent(watched, readout) / n_examples
+    examples_at_once = max(1, int(memory / bytes_per_example)) if bytes_per_example else n_examples
+    if examples_at_once >= n_examples:
+        yield watched, _chunks(watched, root, slopes, readout, cotangents, memory)
+        return
+    watched.spent = True  # what is left of its graph is not worth keeping
+    for first in range(0, n_examples, examples_at_once):
+        part = watched.again(None, slice(first, first + examples_at_once))
+        yield part, _chunks(part, *_root(part, cotangents), readout, cotangents, memory)
+
+
+def _root(watched: WatchedPass, cotangents: Cotangents) -> tuple[Tensor | GradientEdge, Tensor | None]:
+    """Where gradients of outputs start, and what they are multiplied with afterwards, `outputs batch`; None for 1."""
+    found = in_front_of_nonlinearity(watched.output) if cotangents.exact else None
+    return (watched.output, None) if found is None else found
+
+
+def _chunks(
+    watched: WatchedPass,
+    root: Tensor | GradientEdge,
+    slopes: Tensor | None,
+    readout: Readout,
+    cotangents: Cotangents,
+    memory: int,
+) -> Iterator[Jacobians]:
+    ys, xs, output = [call.y for call in watched.calls], inputs(watched), watched.output
+    chunk = min(cotangents.count, max(1, int(memory / max(1, _bytes_per_cotangent(watched, readout)))))
+    for first in range(0, cotangents.count, chunk):
+        last = min(first + chunk, cotangents.count)
+        vs, known = cotangents.rows(first, last), dict[int, Tensor]()
+        direct = _direct(readout, root, output, vs, ys, xs)
+        for number, stage in enumerate(readout.stages):
+            own = [ys[call] for call in stage.calls]
+            if stage.start is None:
+                start, at_start = root, vs[:, None].expand(-1, *output.shape)
+            else:
+                start = xs[stage.start]
+                at_start = direct[start].expand(-1, *start.shape)
+                for b, M in stage.maps.items():
+                    at_start = at_start + known[b] @ M
+            # One cotangent serves all examples at once, since they do not influence each other.
+            pulled = torch.autograd.grad(
+                start,
+                own,
+                at_start,
+                is_grads_batched=True,
+                retain_graph=last < cotangents.count or number + 1 < len(readout.stages),
+                allow_unused=True,
+            )
+            known |= {call: at_y for call, at_y in zip(stage.calls, pulled, strict=True) if at_y is not None}
+        of_calls: list[Sequence[Part]] = [[(known[call], None)] if call in known else [] for call in range(len(ys))]
+        for call, maps in readout.affine.items():
+            of_calls[call] = [(direct[ys[call]], None), *((known[b], M) for b, M in maps.items())]
+        jacobians = Jacobians(of_calls, None if slopes is None else slopes[first:last])
+        watched.spent = watched.spent or (bool(readout.stages) and last == cotangents.count)
+        if chunk == cotangents.count and cotangents.exact:  # good for the same batch the next time too
+            watched.jacobians = jacobians
+        yield jacobians
+
+
+def _direct(
+    readout: Readout,
+    root: Tensor | GradientEdge,
+    output: Tensor,
+    vs: Float[Tensor, "v *pos n_outputs"],
+    ys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+) -> dict[Tensor, Float[Tensor, "v 1 *rest"]]:
+    """S(v) of `Readout`, for every y that is affine and every x that a stage starts from."""
+    maps = {ys[call]: maps for call, maps in readout.affine.items()}
+    maps |= {xs[stage.start]: stage.maps for stage in readout.stages if stage.start is not None}
+    found: dict[Tensor, Tensor] = {}
+    for cut in {frozenset(of_one) for of_one in maps.values()}:
+        tensors = [tensor for tensor, of_one in maps.items() if frozenset(of_one) == cut]
+        with cut_off([ys[b] for b in cut]):
+            gradients = spread_over_examples(root, output, vs, tensors)
+        found |= {tensor: at for tensor, at in zip(tensors, gradients, strict=True) if at is not None}
+    return found
+
+
+def _bytes_per_cotangent(watched: WatchedPass, readout: Readout) -> int:
+    """What one cotangent takes for all examples: the gradients that are not shared, and as much on the way to them."""
+    xs, numbers = inputs(watched), 0
+    for stage in readout.stages:
+        start = watched.output if stage.start is None else xs[stage.start]
+        numbers += start.numel() + 2 * sum(watched.calls[call].y.numel() for call in stage.calls)
+    return numbers * watched.output.element_size()

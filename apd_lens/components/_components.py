@@ -1,0 +1,137 @@
+"""Parameter components: vectors in parameter space that span all decomposed matrices, stored as low-rank factors."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from apd_lens._errors import InvalidSetting
+from apd_lens.components._factors import full_precision, sum_of_components
+from apd_lens.host._matrix import Use, WeightMatrix
+
+
+class ParameterComponents(nn.Module):
+    """C components P_c = {A_c,l @ B_c,l}, one pair of factors for each decomposed matrix l.
+
+    A matrix that is tied has one pair of factors, and all its uses share it. Factors are float32, or float64 where
+    the matrix is. The parameters are A_cᵀ and B_c: where a column of A_c is in one piece of memory, as a row of B_c is,
+    those of all components are one matrix, `(C m) d`, without a copy.
+    """
+
+    def __init__(self, A: Mapping[str, Float[Tensor, "..."]], B: Mapping[str, Float[Tensor, "..."]]):
+        super().__init__()
+        self.names: list[str] = list(A)
+        # Lists, since the names of parameters must not hold a dot.
+        self._A_transposed = nn.ParameterList(factor.mT.contiguous() for factor in A.values())
+        self._B = nn.ParameterList(B[name].contiguous() for name in self.names)
+
+    @property
+    def A(self) -> dict[str, Tensor]:
+        """Name -> `C d_in m`, the side that reads x."""
+        return {name: _transposed(factor) for name, factor in zip(self.names, self._A_transposed, strict=True)}
+
+    @property
+    def B(self) -> dict[str, Tensor]:
+        """Name -> `C m d_out`, the side that writes y."""
+        return dict(zip(self.names, self._B, strict=True))
+
+    @property
+    def n_components(self) -> int:
+        return len(self._B[0])
+
+    @full_precision()
+    def component_weights(self, name: str) -> Float[Tensor, "C d_in d_out"]:
+        """P_c of one matrix for every component, as full matrices."""
+        return self.A[name] @ self.B[name]
+
+    def picked(self, numbers: Sequence[int]) -> "ParameterComponents":
+        """These components alone, in that order, without gradients; one may come several times."""
+        numbers = list(numbers)
+        A, B = ({name: side[numbers] for name, side in sides.items()} for sides in (self.A, self.B))
+        return ParameterComponents(A, B).requires_grad_(False)
+
+    def summed(
+        self, name: str, mask: Float[Tensor, " C"] | Bool[Tensor, " C"] | None = None
+    ) -> Float[Tensor, "d_in d_out"]:
+        """Σ_c mask_c P_c of one matrix, without building the components one by one."""
+        A, B = self.A[name], self.B[name]
+        if mask is not None:
+            A = A * mask.to(A)[:, None, None]
+        return sum_of_components(A, B)
+
+    def factors(self, use: Use) -> tuple[Float[Tensor, "C d_in m"], Float[Tensor, "C m d_out"]]:
+        """A and B the way round, of the part of the matrix, and at the scale that one use multiplies by.
+
+        (A B)ᵀ = Bᵀ Aᵀ for a transposed use.
+        """
+        number = self.names.index(use.matrix)
+        A, B = _transposed(self._A_transposed[number]), self._B[number]
+        if use.transposed:
+            A, B = B.mT, A.mT
+        B = B[:, :, use.columns]
+        return A[:, use.rows], B if use.scale == 1 else use.scale * B
+
+    def extra_repr(self) -> str:
+        return f"n_components={self.n_components}, matrices={self.names}"
+
+
+def _transposed(factor: Float[Tensor, "C m d_in"]) -> Float[Tensor, "C d_in m"]:
+    return _Transposed.apply(factor) if factor.requires_grad and torch.is_grad_enabled() else factor.mT
+
+
+class _Transposed(torch.autograd.Function):
+    """A_cᵀ -> A_c. Its gradient is no view, since to a view autograd adds nothing in place."""
+
+    @staticmethod
+    def forward(factor: Tensor) -> Tensor:
+        return factor.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient.mT.detach()
+
+
+def initial_components(
+    matrices: Sequence[WeightMatrix],
+    n_components: int,
+    rank: int | None,
+    generator: torch.Generator,
+    scale: float = 1.0,
+) -> ParameterComponents:
+    """Random factors, Xavier-normal each: standard deviation sqrt(2 / (fan_in + fan_out)) of `d_in m` and `m d_out`.
+
+    Args:
+        scale: of the factors, over Xavier's.
+        rank: the largest m; a matrix whose min(d_in, d_out) is less has that, and with None each has it.
+        generator: on the CPU; factors are drawn there, so that every device gets the same.
+
+    Raises:
+        InvalidSetting: n_components < 1 or rank < 1.
+    """
+    if n_components < 1:
+        raise InvalidSetting(f"n_components must be at least 1, got {n_components}.")
+    if rank is not None and rank < 1:
+        raise InvalidSetting(f"rank must be at least 1, or None for the full rank of each matrix; got {rank}.")
+    A, B = {}, {}
+    for matrix in matrices:
+        d_in, d_out = matrix.d_in, matrix.d_out
+        m = min(d_in, d_out) if rank is None else min(rank, d_in, d_out)
+        weight = matrix.value()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+
+        def xavier(fan_in: int, fan_out: int) -> Tensor:
+            factor = torch.randn(n_components, fan_in, fan_out, generator=generator, dtype=dtype, device="cpu")  # noqa: B023
+            return (factor * scale * xavier_std(fan_in, fan_out)).to(weight.device)  # noqa: B023
+
+        A[matrix.name], B[matrix.name] = xavier(d_in, m), xavier(m, d_out)
+    return ParameterComponents(A, B)
+
+
+def xavier_std(fan_in: int, fan_out: int) -> float:
+    """Standard deviation of the entries of a factor at the start."""
+    return (2 / (fan_in + fan_out)) ** 0.5

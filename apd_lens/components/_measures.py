@@ -1,0 +1,68 @@
+"""What components are: spectra, effective ranks, shares of heads and neurons, and random twins."""
+
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from apd_lens.components._components import ParameterComponents
+from apd_lens.components._factors import full_precision, share_of_units
+
+
+@torch.no_grad()
+@full_precision()
+def random_components(components: ParameterComponents, seed: int = 0) -> ParameterComponents:
+    """A null control: random components, each with the singular values of its model in every matrix.
+
+    Norm and (effective) rank are the same, only the directions are random. Whatever is claimed of the components
+    should fail for these.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def random_orthonormal(like: Tensor) -> Tensor:
+        noise = torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
+        return torch.linalg.qr(noise)[0]
+
+    A, B = {}, {}
+    for name in components.names:
+        A[name] = random_orthonormal(components.A[name]) * singular_values(components, name)[:, None, :]
+        B[name] = random_orthonormal(components.B[name].mT).mT
+    return ParameterComponents(A, B).requires_grad_(False)
+
+
+@torch.no_grad()
+@full_precision()
+def singular_values(components: ParameterComponents, name: str) -> Float[Tensor, "C m"]:
+    """Singular values of every component in one matrix, largest first.
+
+    From the small matrix R_A R_Bᵀ of the factors' QR decompositions: A B = Q_A (R_A R_Bᵀ) Q_Bᵀ.
+    """
+    R_A = cast(Tensor, torch.linalg.qr(components.A[name], mode="r")[1])
+    R_B = cast(Tensor, torch.linalg.qr(components.B[name].mT, mode="r")[1])
+    return torch.linalg.svdvals(R_A @ R_B.mT)
+
+
+@torch.no_grad()
+def output_share(components: ParameterComponents, name: str) -> Float[Tensor, "C d_out"]:
+    """Share of every output unit's squared weight that each component holds, of the sum over components.
+
+    ‖P_c[:, j]‖² / Σ_c ‖P_c[:, j]‖², in one matrix. Columns sum to 1.
+    """
+    return share_of_units(components.A[name], components.B[name])
+
+
+@torch.no_grad()
+def input_share(components: ParameterComponents, name: str) -> Float[Tensor, "C d_in"]:
+    """Share of every input unit's squared weight that each component holds: `output_share` for the rows P_c[i, :]."""
+    return share_of_units(components.B[name].mT, components.A[name].mT)
+
+
+def effective_rank(singular_values: Float[Tensor, "C m"]) -> Float[Tensor, " C"]:
+    """exp of the entropy of σ / Σσ: 1 for a rank-one matrix, r for r equal singular values, 0 for the zero matrix.
+
+    Source: Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality".
+    """
+    total = singular_values.sum(-1, keepdim=True)
+    share = singular_values / total.clamp_min(torch.finfo(singular_values.dtype).tiny)
+    return torch.special.entr(share).sum(-1).exp() * (total[:, 0] > 0)

@@ -1,0 +1,1 @@
+"""Batches: reading them, their data points, streams, finiteness."""

@@ -1,0 +1,1 @@
+"""The result: what can be asked of it, saved, loaded and edited."""

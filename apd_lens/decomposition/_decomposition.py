@@ -1,0 +1,401 @@
+"""The result: components of a model's weights, and what can be done with them on the model."""
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, SupportsIndex
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from apd_lens._block import Block, Part
+from apd_lens._codec import UserFunction, encode_settings
+from apd_lens._errors import ApdWarning, ArtifactError, InvalidSetting, ShapeMismatch
+from apd_lens._files import user_path
+from apd_lens._settings import Settings
+from apd_lens.attribution._gradient import GradientAttribution
+from apd_lens.attribution._metric import metric_effects
+from apd_lens.components._components import ParameterComponents
+from apd_lens.components._factors import Mask, sum_of_components
+from apd_lens.components._measures import effective_rank, singular_values
+from apd_lens.components._products import check_examples
+from apd_lens.data._batch import Batch
+from apd_lens.data._finite import raise_first, reading_of_attributions
+from apd_lens.data._inputs import Inputs, check_finite
+from apd_lens.data._points import Real, without_padding
+from apd_lens.decomposition._artifact import library_versions, write_artifact
+from apd_lens.decomposition._edited import check_unedited
+from apd_lens.decomposition._summary import Summary
+from apd_lens.host._adapter import Intercept
+from apd_lens.host._matrix import WeightMatrix
+from apd_lens.host._target import TargetModel, evaluating
+from apd_lens.host._unchanged import check_unchanged, digests_of_others
+from apd_lens.host._wrap import wrap
+from apd_lens.masks._error import AttributionError, attribution_error
+from apd_lens.masks._selection import BatchTopK, K, Selection, with_k
+from apd_lens.passes._output import OutputFn, default_output
+from apd_lens.passes._replace import keep_weights, replace_weights, subtract_weights
+from apd_lens.passes._watch import WatchedPass, check_finite_output, watched_pass
+
+# Dtypes that the weights of a model may be rounded to.
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Components by their numbers, or a mask with a bool for each.
+Chosen = SupportsIndex | Iterable[SupportsIndex] | Int[Tensor, "*n"] | Bool[Tensor, " C"]
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """A model's weight matrices as sums of parameter components.
+
+    While components are out of the model's own parameters (`apd_lens.apply_edit`), all that runs or edits the model
+    raises AlreadyActive: it is then not the model that was decomposed. Where decomposed matrices were changed in any
+    other way since (training, `load_state_dict`, folding, `.half()`), it raises WeightsChanged.
+
+    `copy.deepcopy` copies the components; the copy is of the same model, or of the model's copy where one and the same
+    `deepcopy` has copied the model before. It cannot be pickled: `save` and `apd_lens.load` take its place.
+
+    Attributes:
+        target: the model that was taken apart, `target.model` being the user's.
+        components: the factors.
+        settings: what the decomposition was asked for.
+        output: picks the explained tensor from what the model returns; None where a saved decomposition was made with
+            a function of the user's that `load` was not given. (What the user said of padding is `target.valid`.)
+        fingerprints: name -> digest of the matrix when it was decomposed.
+    """
+
+    target: TargetModel
+    components: ParameterComponents
+    settings: Settings
+    output: OutputFn | None
+    fingerprints: dict[str, str]
+
+    @torch.inference_mode(False)
+    def attributions(
+        self, batch: Batch, metric: Callable[[Tensor], Tensor] | None = None
+    ) -> Float[Tensor, "batch *pos C"]:
+        """A_c(x): estimated effect on the output of removing component c; `batch C`, or `batch pos C` where data
+        points are positions. Padding (where the batch's keyword argument `attention_mask` is 0, or lets none attend) is
+        left out: outputs there do not count, and the attributions of positions there are 0.
+
+        Args:
+            metric: a function of the explained output that gives one scalar an example; then the attributions are
+                signed and to that scalar: positive where a component raises it.
+
+        Raises:
+            NonFinite: the batch, or the output, holds NaN or infinity.
+        """
+        if metric is None:
+            return self._attributed(batch)[0]
+        with evaluating(self.target.model):
+            watched = self._watch(batch)
+            return metric_effects(watched, self.components, self.settings.selection.granularity, metric)
+
+    @torch.inference_mode(False)
+    def attribution_error(self, batch: Batch, k: K | None = None) -> AttributionError:
+        """How far estimated attributions are off on a batch; all zero for exact ones. `k` as in `select`.
+
+        Raises:
+            InvalidSetting: no `GradientAttribution`, or a single projection, which has no spread.
+        """
+        attribution, selection = self.settings.attribution, self._selection(batch, k)
+        if not isinstance(attribution, GradientAttribution):
+            raise InvalidSetting(f"The error is known of GradientAttribution only, not of {attribution}.")
+        with evaluating(self.target.model):
+            watched = self._watch(batch)
+            if attribution.is_exact(watched, self.components, selection.granularity):
+                return AttributionError(0.0, 1.0)
+            if attribution.projections == 1:
+                raise InvalidSetting("The spread over projections needs at least 2 of them, got projections=1.")
+            generator = torch.Generator(watched.output.device).manual_seed(0)
+            samples = attribution.samples(watched, self.components, selection.granularity, generator)
+        return attribution_error(samples, selection, watched.real)
+
+    def select(self, batch: Batch, k: K | None = None) -> Bool[Tensor, "batch *pos C"]:
+        """The mask of active components, by the selection of the training. None is active at padding.
+
+        Args:
+            k: overrides how many: the mean number a data point (`TopK`: the number of each), or a function batch -> k.
+
+        Raises:
+            InvalidSetting: trained with `Lp` without a threshold, and no k.
+        """
+        selection = self._selection(batch, k)
+        return selection(*self._attributed(batch))
+
+    def sparse(self, mask: Mask) -> AbstractContextManager[None]:
+        """Inside, every forward of the user's model runs on Σ_c mask_c P_c in the place of its weights.
+
+        Args:
+            mask: `batch C` for whole examples, or `batch pos C`; bool, or floats that scale each component. To
+                generate with a cache, whose forwards have the new tokens only, it takes `batch C`.
+
+        Raises:
+            ShapeMismatch: no such mask, or in a forward: of another batch.
+            AlreadyActive: inside another context on the same model.
+        """
+        n_components = self.components.n_components
+        if not isinstance(mask, Tensor) or mask.ndim < 2 or mask.shape[-1] != n_components:
+            came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ShapeMismatch(
+                f"Expected a mask of shape (batch, {n_components}) or (batch, pos, {n_components}), one entry for each "
+                f"component, got {came}. decomposition.select(batch) makes one."
+            )
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ShapeMismatch(
+                f"Expected a mask of bool, or of floats that scale components, got {mask.dtype}. Use mask.bool() "
+                "if its entries are 0 and 1."
+            )
+        mask = mask.to(next(self.components.parameters()).device)
+        return self._context(replace_weights(self.components, mask), partial(check_examples, mask))
+
+    def ablate(self, components: Chosen) -> AbstractContextManager[None]:
+        """Inside, the user's model runs on W − Σ P_c of the given components; with none, it is bit for bit the target.
+
+        Raises:
+            InvalidSetting: no such component.
+            AlreadyActive: inside another context on the same model.
+        """
+        return self._context(subtract_weights(self.components, numbers_of(components, self.components)))
+
+    def only(self, components: Chosen) -> AbstractContextManager[None]:
+        """Inside, the user's model runs on Σ P_c of the given components alone. Raises as `ablate` does."""
+        return self._context(keep_weights(self.components, numbers_of(components, self.components)))
+
+    @torch.no_grad()
+    def edited_state_dict(self, ablate: Chosen) -> dict[str, Tensor]:
+        """A state dict of the user's model with W − Σ P_c of the given components, in the host's own layout.
+
+        Edited tensors are new; all others are the model's own, as in `state_dict()`. Warns (`ApdWarning`) where names
+        that are tied in the model hold different values, of matrices that were decomposed apart.
+        """
+        chosen = numbers_of(ablate, self.components)
+        check_fits(self)
+        edited = dict(self.target.model.state_dict())
+        for name in self.components.names if chosen else ():
+            edited.update(self.target.weights[name].state(edited_value(self.target, self.components, name, chosen)))
+        if apart := decomposed_apart(self.target, self.components.names if chosen else ()):
+            warnings.warn(
+                f"{', '.join(apart)} was decomposed apart from what it is tied to, so this state dict holds different "
+                "values under names that are tied in the model. Load it into a model in which they are separate "
+                "parameters (tie_word_embeddings=False); a tied one would take one of the values for both.",
+                ApdWarning,
+                stacklevel=3,
+            )
+        return edited
+
+    @torch.no_grad()
+    def residuals(self) -> dict[str, float]:
+        """Name -> ‖Δ‖ / ‖W‖ with Δ = W − Σ_c P_c, what the components leave unexplained; "all" for all together."""
+        check_unchanged(self.target, self.fingerprints)
+        errors, norms = {}, {}
+        for name in self.components.names:
+            summed = self.components.summed(name)
+            weight = self.target.weights[name].value().to(summed)
+            errors[name] = (weight - summed).norm().item()
+            norms[name] = weight.norm().item()
+        errors["all"], norms["all"] = math.hypot(*errors.values()), math.hypot(*norms.values())
+        return {name: errors[name] / norms[name] if norms[name] else math.inf * errors[name] for name in errors}
+
+    @torch.no_grad()
+    def summary(self, batch: Batch, k: K | None = None) -> "Summary":
+        """A printable table of the components: how often active on the batch, attribution, norms, effective ranks.
+
+        `k` as in `select`.
+        """
+        selection = self._selection(batch, k)
+        attributions, real = self._attributed(batch)
+        mask = without_padding(selection(attributions, real), real)
+        spectra = {name: singular_values(self.components, name) for name in self.components.names}
+        never_active = ~mask.flatten(0, -2).any(0)
+        dead_share = {}
+        for name in self.components.names:
+            dead = self.components.summed(name, never_active)
+            dead_share[name] = (dead.norm() / self.target.weights[name].value().to(dead).norm()).item()
+        return Summary(
+            active=mask.flatten(0, -2).float().mean(0),
+            attribution=without_padding(attributions, real).flatten(0, -2).mean(0),
+            norm={name: spectrum.norm(dim=1) for name, spectrum in spectra.items()},
+            effective_rank={name: effective_rank(spectrum) for name, spectrum in spectra.items()},
+            dead_share=dead_share,
+        )
+
+    report: ClassVar[Callable[..., Path]]  # `apd_lens.report.write_report`, as a method
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a folder: the factors as safetensors, and JSON with all settings, the versions of the libraries and
+        fingerprints of the decomposed weights and of all others. Functions of the user's are not saved. See
+        `apd_lens.load`.
+
+        A decomposition that is in the folder already is replaced all at once: whatever happens meanwhile, the old one
+        or the new one can be loaded.
+
+        Raises:
+            ArtifactError: the path is a file, or a folder that holds something else; the factors hold NaN or infinity;
+                or the system cannot write, of which the message says why.
+        """
+        A, B = self.components.A, self.components.B
+        about = {
+            "versions": library_versions(self.target.model),
+            "model": f"{type(self.target.model).__module__}.{type(self.target.model).__qualname__}",
+            "n_components": self.components.n_components,
+            "matrices": {
+                name: about | {"rounded": _rounded(self.target.weights[name], about["fingerprint"])}
+                for name, about in about_matrices(self).items()
+            },
+            "settings": encode_settings(self.settings),
+            "output": "default" if self.output is default_output else "given by the user",
+            "others": digests_of_others(self.target, self.components.names),
+            "valid": "default" if self.target.valid is None else "given by the user",
+        }
+        factors = {f"A.{name}": factor for name, factor in A.items()} | {f"B.{name}": f for name, f in B.items()}
+        write_artifact(user_path(path), factors, about)
+
+    def _context(
+        self, intercept: Intercept, check: Callable[[int], None] | None = None
+    ) -> AbstractContextManager[None]:
+        check_fits(self)
+        block = self.target.intercepted(self.components.names, intercept, check_examples=check)
+
+        def make() -> Part:
+            check_fits(self)  # it may have been edited since
+            return block.make()
+
+        return Block(make)
+
+    def _selection(self, batch: Batch, k: K | None) -> Selection:
+        selection = with_k(self.settings.selection, k)
+        if isinstance(selection, BatchTopK) and isinstance(selection.k, UserFunction):
+            raise ArtifactError(
+                f"k was the function {selection.k.name} of the batch, which was not saved. Give it again, or a number: "
+                "decomposition.select(batch, k=...)."
+            )
+        return selection.at(1.0, batch)
+
+    @torch.inference_mode(False)
+    def _attributed(self, batch: Batch | Inputs) -> tuple[Float[Tensor, "batch *pos C"], Real]:
+        """Attributions, and which positions are no padding."""
+        with evaluating(self.target.model):  # which an attribution may run again
+            watched = self._watch(batch)
+            generator = torch.Generator(watched.output.device).manual_seed(0)
+            granularity = self.settings.selection.granularity
+            attributions = self.settings.attribution(watched, self.components, granularity, generator)
+        raise_first([reading_of_attributions(attributions, "attributions")])
+        return attributions, watched.real
+
+    def read(self, batch: Batch | Inputs) -> Inputs:
+        """A batch as the model is called with it, on its device."""
+        return self.target.read(batch, next(self.components.parameters()).device)
+
+    def _watch(self, batch: Batch | Inputs) -> WatchedPass:
+        """To be called with the model in eval mode."""
+        inputs, output = ready(self, batch, "attributions")
+        watched = watched_pass(self.target, self.components.names, inputs, output)
+        check_finite_output(watched.output, "attributions", watched)
+        return watched
+
+
+def check_fits(decomposition: Decomposition) -> None:
+    """Checks that a decomposition's model is what was decomposed.
+
+    Raises:
+        AlreadyActive: components are out of its own parameters.
+        WeightsChanged: a matrix was changed in any other way.
+    """
+    check_unedited(decomposition.target.model)
+    check_unchanged(decomposition.target, decomposition.fingerprints)
+
+
+def ready(decomposition: Decomposition, batch: Batch | Inputs, where: str) -> tuple[Inputs, OutputFn]:
+    """A batch as the model is called with it, on the model's device, and what picks the explained output.
+
+    Raises:
+        AlreadyActive, WeightsChanged: see `check_fits`.
+        InvalidSetting: a loaded decomposition that lacks its output function.
+        NonFinite: the batch holds NaN or infinity; the message says where.
+    """
+    check_fits(decomposition)
+    if decomposition.output is None:
+        raise InvalidSetting(
+            "This decomposition was made with an output function of your own, which is not saved. Give it again: "
+            "apd_lens.load(path, model, output=...)."
+        )
+    inputs = decomposition.read(batch)
+    check_finite(inputs, where)
+    return inputs, decomposition.output
+
+
+def numbers_of(chosen: Chosen, components: ParameterComponents) -> list[int]:
+    """The numbers of the components that a user has chosen; of a mask with a bool for each, those where it is True.
+
+    Raises:
+        InvalidSetting: no such component, or one twice; or what is neither whole numbers nor such a mask.
+    """
+    n = components.n_components
+    if isinstance(chosen, Tensor) and chosen.dtype != torch.bool:
+        chosen = chosen.flatten()
+    given = as_python(chosen)
+    several = isinstance(given, Iterable) and not isinstance(given, str | bytes)
+    numbers: list[Any] = [as_python(item) for item in given] if several else [given]
+    if several and len(numbers) == n and all(isinstance(item, bool) for item in numbers):
+        numbers = [number for number, is_chosen in enumerate(numbers) if is_chosen]
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in numbers):
+        raise InvalidSetting(
+            f"Expected whole numbers of components from 0 to {n - 1}, or a mask with a bool for each of the {n} "
+            f"components, got {str(chosen)[:100]!r}."
+        )
+    wrong = [number for number in numbers if not 0 <= number < n]
+    if wrong or len(set(numbers)) != len(numbers):
+        raise InvalidSetting(f"Expected distinct component numbers from 0 to {n - 1}, got {wrong or numbers}.")
+    return numbers
+
+
+def as_python(value: Any) -> Any:
+    """What an array, a tensor, or one of their numbers is in Python's own types; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def edited_value(
+    target: TargetModel, components: ParameterComponents, name: str, chosen: list[int]
+) -> Float[Tensor, "d_in d_out"]:
+    """W − Σ P_c of the chosen components, W being what the target has under that name at the moment."""
+    weight = target.weights[name].value()
+    taken_out = sum_of_components(components.A[name][chosen], components.B[name][chosen]).detach()
+    return weight.to(taken_out.dtype) - taken_out.to(weight.device)
+
+
+def decomposed_apart(target: TargetModel, names: Iterable[str]) -> list[str]:
+    """Those of the matrices that are tied in the model to others, apart from which they were decomposed."""
+    whole = wrap(target.model).weights
+    return [name for name in names if name not in whole or len(whole[name].uses) > len(target.weights[name].uses)]
+
+
+def about_matrices(decomposition: Decomposition) -> dict[str, dict[str, Any]]:
+    """Name -> what is known of the matrix and its components: shapes, uses, fingerprint."""
+    A, B = decomposition.components.A, decomposition.components.B
+    weights = decomposition.target.weights
+    return {
+        name: {
+            "d_in": A[name].shape[1],
+            "d_out": B[name].shape[2],
+            "rank": A[name].shape[2],
+            "bias": weights[name].bias is not None,
+            "fingerprint": decomposition.fingerprints[name],
+            "sites": [use.site for use in weights[name].uses],
+        }
+        for name in decomposition.components.names
+    }
+
+
+def _rounded(matrix: WeightMatrix, fingerprint: str) -> dict[str, str]:
+    """Digests of a matrix's values in dtypes of fewer bits; none if the matrix was changed since the fingerprint."""
+    if matrix.fingerprint() != fingerprint:
+        return {}
+    bits = matrix.parameter.dtype.itemsize
+    return {str(dtype): matrix.fingerprint(dtype) for dtype in _DTYPES if dtype.itemsize < bits}

@@ -1,0 +1,163 @@
+"""Loading a saved decomposition onto a model."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apd_lens._codec import decode_settings
+from apd_lens._errors import ArtifactError, InvalidSetting, UnsupportedModel
+from apd_lens._files import user_path
+from apd_lens._settings import Settings
+from apd_lens.components._components import ParameterComponents
+from apd_lens.data._batch import Batch
+from apd_lens.data._inputs import ValidFn
+from apd_lens.decomposition._artifact import read_artifact
+from apd_lens.decomposition._decomposition import _DTYPES, Decomposition
+from apd_lens.host._matrix import WeightMatrix
+from apd_lens.host._target import TargetModel
+from apd_lens.host._unchanged import warn_of_others
+from apd_lens.host._wrap import wrap
+from apd_lens.masks._selection import Lp, check_k
+from apd_lens.passes._output import OutputFn, default_output
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: Any,
+    *,
+    output: OutputFn | None = None,
+    valid: ValidFn | None = None,
+    other_dtype: bool = False,
+) -> Decomposition:
+    """Reads a saved decomposition back onto the model that it was made from.
+
+    Args:
+        model: with the same weights; a HookedTransformer, a torch.nn.Module, or `apd_lens.wrap(...)` of one.
+        output: the output function, if the decomposition was made with one of your own (functions are not saved).
+            Without it everything works that needs no attributions.
+        valid: as in `decompose`; it is not saved either.
+        other_dtype: whether the model may have the same weights in another dtype. "The same" means bit for bit: its
+            weights, rounded to the dtype that was decomposed, are those that were decomposed; or those, rounded to the
+            model's dtype, are the model's. Where neither dtype holds the other (float16 and bfloat16) that cannot be
+            told, nor from an artifact without such digests, and it is refused. In a rounded model the components no
+            longer sum to the weights exactly; `residuals()` says by how much. Factors become float32, or float64 where
+            the model is.
+
+    Warns where other parameters or buffers of the model differ from those that it had (`ApdWarning`).
+
+    Raises:
+        ArtifactError: nothing there; truncated, changed, not a decomposition, or of a newer format; or a matrix of the
+            model is missing, or has another shape or other weights: says which.
+    """
+    path = user_path(path)
+    factors, about = read_artifact(path)
+    settings = _settings_of(about, path)
+    if valid is None and about.get("valid", "default") != "default":
+        valid = _valid_is_missing
+    target, difference = fitted(model, about["matrices"], other_dtype)
+    if difference is not None:
+        raise ArtifactError(
+            f"The decomposition in {path} is of another model: {difference}. It was made from a {about['model']}; "
+            "load it onto that model, with the weights and the processing (folding, centring) that it had. If only the "
+            "dtype is another, load(path, model, other_dtype=True) takes it, after a check."
+        )
+    if "others" in about and not other_dtype:
+        warn_of_others(target, about["matrices"], about["others"])
+    device = next(iter(target.weights.values())).parameter.device
+
+    def on_model(side: str, name: str) -> Tensor:
+        dtype = torch.promote_types(target.weights[name].parameter.dtype, torch.float32)
+        factor = factors[f"{side}.{name}"]
+        if factor.dtype != dtype and not other_dtype:
+            raise ArtifactError(
+                f"{path}: {side}.{name} is {factor.dtype}, and components of this model are {dtype}. "
+                "load(path, model, other_dtype=True) converts them."
+            )
+        return factor.to(device, dtype)
+
+    names = list(about["matrices"])
+    components = ParameterComponents(
+        A={name: on_model("A", name) for name in names}, B={name: on_model("B", name) for name in names}
+    )
+    return Decomposition(
+        target=target if valid is None else target.with_valid(valid),
+        components=components.requires_grad_(False),
+        settings=settings,
+        output=default_output if output is None and about["output"] == "default" else output,
+        fingerprints={
+            name: target.weights[name].fingerprint() if other_dtype else saved["fingerprint"]
+            for name, saved in about["matrices"].items()
+        },
+    )
+
+
+def _valid_is_missing(batch: Batch) -> None:
+    raise InvalidSetting(
+        "This decomposition was made with valid= of your own, which is not saved. Give it again: "
+        "apd_lens.load(path, model, valid=...)."
+    )
+
+
+def _settings_of(about: dict[str, Any], path: Path) -> Settings:
+    settings = decode_settings(about["settings"])
+    if not isinstance(settings, Settings):
+        raise ArtifactError(f"{path}: expected Settings, got {settings!r:.80}. Save the decomposition again.")
+    if not isinstance(settings.selection, Lp):
+        try:
+            check_k(settings.selection, about["n_components"])
+        except InvalidSetting as error:
+            raise ArtifactError(f"{path}: the saved settings cannot work: {error}") from error
+    return settings
+
+
+def fitted(
+    model: Any, matrices: dict[str, dict[str, Any]], other_dtype: bool = False
+) -> tuple[TargetModel, str | None]:
+    """A model as the target of a decomposition with these matrices, and in what it differs from theirs, or None."""
+    target = _with_uses(wrap(model), matrices)
+    differences = (_difference(target, name, saved, other_dtype) for name, saved in matrices.items())
+    return target, next((difference for difference in differences if difference is not None), None)
+
+
+def _with_uses(target: TargetModel, matrices: dict[str, Any]) -> TargetModel:
+    """The target with those matrices untied that were untied when the decomposition was made, and with biases if they
+    were decomposed."""
+    tied = {
+        alias: matrix
+        for matrix in target.weights.values()
+        for alias in (matrix.name, *matrix.tied_to)
+        if matrix.tied_to
+    }
+    untied = [name for name, saved in matrices.items() if name in tied and len(saved["sites"]) < len(tied[name].uses)]
+    if untied:
+        target = target.untied(*untied)
+    with_biases = any(saved.get("bias", False) for saved in matrices.values())
+    try:
+        return target if target.biases == with_biases else target.with_biases(with_biases)
+    except UnsupportedModel:  # it has none: another model, as will be found
+        return target
+
+
+def _difference(target: TargetModel, name: str, saved: dict[str, Any], other_dtype: bool) -> str | None:
+    """In what a model's matrix differs from the one that was decomposed, or None."""
+    matrix = target.weights.get(name)
+    if matrix is None:
+        return f"this {type(target.model).__name__} has no matrix {name} that can be decomposed"
+    if (matrix.d_in, matrix.d_out) != (saved["d_in"], saved["d_out"]):
+        return f"{name} is {matrix.d_in} × {matrix.d_out} here and was {saved['d_in']} × {saved['d_out']}"
+    if (sites := [use.site for use in matrix.uses]) != saved["sites"]:
+        return f"{name} is used at {sites} here and was at {saved['sites']}"
+    if target.fingerprints.of(matrix) != saved["fingerprint"] and not (other_dtype and _same_rounded(matrix, saved)):
+        return f"{name} has other weights, or another dtype (here {matrix.parameter.dtype})"
+    return None
+
+
+def _same_rounded(matrix: WeightMatrix, saved: dict[str, Any]) -> bool:
+    """Whether a matrix has the weights that were decomposed, one of the two rounded to the dtype of the other."""
+    if any(matrix.fingerprint(dtype) == saved["fingerprint"] for dtype in _DTYPES):
+        return True
+    rounded = saved.get("rounded")
+    return isinstance(rounded, dict) and rounded.get(str(matrix.parameter.dtype)) == matrix.fingerprint()

@@ -1,0 +1,60 @@
+"""The losses, each a pure function of one matrix or one pair of outputs; sums and normalisations are the caller's.
+
+Source of all formulas unless another is named: Braun et al. 2025, arXiv 2501.14926.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from apd_lens._checks import check_fields
+from apd_lens._errors import InvalidSetting
+from apd_lens._schedules import HoldThenDecay, Schedule
+from apd_lens.losses._outputs import Distance
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Which losses are added up, and how much each counts: numbers, or a `HoldThenDecay` or `Ramp` of them.
+
+    Attributes:
+        faithfulness: the components sum to the weights.
+        minimality: the model gives the same output with the active components only.
+        simplicity: the active components have small Schatten norms, so low rank.
+        schatten_p: p of that norm, p < 1 presses harder towards low rank.
+        simplicity_floor: every component counts in simplicity as if it were active more often than it is, by this share
+            of the mean over components. So those that are never active shrink too.
+        path: like minimality, with every inactive component left on by a random amount between 0 and 1. Inactive
+            components may then not matter in any partial combination (the paper's appendix on "inactive").
+        hidden: like minimality, on the activations of `hidden_at`.
+        hidden_at: names of submodules whose outputs are compared, such as "blocks.0.mlp.hook_post".
+        distance: between outputs: "mse", "kl" (outputs are logits), or a function
+            (target output, sparse output) -> one scalar a data point.
+        normalization: "paper" divides faithfulness and simplicity by the number of decomposed parameters and leaves
+            the distance as it is. "relative" makes every term a share: faithfulness of Σ‖W‖², simplicity of the
+            target's own Σ of singular values to the p, mean squared errors of the variance of the target's values
+            (KL is in nats as it is). Simplicity is also divided by the mean over components of how often one is active
+            (not in the Lp form), k / C, so it is about 1 for components that are active equally often and as large
+            together as the target. Coefficients then mean the same on models of any size and scale, and for any C
+            and k.
+    """
+
+    faithfulness: Schedule = 1.0
+    minimality: Schedule = 1.0
+    simplicity: Schedule = field(default_factory=lambda: HoldThenDecay(0.08))
+    schatten_p: float = 0.9
+    simplicity_floor: float = 0.5
+    path: Schedule = 2.0
+    hidden: Schedule = 0.0
+    hidden_at: tuple[str, ...] = ()
+    distance: Distance = "mse"
+    normalization: Literal["paper", "relative"] = "relative"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.schatten_p <= 0:
+            raise InvalidSetting(f"schatten_p must be positive, got {self.schatten_p}.")
+        if bool(self.hidden) != bool(self.hidden_at):
+            raise InvalidSetting(
+                "hidden and hidden_at go together: a coefficient and the submodules whose outputs are compared; got "
+                f"hidden={self.hidden}, hidden_at={self.hidden_at}."
+            )

@@ -1,0 +1,8 @@
+"""Which components are active: selections, drawn masks and attacked ones."""
+
+from apd_lens._checks import checked
+from apd_lens.masks import _sampling, _selection
+
+batch_topk_mask = checked(_selection.batch_topk_mask)
+topk_mask = checked(_selection.topk_mask)
+path_mask = checked(_sampling.path_mask)

@@ -1,0 +1,30 @@
+"""What can be measured of a decomposition. Pure functions; what they take from the truth, the caller gives.
+
+Weights are `d_in d_out`, so what the paper calls columns are rows here. Source of all definitions unless another is
+named: Braun et al. 2025, arXiv 2501.14926. Arguments of another type or shape raise ShapeMismatch.
+"""
+
+from apd_lens._checks import checked
+from apd_lens.components import effective_rank as effective_rank
+from apd_lens.masks._sampling import anti_scrubbed_mask as anti_scrubbed_mask
+from apd_lens.masks._sampling import scrubbed_mask as scrubbed_mask
+from apd_lens.metrics import _stability
+from apd_lens.metrics._audit import AblationPath as AblationPath
+from apd_lens.metrics._audit import Agreement as Agreement
+from apd_lens.metrics._audit import ablation_path_audit as ablation_path_audit
+from apd_lens.metrics._audit import agreement as agreement
+from apd_lens.metrics._auroc import auroc as auroc
+from apd_lens.metrics._mechanisms import best_components as best_components
+from apd_lens.metrics._mechanisms import features_alone as features_alone
+from apd_lens.metrics._mechanisms import ml2r as ml2r
+from apd_lens.metrics._mechanisms import mmcs as mmcs
+from apd_lens.metrics._mechanisms import neuron_contributions as neuron_contributions
+from apd_lens.metrics._sizes import DescriptionLength as DescriptionLength
+from apd_lens.metrics._sizes import alive_count as alive_count
+from apd_lens.metrics._sizes import description_length as description_length
+from apd_lens.metrics._sizes import layer_share as layer_share
+from apd_lens.metrics._sizes import ranks as ranks
+from apd_lens.metrics._sizes import total_rank as total_rank
+from apd_lens.metrics._stability import Stability as Stability
+
+stability = checked(_stability.stability)

@@ -1,0 +1,212 @@
+"""Stability: whether runs that differ in their seed only find the same components."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from apd_lens._errors import InvalidSetting, MissingExtra, ShapeMismatch
+from apd_lens._table import table
+from apd_lens.components._components import ParameterComponents
+from apd_lens.components._factors import full_precision, inner_products, sum_of_components
+from apd_lens.components._measures import random_components
+from apd_lens.decomposition._decomposition import Decomposition
+
+
+@dataclass(frozen=True, eq=False)
+class Stability:
+    """How alike the components of several seeds are; `print` shows the means over pairs of seeds.
+
+    Entry [i, j] is the mean over the components of seed i of the best cosine with one of seed j. The null control is
+    the same with `random_components` of seed j in their place.
+
+    Attributes:
+        whole, whole_null: with components as vectors over all matrices, each matrix in units of ‖W_l‖.
+        matrix, matrix_null: name -> the same in that matrix alone.
+    """
+
+    whole: Float[Tensor, "S S"]
+    whole_null: Float[Tensor, "S S"]
+    matrix: dict[str, Tensor]
+    matrix_null: dict[str, Tensor]
+
+    @property
+    def mean(self) -> float:
+        """Over ordered pairs of different seeds, all matrices together."""
+        return _between_seeds(self.whole).mean().item()
+
+    @property
+    def null(self) -> float:
+        """`mean`, of the null control."""
+        return _between_seeds(self.whole_null).mean().item()
+
+    def __str__(self) -> str:
+        rows = [_row("all", self.whole, self.whole_null)]
+        rows += [_row(name, self.matrix[name], self.matrix_null[name]) for name in self.matrix]
+        header = ("matrix", "best cosine", "lowest pair", "null", "highest pair")
+        return f"{table(header, rows)}\n{len(self.whole)} seeds, mean over their ordered pairs"
+
+    __repr__ = __str__
+
+
+@torch.no_grad()
+@full_precision()
+def stability(
+    decompositions: Sequence[Decomposition] | Sequence[ParameterComponents],
+    *,
+    alive: Sequence[Bool[Tensor, " C"]] | None = None,
+    one_to_one: bool = False,
+) -> Stability:
+    """Mean max cosine similarity between the components of every pair of seeds.
+
+    Σ_c ‖P_c‖ max_e cos(P_c, Q_e) / Σ_c ‖P_c‖ for components P of one seed and Q of the other, in parameter space: 1 if
+    the other seed has every component too, in any order and of any size. A component counts by its norm, so that one
+    that has shrunk to nothing does not. A dead one need not be small: `alive` leaves it out. Where components cancel
+    each other, or hold what the data never uses, expect low numbers.
+
+    Args:
+        decompositions: of the same matrices of one model, at least two. Matrices are scaled by the norms of the
+            target's, or where only components are given, of the first ones' sum.
+        alive: for each seed the components that count, on both sides; such as
+            `decomposition.select(batch).flatten(0, -2).any(0)`. Default all.
+        one_to_one: match the components of two seeds one to one, so that the norm-weighted sum of cosines is largest
+            (needs scipy); a component that is left over counts as 0.
+
+    Raises:
+        InvalidSetting: fewer than two, or not one `alive` for each.
+        ShapeMismatch: components of other matrices than the first ones, or `alive` of another length.
+        MissingExtra: one_to_one without scipy.
+    """
+    sets = [some.components if isinstance(some, Decomposition) else some for some in decompositions]
+    if len(sets) < 2:
+        raise InvalidSetting(f"Stability compares at least two decompositions, got {len(sets)}.")
+    _check_same_matrices(sets)
+    if alive is None:
+        alive = [torch.ones(some.n_components, dtype=torch.bool, device="cpu") for some in sets]
+    _check_alive(alive, sets)
+    twins = [random_components(components) for components in sets]
+    scales = _squared_norms(decompositions[0])
+    best = _best_by_assignment if one_to_one else _best_of_any
+
+    def compare(others: Sequence[ParameterComponents], names: Sequence[str]) -> Float[Tensor, "S S"]:
+        rows = [
+            [
+                _similarity(one, other, {name: scales[name] for name in names}, counts, others_count, best)
+                for other, others_count in zip(others, alive, strict=True)
+            ]
+            for one, counts in zip(sets, alive, strict=True)
+        ]
+        return torch.stack([torch.stack(row) for row in rows]).cpu()
+
+    names = sets[0].names
+    return Stability(
+        whole=compare(sets, names),
+        whole_null=compare(twins, names),
+        matrix={name: compare(sets, [name]) for name in names},
+        matrix_null={name: compare(twins, [name]) for name in names},
+    )
+
+
+def cosines(
+    first: ParameterComponents, second: ParameterComponents, scales: Mapping[str, float]
+) -> tuple[Float[Tensor, "C D"], Float[Tensor, " C"]]:
+    """Cosine of every component of the first with every one of the second, in the named matrices together, and the
+    norms of the first; 0 where a norm is 0.
+
+    Args:
+        scales: name -> ‖W_l‖²; inner products are Σ_l <P_c,l , Q_e,l> / ‖W_l‖².
+    """
+
+    def inner(one: ParameterComponents, other: ParameterComponents) -> Tensor:
+        products = [inner_products(one.A[n], one.B[n], other.A[n], other.B[n]) / scales[n] for n in scales]
+        return torch.stack(products).sum(0)
+
+    def norms(some: ParameterComponents) -> Tensor:
+        squares = [_own_squares(some.A[name], some.B[name]) / scales[name] for name in scales]
+        return torch.stack(squares).sum(0).sqrt()
+
+    lengths, others = norms(first), norms(second)
+    tiny = torch.finfo(lengths.dtype).tiny
+    return inner(first, second) / lengths.clamp_min(tiny)[:, None] / others.clamp_min(tiny), lengths
+
+
+def _own_squares(A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"]) -> Float[Tensor, " C"]:
+    return ((A.mT @ A) * (B @ B.mT)).sum((1, 2)).clamp_min(0)
+
+
+def _similarity(
+    one: ParameterComponents,
+    other: ParameterComponents,
+    scales: Mapping[str, float],
+    counts: Bool[Tensor, " C"],
+    others_count: Bool[Tensor, " D"],
+    best: Callable[[Tensor, Tensor], Tensor],
+) -> Float[Tensor, ""]:
+    found, norms = cosines(one, other, scales)
+    found, norms = found[counts][:, others_count], norms[counts]
+    if found.numel() == 0:
+        return norms.new_zeros(())
+    return (norms * best(found, norms)).sum() / norms.sum().clamp_min(torch.finfo(norms.dtype).tiny)
+
+
+def _best_of_any(cosines: Float[Tensor, "C D"], norms: Float[Tensor, " C"]) -> Float[Tensor, " C"]:
+    return cosines.max(1).values
+
+
+def _best_by_assignment(cosines: Float[Tensor, "C D"], norms: Float[Tensor, " C"]) -> Float[Tensor, " C"]:
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError:
+        raise MissingExtra("Matching components one to one needs scipy: pip install scipy.") from None
+    rows, columns = linear_sum_assignment((norms[:, None] * cosines).cpu().numpy(), maximize=True)
+    matched = torch.zeros_like(norms)
+    matched[rows] = cosines[rows, columns]
+    return matched
+
+
+def _squared_norms(decomposition: Decomposition | ParameterComponents) -> dict[str, float]:
+    """‖W_l‖² of the target's matrices, or of the components' sums; 1 for a matrix that is 0."""
+    if isinstance(decomposition, Decomposition):
+        weights = decomposition.target.weights
+        squares = {
+            name: weights[name].value().double().square().sum().item() for name in decomposition.components.names
+        }
+    else:
+        A, B = decomposition.A, decomposition.B
+        squares = {name: sum_of_components(A[name], B[name]).square().sum().item() for name in decomposition.names}
+    return {name: square or 1.0 for name, square in squares.items()}
+
+
+def _between_seeds(values: Float[Tensor, "S S"]) -> Float[Tensor, " pairs"]:
+    return values[~torch.eye(len(values), dtype=torch.bool, device="cpu")]
+
+
+def _row(name: str, found: Float[Tensor, "S S"], null: Float[Tensor, "S S"]) -> tuple[str, ...]:
+    found, null = _between_seeds(found), _between_seeds(null)
+    return name, *(f"{value.item():.4f}" for value in (found.mean(), found.min(), null.mean(), null.max()))
+
+
+def _check_same_matrices(sets: Sequence[ParameterComponents]) -> None:
+    def shapes(some: ParameterComponents) -> dict[str, tuple[int, int]]:
+        return {name: (some.A[name].shape[1], some.B[name].shape[2]) for name in some.names}
+
+    expected = shapes(sets[0])
+    for index, some in enumerate(sets):
+        if shapes(some) != expected:
+            raise ShapeMismatch(
+                f"Expected components of the same matrices (d_in, d_out) everywhere: the first ones are of {expected}, "
+                f"number {index} of {shapes(some)}."
+            )
+
+
+def _check_alive(alive: Sequence[Tensor], sets: Sequence[ParameterComponents]) -> None:
+    if len(alive) != len(sets):
+        raise InvalidSetting(f"Expected one `alive` for each of the {len(sets)} decompositions, got {len(alive)}.")
+    for index, (counts, some) in enumerate(zip(alive, sets, strict=True)):
+        if counts.shape != (some.n_components,):
+            raise ShapeMismatch(
+                f"Expected alive[{index}] to have an entry for each of {some.n_components} components, got "
+                f"{tuple(counts.shape)}."
+            )

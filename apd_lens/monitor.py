@@ -1,0 +1,379 @@
+"""How unusual an input is, by the components that it uses and by how well they explain the output on it.
+
+    monitor = apd.watch.fit(decomposition, reference_batches)
+    scores = monitor.score(batch)  # .surprise and .residual, one of each a data point
+
+Two questions, each answered beside data of reference. Which active component is rarest, by itself or together with
+another one that is active? And how far is the output on the active components from the target's? A data point is what
+the decomposition's selection takes for one: an example, or a position.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from apd_lens._checks import checked
+from apd_lens._codec import decode_settings, encode_settings
+from apd_lens._errors import ArtifactError, InvalidBatches, NonFinite
+from apd_lens._files import user_path
+from apd_lens.components._components import ParameterComponents
+from apd_lens.components._factors import full_precision
+from apd_lens.data._batch import Batch
+from apd_lens.data._points import Real, mean_over_positions, one_row, without_padding, zero_at_padding
+from apd_lens.data._stream import one_pass
+from apd_lens.decomposition._artifact import read_tensors, write_tensors
+from apd_lens.decomposition._decomposition import Decomposition, ready
+from apd_lens.host._target import evaluating
+from apd_lens.losses._outputs import distance_of_each
+from apd_lens.masks._selection import BatchTopK, K, Lp, TopK, check_k, with_k
+from apd_lens.passes._replace import subtract_weights
+from apd_lens.passes._watch import check_finite_output, replaced_pass, sparse_pass
+from apd_lens.responses._responses import add_coactivation
+
+_FORMAT = "apd_lens monitor 2"
+_WITHOUT_DIGEST = "apd_lens monitor 1"
+# Entries of a temporary `data given component`.
+_AT_ONCE = 2**24
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """How unusual each data point is, `batch`, or `batch pos` where data points are positions; 0 at padding.
+
+    Attributes:
+        surprise: −log of how often the rarest active component is active on the reference data, in nats; see
+            `rarity`. Where none is active: −log of how often none is.
+        component: the rarest active component; −1 where none is active.
+        given: the other active component beside which it is so rare; −1 where it is by itself.
+        distance: between the sparse output and the target's, in the unit of the decomposition's distance.
+        residual: the logarithm of the distance, standardised on the reference data: a number of standard deviations.
+    """
+
+    surprise: Float[Tensor, "batch *pos"]
+    component: Int[Tensor, "batch *pos"]
+    given: Int[Tensor, "batch *pos"]
+    distance: Float[Tensor, "batch *pos"]
+    residual: Float[Tensor, "batch *pos"]
+
+
+@dataclass(frozen=True, eq=False)
+class Monitor:
+    """What is usual on the reference data; made by `fit`.
+
+    Attributes:
+        decomposition: what it watches through.
+        selection: what is active on a data point, whatever else is in the batch.
+        n_data_points: of the reference data.
+        n_empty: on how many of these nothing was active.
+        together: on how many two components were active together; on the diagonal each one.
+        residual_floor, residual_mean, residual_std: of log(distance + floor), mean and standard deviation (1 where
+            there is none). The floor is a thousandth of the mean distance.
+    """
+
+    decomposition: Decomposition
+    selection: TopK | Lp
+    n_data_points: int
+    n_empty: int
+    together: Float[Tensor, "C C"]
+    residual_floor: float
+    residual_mean: float
+    residual_std: float
+
+    def score(self, batch: Batch) -> Scores:
+        """How unusual the data points of a batch are. A data point's score does not depend on the rest of its batch.
+
+        Raises:
+            NonFinite: the batch, or the output, holds NaN or infinity.
+            AlreadyActive: the model is edited, or inside a context.
+        """
+        attributions, real = _attributed(self.decomposition, batch)
+        mask = self.selection(attributions, real)
+        distance = _distances(self.decomposition, batch, mask, real)
+        table = rarity(self.together, self.n_data_points)
+        empty = (
+            -torch.tensor((self.n_empty + 0.5) / (self.n_data_points + 1), dtype=torch.float32, device="cpu")
+            .log()
+            .item()
+        )
+        surprise, component, given = _rarest(table.to(mask.device), mask.flatten(0, -2), empty)
+        residual = ((distance + self.residual_floor).log() - self.residual_mean) / self.residual_std
+        surprise = surprise.to(residual.dtype).view_as(residual)
+        return Scores(
+            surprise=_without_padding(surprise, real),
+            component=component.view_as(residual),
+            given=given.view_as(residual),
+            distance=distance,
+            residual=_without_padding(residual, real),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file, at once; the decomposition is saved on its own. See `apd_lens.watch.load`.
+
+        Raises:
+            ArtifactError: the system cannot write, of which the message says why.
+        """
+        numbers = [self.n_data_points, self.n_empty, self.residual_floor, self.residual_mean, self.residual_std]
+        write_tensors(
+            user_path(path),
+            {"together": self.together.cpu(), "numbers": torch.tensor(numbers, dtype=torch.float64, device="cpu")},
+            {
+                "format": _FORMAT,
+                "selection": json.dumps(encode_settings(self.selection)),
+                "components": _digest(self.decomposition.components),
+            },
+        )
+
+    def __repr__(self) -> str:
+        often = self.together.diagonal().sum().item() / self.n_data_points
+        never = int((self.together.diagonal() == 0).sum())
+        return (
+            f"Monitor of {len(self.together)} components on {self.n_data_points} data points of reference: "
+            f"{often:.3g} are active on a data point, {never} never are"
+        )
+
+
+@checked
+def fit(decomposition: Decomposition, batches: Iterable[Batch], *, k: K | None = None) -> Monitor:
+    """Learns what is usual, in one pass over data of reference; keeps one number of each data point.
+
+    Where the decomposition selects by batches (`BatchTopK`), the monitor has a threshold in its place: the mean over
+    the batches of their smallest selected attribution. (As for SAEs: Bussmann et al. 2024, "BatchTopK Sparse
+    Autoencoders".) So that batches are alike, give large ones, in random order.
+
+    Args:
+        k: overrides how many components are active, as in `decomposition.select`. Of reference data on which fewer
+            mechanisms work than in training, give fewer: what is active by noise alone makes everything usual.
+
+    Raises:
+        InvalidBatches: no batches, or fewer than two data points.
+        InvalidSetting: as `decomposition.select`.
+        NonFinite: a batch, or the output, holds NaN or infinity.
+    """
+    n_components = decomposition.components.n_components
+    together = torch.zeros(n_components, n_components, dtype=torch.float64, device="cpu")
+    n_data_points, n_empty, thresholds, distances = 0, 0, [], []
+    selection = with_k(decomposition.settings.selection, k)
+    for batch in one_pass(batches):
+        at_batch = selection.at(1.0, decomposition.target.prepare(batch))
+        attributions, real = _attributed(decomposition, batch)
+        mask = at_batch(attributions, real)
+        distance = _distances(decomposition, batch, mask, real)
+        active = without_padding(mask, real).flatten(0, -2)
+        n_data_points += len(active)
+        n_empty += int((~active.any(1)).sum())
+        add_coactivation(together, active)
+        if isinstance(at_batch, BatchTopK) and bool(mask.any()):
+            thresholds.append(attributions[mask].min().item())
+        distances.append(one_row(distance, real).cpu())
+    if n_data_points < 2:
+        raise InvalidBatches(f"A monitor needs at least 2 data points of reference, got {n_data_points}.")
+    if isinstance(selection, BatchTopK):
+        # A little below, so that what is equal to it is active.
+        selection = Lp(granularity=selection.granularity, threshold=_below(sum(thresholds) / max(len(thresholds), 1)))
+    distance = torch.cat(distances).double()
+    floor = max(distance.mean().item() / 1000, torch.finfo(torch.float32).tiny)
+    logarithms = (distance + floor).log()
+    return Monitor(
+        decomposition=decomposition,
+        selection=selection,
+        n_data_points=n_data_points,
+        n_empty=n_empty,
+        together=together,
+        residual_floor=floor,
+        residual_mean=logarithms.mean().item(),
+        residual_std=logarithms.std().item() or 1.0,
+    )
+
+
+def load(path: str | os.PathLike[str], decomposition: Decomposition) -> Monitor:
+    """Reads a saved monitor back, for the decomposition that it was fitted to.
+
+    Raises:
+        ArtifactError: no such file, not a monitor, damaged or changed, or one of other components.
+    """
+    path, n_components = user_path(path), decomposition.components.n_components
+    try:
+        tensors, about, unchanged = read_tensors(path, at_most=8 * n_components**2 + 100)
+    except ArtifactError as error:
+        raise ArtifactError(f"Expected a file that monitor.save(path) wrote at {path}: {error}") from error
+    if about.get("format") not in (_FORMAT, _WITHOUT_DIGEST):
+        raise ArtifactError(
+            f"{path} is no monitor that this apd_lens can read: expected the format {_FORMAT!r}, got "
+            f"{about.get('format')!r:.80}. Upgrade apd_lens if it is newer."
+        )
+    if about["format"] == _FORMAT and not unchanged:
+        raise ArtifactError(
+            f"{path} is damaged, or was changed after it was saved: its digest does not fit its content. Fit the "
+            "monitor again, and save it."
+        )
+    if about.get("components") != _digest(decomposition.components):
+        raise ArtifactError(f"The monitor in {path} was fitted to other components. Fit one to these.")
+    try:
+        return _monitor_of(decomposition, tensors, decode_settings(json.loads(about["selection"])))
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} holds no monitor that works: {error}. Fit it again, and save it.") from error
+
+
+def _monitor_of(decomposition: Decomposition, tensors: dict[str, Tensor], selection: object) -> Monitor:
+    """A monitor of what a file holds.
+
+    Raises:
+        KeyError, ValueError: it holds something else.
+    """
+    n_components = decomposition.components.n_components
+    together, numbers = tensors["together"], tensors["numbers"]
+    if together.shape != (n_components, n_components) or numbers.shape != (5,):
+        raise ArtifactError(f"the shapes are {tuple(together.shape)} and {tuple(numbers.shape)}")
+    for name, values in (("together", together), ("numbers", numbers)):
+        if values.dtype not in (torch.float32, torch.float64) or not bool(values.isfinite().all()):
+            raise ArtifactError(f"{name}, of {values.dtype}, must be finite and of float32 or float64")
+    n_data_points, n_empty, floor, mean, std = numbers.tolist()
+    if not 0 <= n_empty <= n_data_points or n_data_points < 2 or floor <= 0 or std <= 0 or bool((together < 0).any()):
+        raise ArtifactError(f"the numbers {numbers.tolist()} are not possible")
+    if not isinstance(selection, TopK | Lp) or selection.granularity != decomposition.settings.selection.granularity:
+        raise ArtifactError(f"the selection {selection!r:.80} is not that of a monitor of this decomposition")
+    if isinstance(selection, TopK):
+        check_k(selection, n_components)
+    elif selection.threshold is None:
+        raise ArtifactError(f"{selection} has no threshold")
+    return Monitor(decomposition, selection, int(n_data_points), int(n_empty), together, floor, mean, std)
+
+
+@checked
+def rarity(together: Float[Tensor, "C C"], n_data_points: int) -> Float[Tensor, "given C"]:
+    """−log p(c | e) in nats: how rare it is that component c is active where e is; in the last row, anywhere.
+
+    p(c) = (n_c + ½) / (n + 1) and p(c | e) = p(c) · (n_ce + 1) / (n_e p(c) + 1): by as much below p(c) as the pair was
+    seen less often than by chance, one being added to both, so that a pair that chance itself would hardly have
+    brought says nothing. The diagonal is −∞: no component is rare where it is.
+
+    >>> together = torch.tensor([[50.0, 0.0], [0.0, 25.0]])  # never both, on 99 data points
+    >>> rarity(together, 99).exp()
+    tensor([[ 0.0000, 53.9216],
+            [26.9802,  0.0000],
+            [ 1.9802,  3.9216]])
+    """
+    n_active = together.diagonal()
+    p = (n_active + 0.5) / (n_data_points + 1)
+    beside = p * (together + 1) / (n_active[:, None] * p + 1)
+    return torch.cat([-beside.log().fill_diagonal_(torch.inf), -p.log()[None]])
+
+
+def _rarest(
+    table: Float[Tensor, "given C"], mask: Bool[Tensor, "data C"], empty: float
+) -> tuple[Float[Tensor, " data"], Int[Tensor, " data"], Int[Tensor, " data"]]:
+    """The largest entry of the table for each set of active components, its column, and its row (−1 the last one)."""
+    n_components = mask.shape[1]
+    n_most = int(mask.sum(1).max()) if len(mask) else 0
+    parts = []
+    for some in mask.split(max(1, _AT_ONCE // (n_most + 1) ** 2)):
+        # The active components of each data point, side by side, and behind them what is no component.
+        on, component = some.to(torch.uint8).topk(n_most, dim=1)
+        nothing = torch.full((len(some), 1), n_components, device=mask.device)
+        given, given_on = torch.cat([component, nothing], 1), torch.cat([on, torch.ones_like(nothing)], 1)
+        if n_most == 0:
+            component, on = torch.zeros_like(nothing), torch.zeros_like(nothing)
+        rare = table[given[:, :, None], component[:, None]]
+        rare = rare.masked_fill((given_on[:, :, None] * on[:, None]) == 0, -torch.inf).flatten(1)
+        best, at = rare.max(1)
+        row, column = at // component.shape[1], at % component.shape[1]
+        nobody = ~some.any(1)
+        found = component.gather(1, column[:, None])[:, 0].masked_fill(nobody, -1)
+        beside = given.gather(1, row[:, None])[:, 0]
+        beside = beside.masked_fill(nobody | (beside == n_components), -1)
+        parts.append((best.masked_fill(nobody, empty), found, beside))
+    surprise, found, beside = (torch.cat(column) for column in zip(*parts, strict=True))
+    return surprise, found, beside
+
+
+def _attributed(decomposition: Decomposition, batch: Batch) -> tuple[Float[Tensor, "batch *pos C"], Real]:
+    return decomposition._attributed(batch)
+
+
+@torch.no_grad()
+def _distances(
+    decomposition: Decomposition, batch: Batch, mask: Bool[Tensor, "batch *pos C"], real: Real
+) -> Float[Tensor, "batch *pos"]:
+    """Between the sparse output and the target's, for each data point of the mask."""
+    target, components = decomposition.target, decomposition.components
+    batch, output = ready(decomposition, batch, "watch")
+    with evaluating(target.model):
+        full, _ = replaced_pass(target, components.names, subtract_weights(components, ()), batch, output)
+        sparse, _ = sparse_pass(target, components, batch, mask, output)
+    check_finite_output(full, "watch")
+    dtype = torch.promote_types(full.dtype, torch.float32)
+    distance = distance_of_each(full.to(dtype), sparse.to(dtype), decomposition.settings.losses.distance)
+    if not bool(distance.isfinite().all()):
+        raise NonFinite("watch: the distance between the sparse output and the target's is NaN or infinite.")
+    if distance.ndim > mask.ndim - 1:  # outputs at positions of examples that are one data point each
+        return mean_over_positions(distance, real)
+    while distance.ndim < mask.ndim - 1:  # one output for all positions
+        distance = distance[..., None]
+    return distance.expand(mask.shape[:-1]).clone()
+
+
+def _without_padding(values: Float[Tensor, "batch *pos"], real: Real) -> Float[Tensor, "batch *pos"]:
+    return zero_at_padding(values[..., None], real)[..., 0]
+
+
+def _below(value: float) -> float:
+    return value * (1 - 1e-6)
+
+
+def _digest(components: ParameterComponents) -> str:
+    digest = hashlib.sha256()
+    for name in components.names:
+        for factor in (components.A[name], components.B[name]):
+            digest.update(f"{name} {tuple(factor.shape)} {factor.dtype} ".encode())
+            digest.update(factor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Mahalanobis:
+    """Mean and inverse covariance of activations; made by `mahalanobis`."""
+
+    mean: Float[Tensor, " d"]
+    precision: Float[Tensor, "d d"]
+
+    @full_precision()
+    def score(self, activations: Float[Tensor, "data d"]) -> Float[Tensor, " data"]:
+        """(a − μ)ᵀ Σ⁻¹ (a − μ) of every row."""
+        centred = activations.to(self.mean) - self.mean
+        return ((centred @ self.precision) * centred).sum(1)
+
+
+@checked
+@full_precision()
+def mahalanobis(activations: Iterable[Float[Tensor, "_ d"]], ridge: float = 1e-6) -> Mahalanobis:
+    """The baseline that knows no components: distance of activations from those on the reference data.
+
+    Args:
+        activations: `data d`, of batch after batch; which ones, and how they are got, is yours to say.
+        ridge: added to the covariance's diagonal, as a share of the mean variance.
+
+    Raises:
+        InvalidBatches: no activations.
+
+    Source: Lee et al. 2018, "A simple unified framework for detecting out-of-distribution samples", with one class.
+    """
+    n, total, squares = (
+        0,
+        torch.tensor(0.0, dtype=torch.float64, device="cpu"),
+        torch.tensor(0.0, dtype=torch.float64, device="cpu"),
+    )
+    for some in one_pass(activations):
+        rows = some.detach().double()
+        n, total, squares = n + len(rows), total + rows.sum(0).cpu(), squares + (rows.mT @ rows).cpu()
+    mean = total / n
+    covariance = squares / n - mean[:, None] * mean
+    variance = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
+    return Mahalanobis(
+        mean, torch.linalg.inv(covariance + ridge * variance * torch.eye(len(mean), dtype=torch.float32, device="cpu"))
+    )

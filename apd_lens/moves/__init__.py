@@ -1,0 +1,1 @@
+"""Discrete changes of components between steps."""

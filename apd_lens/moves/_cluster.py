@@ -1,0 +1,226 @@
+"""Cluster moves: components that write in two directions are split, twins are merged, and what is missing is given to
+one that does nothing.
+
+Of gradient descent alone a component often comes out that holds two mechanisms, while another mechanism is halved
+between two components. Time does not cure it, since simplicity rewards it. The moves look at inputs, masks and weights
+only.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from apd_lens._checks import check_fields
+from apd_lens._errors import InvalidSetting
+from apd_lens.components._components import ParameterComponents
+from apd_lens.components._factors import MatrixInput as Inputs
+from apd_lens.components._factors import inner_products
+from apd_lens.components._products import masked_product
+from apd_lens.data._points import without_padding
+from apd_lens.host._matrix import Use
+from apd_lens.moves._surgery import Split, inputs_of_data_points, refactor, settle, split_component
+from apd_lens.passes._watch import WatchedPass
+
+# A component is free if it is active less often than this share of the mean.
+_FREE = 0.1
+# Contributions smaller than this share of a component's largest one have no say in what directions it writes.
+_SMALL = 0.2
+# Of the split. Each data point of a cluster has other mechanisms on as well, which it is not to be split by.
+_RIDGE = 0.1
+
+
+@dataclass(frozen=True)
+class ClusterMoves:
+    """When to make cluster moves, and how.
+
+    Attributes:
+        every: steps between moves.
+        until: share of the steps after which no more are made. A component may still take another's mechanism when
+            simplicity decays and k grows; and what was moved needs steps to settle.
+        noise: standard deviation of the noise added to the factors of all that were touched.
+        merge_above: two components are merged if the cosine between them, in parameter space, is above this; 1 for
+            no merges.
+        split_below: a component is split if what it writes falls into two clusters whose mean directions have a cosine
+            below this; -1 for no splits.
+        smallest: share of the data points that the smaller cluster must have.
+        fewest: data points that a component must be active on in the batch, to be split.
+        separation: a component is split only if, in one matrix at least, the two parts do this much of what it did,
+            each for its own data points: 2 is all, for two directions that have nothing to do with each other; 1 is one
+            direction that is cut in two. What fills a plane, or more dimensions, is in between.
+        residual: whether to add W − Σ_c P_c to a free component, so that it finds work. This alone, without splits
+            and merges, revives few: what the others leave undone is little.
+    """
+
+    every: int = 100
+    until: float = 0.75
+    noise: float = 5e-3
+    merge_above: float = 0.7
+    split_below: float = 0.9
+    smallest: float = 0.15
+    fewest: int = 2
+    separation: float = 1.2
+    residual: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.every < 1:
+            raise InvalidSetting(f"ClusterMoves needs every >= 1 step, got {self.every}.")
+
+
+@torch.no_grad()
+def make_cluster_moves(
+    components: ParameterComponents,
+    optimizer: torch.optim.Optimizer,
+    weights: Mapping[str, Float[Tensor, "..."]],
+    mask: Bool[Tensor, "batch *pos C"],
+    watched: WatchedPass,
+    moves: ClusterMoves,
+    generator: torch.Generator,
+) -> int:
+    """Merges, splits and gives the residual away, in place and for all matrices at once; returns how many moves.
+
+    Args:
+        weights: name -> the decomposed matrix, in the dtype of the factors.
+        mask, watched: the active components, and x of every use, on the batch.
+    """
+    inputs = inputs_of_data_points(components, mask, watched.real, watched.calls)
+    active = without_padding(mask, watched.real).flatten(0, -2)
+    n_held = active.sum(0)
+    held = n_held.tolist()
+    free = [c for c, n in enumerate(held) if n < _FREE * sum(held) / len(held)]
+    busy = [c for c in range(len(held)) if c not in free]
+    touched: set[int] = set()
+
+    pairs = twins(components, weights, busy, moves.merge_above) if moves.merge_above < 1 else []
+    for larger, smaller in pairs:
+        _merge(components, larger, smaller)
+        touched |= {larger, smaller}
+        free.append(smaller)
+    n_moves = len(touched) // 2
+
+    free.sort(key=lambda c: held[c])
+    for old in sorted(set(busy) - touched, key=lambda c: -held[c]):
+        if not free or moves.split_below <= -1:
+            break
+        split = plan_cluster_split(components, weights, old, active[:, old], inputs, moves)
+        if split is not None and split_component(
+            components, replace(split, new=free[0]), inputs, _RIDGE, moves.separation
+        ):
+            touched |= {old, free.pop(0)}
+            n_moves += 1
+    if moves.residual and free:
+        norms = similarities(components, weights, free).diagonal()
+        smallest = free[int(norms.argmin())]
+        for name, weight in weights.items():
+            _add(components, name, smallest, weight - components.summed(name))
+        touched.add(smallest)
+        n_moves += 1
+    settle(components, optimizer, sorted(touched), moves.noise, generator)
+    return n_moves
+
+
+def twins(
+    components: ParameterComponents, weights: Mapping[str, Tensor], among: Sequence[int], above: float
+) -> list[tuple[int, int]]:
+    """Pairs (larger, smaller) of components whose cosine is above a number, most alike first, each in one pair only."""
+    inner = similarities(components, weights, among)
+    norms = inner.diagonal().clamp_min(torch.finfo(inner.dtype).tiny).sqrt()
+    cosines = (inner / norms[:, None] / norms).triu(1)
+    pairs, taken = [], set()
+    for flat in cosines.flatten().argsort(descending=True).tolist():
+        one, other = divmod(flat, len(among))
+        if cosines[one, other] <= above:
+            break
+        if not taken & {one, other}:
+            taken |= {one, other}
+            larger, smaller = (one, other) if norms[one] >= norms[other] else (other, one)
+            pairs.append((among[larger], among[smaller]))
+    return pairs
+
+
+def similarities(
+    components: ParameterComponents, weights: Mapping[str, Tensor], among: Sequence[int]
+) -> Float[Tensor, "n n"]:
+    """Σ_l <P_c,l , P_e,l> / ‖W_l‖² for all pairs of some components, from their factors."""
+    total = torch.zeros(len(among), len(among), device=components.A[components.names[0]].device, dtype=torch.float32)
+    for name, weight in weights.items():
+        A, B = components.A[name][list(among)], components.B[name][list(among)]
+        total += inner_products(A, B, A, B) / weight.square().sum()
+    return total
+
+
+def plan_cluster_split(
+    components: ParameterComponents,
+    weights: Mapping[str, Tensor],
+    component: int,
+    active: Bool[Tensor, " data"],
+    inputs: Sequence[tuple[Use, Tensor]],
+    moves: ClusterMoves,
+) -> Split | None:
+    """A split by the directions in which a component writes on its active data points, or None if it is one.
+
+    What it writes is seen in all matrices together, each in units of what the whole matrix can write.
+    """
+    where = active.nonzero()[:, 0]
+    if len(where) < moves.fewest:
+        return None
+    written = []
+    for use, x in inputs:
+        A, B = components.factors(use)
+        x = _one_sign(x[where])
+        y = masked_product(x, A[[component]], B[[component]]).flatten(1)
+        size = x.flatten(1).norm(dim=1).square().mean().sqrt() if x.is_floating_point() else 1.0
+        written.append(y / (weights[use.matrix].norm() * size + torch.finfo(y.dtype).tiny))
+    Y = torch.cat(written, 1)
+    norms = Y.norm(dim=1)
+    large = norms > _SMALL * norms.max()
+    if int(large.sum()) < 2:
+        return None
+    in_first, cosine = opposite_clusters(F.normalize(Y[large], dim=1))
+    share = in_first.float().mean().item()
+    if not moves.smallest < share < 1 - moves.smallest or cosine > moves.split_below:
+        return None
+    given, kept = torch.zeros_like(active), torch.zeros_like(active)
+    given[where[large]], kept[where[large]] = in_first, ~in_first
+    return Split(old=component, new=component, given=given, kept=kept)
+
+
+def _one_sign(x: Inputs) -> Inputs:
+    """x or −x, whichever has its largest entry positive: for a linear map they are one input."""
+    if not x.is_floating_point():
+        return x
+    return x * x.gather(-1, x.abs().argmax(-1, keepdim=True)).sign()
+
+
+def opposite_clusters(directions: Float[Tensor, "data d"], rounds: int = 10) -> tuple[Bool[Tensor, " data"], float]:
+    """Spherical 2-means of unit vectors, started from two that are far apart: who is in the first cluster, and the
+    cosine between the clusters' mean directions (1 if there is only one)."""
+    first = directions[(directions @ directions.sum(0)).argmin()]
+    second = directions[(directions @ first).argmin()]
+    for _ in range(rounds):
+        in_first = directions @ first > directions @ second
+        if bool(in_first.all()) or not bool(in_first.any()):
+            return in_first, 1.0
+        first = F.normalize(directions[in_first].mean(0), dim=0)
+        second = F.normalize(directions[~in_first].mean(0), dim=0)
+    return directions @ first > directions @ second, float(first @ second)
+
+
+def _merge(components: ParameterComponents, larger: int, smaller: int) -> None:
+    for name in components.names:
+        A, B = components.A[name], components.B[name]
+        refactor(A, B, larger, torch.cat([A[larger], A[smaller]], 1), torch.cat([B[larger], B[smaller]]))
+        A[smaller], B[smaller] = 0.0, 0.0
+
+
+def _add(components: ParameterComponents, name: str, component: int, matrix: Float[Tensor, "d_in d_out"]) -> None:
+    """Adds the matrix, as far as it fits into the component's rank."""
+    A, B = components.A[name], components.B[name]
+    U, singular_values, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    m = min(A.shape[-1], len(singular_values))
+    left, right = U[:, :m] * singular_values[:m], Vh[:m]
+    refactor(A, B, component, torch.cat([left, A[component]], 1), torch.cat([right, B[component]]))

@@ -1,0 +1,100 @@
+"""Split moves: taking a part out of a component that serves different data points, and giving it to a dead one.
+
+Gradient descent alone does not leave the state in which a few components serve everything: those that were picked
+first are picked again. A move looks at nothing but the inputs and the attributions. Optimizer moments of both parts
+start from zero, which lets them learn faster than the others for a while; without that they mostly merge again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from apd_lens._checks import check_fields
+from apd_lens._errors import InvalidSetting
+from apd_lens.components._components import ParameterComponents
+from apd_lens.components._factors import MatrixInput
+from apd_lens.data._points import Real, without_padding
+from apd_lens.moves._surgery import Split, inputs_of_data_points, settle, split_component
+from apd_lens.passes._watch import Call
+
+
+@dataclass(frozen=True)
+class SplitMoves:
+    """When to make split moves, and how.
+
+    Attributes:
+        every: steps between moves.
+        until: share of the steps after which no more are made.
+        noise: standard deviation of the noise added to the factors of both parts, so that spare rank can grow.
+    """
+
+    every: int = 100
+    until: float = 0.6
+    noise: float = 5e-3
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.every < 1:
+            raise InvalidSetting(f"SplitMoves needs every >= 1 step, got {self.every}.")
+
+
+@torch.no_grad()
+def make_splits(
+    components: ParameterComponents,
+    optimizer: torch.optim.Optimizer,
+    attributions: Float[Tensor, "batch *pos C"],
+    real: Real,
+    calls: Sequence[Call],
+    noise: float,
+    generator: torch.Generator,
+) -> int:
+    """Splits what can be split, in place and for all matrices at once; returns how many splits were made.
+
+    Args:
+        real: False at padding, which is no data point.
+        calls: x of every use on the batch that was attributed; of several uses of a matrix the first counts.
+    """
+    inputs = inputs_of_data_points(components, attributions, real, calls)
+    alike = sum(_random_projection(x, components.factors(use)[0].shape[1], generator) for use, x in inputs)
+    assert isinstance(alike, Tensor)
+    plan = plan_splits(without_padding(attributions, real).flatten(0, -2), alike)
+    made = [split for split in plan if split_component(components, split, inputs)]
+    settle(components, optimizer, sorted({c for split in made for c in (split.old, split.new)}), noise, generator)
+    return len(made)
+
+
+def plan_splits(attributions: Float[Tensor, "data C"], alike: Float[Tensor, " data"]) -> list[Split]:
+    """Which components to split: each that is the top one of several data points, most first.
+
+    About half of them go to the dead component (top of none) with the smallest attribution. Which half is random, but
+    data points that look alike stay together.
+
+    Args:
+        alike: a random number for each data point that is nearly the same for points that look alike, but for its sign.
+    """
+    n_components = attributions.shape[1]
+    top = attributions.argmax(1)
+    held = torch.bincount(top, minlength=n_components).tolist()
+    peak = attributions.max(0).values.tolist()
+    dead = sorted((c for c in range(n_components) if held[c] == 0), key=lambda c: peak[c])
+    crowded = sorted((c for c in range(n_components) if held[c] > 1), key=lambda c: -held[c])
+    splits = []
+    for old, new in zip(crowded, dead, strict=False):
+        size = alike.abs()
+        given = (top == old) & (size > size[top == old].mean())
+        splits.append(Split(old, new, given, (top == old) & ~given))
+    return splits
+
+
+def _random_projection(x: MatrixInput, d_in: int, generator: torch.Generator) -> Float[Tensor, " data"]:
+    """Normalised inputs of each data point, summed over positions, times a random direction."""
+    direction = torch.randn(d_in, generator=generator, dtype=torch.float32, device="cpu").to(x.device)
+    if x.is_floating_point():
+        direction = direction.to(x.dtype)
+        along = (x @ direction) / x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
+    else:
+        along = direction[x]
+    return along.reshape(len(x), -1).sum(1).float()

@@ -1,0 +1,289 @@
+"""Forward passes of the user's model: watched (x and y of every use are kept) and replaced (components for weights)."""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from apd_lens._errors import InvalidOutput, ShapeMismatch, SiteNotCalled, UnsupportedModel
+from apd_lens.components._components import ParameterComponents
+from apd_lens.components._factors import Mask
+from apd_lens.data._batch import Batch, call
+from apd_lens.data._finite import Reading, count_not_finite, on_gpu, raise_first
+from apd_lens.data._inputs import Inputs
+from apd_lens.data._points import Real, padded, zero_at_padding
+from apd_lens.host._adapter import Intercept
+from apd_lens.host._matrix import Use
+from apd_lens.host._patch import outside_traces
+from apd_lens.host._sites import activations_kept
+from apd_lens.host._target import TargetModel
+from apd_lens.passes._output import OutputFn, explained_output, no_batch_axis
+from apd_lens.passes._replace import replace_weights
+
+
+def reading_of_output(output: Tensor, where: str, watched: "WatchedPass | None" = None) -> Reading:
+    """How many values of the target's output are NaN or infinite; of a watched pass also where they first appeared."""
+    seen = None if watched is None else weakref.ref(watched)  # it may be read late, and is not to be kept for that
+
+    def message(count: float) -> str:
+        watched = None if seen is None else seen()
+        first = "" if watched is None else f" They first appeared {watched.first_not_finite()}."
+        return (
+            f"{where}: the target output holds {count:.0f} values that are NaN or infinite; its input did not.{first} "
+            "Nothing was computed from it."
+        )
+
+    return Reading(count_not_finite(output), message)
+
+
+def check_finite_output(output: Tensor, where: str, watched: "WatchedPass | None" = None) -> None:
+    """Raises NonFinite if the target's output holds NaN or infinity."""
+    raise_first([reading_of_output(output, where, watched)])
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a use in a watched forward: x `batch *pos d_in` (or rows `batch *pos`), y `batch *pos d_out`.
+
+    x is a copy without a graph, x_in_graph the model's own; y is in the graph of the output.
+    """
+
+    use: Use
+    x: Tensor
+    x_in_graph: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a pass is a pass of; `replaced` stands in the place of the named matrices, None for their own."""
+
+    target: TargetModel
+    names: Sequence[str]
+    inputs: Inputs
+    output: OutputFn
+    replaced: Intercept | None
+
+    @property
+    def batch(self) -> Batch:
+        """As the model was called with it."""
+        return self.inputs.batch
+
+
+@dataclass(eq=False)
+class WatchedPass:
+    """A forward pass in which every use of the chosen matrices was watched.
+
+    Attributes:
+        output: `batch *pos n_outputs`, with the graph from the calls' y to it; zero at padding.
+        real: False at padding.
+        calls: in the order of the forward; a module that is used twice has two.
+        before_others: x of the uses of all other matrices, in the graph.
+        hidden: activations of the named submodules, without a graph.
+        run: what was run.
+        jacobians: ∂output/∂y of every call (`Jacobians`), once computed and if few enough to keep.
+        spent: whether the graph was freed.
+    """
+
+    output: Tensor
+    real: Real
+    calls: list[Call]
+    before_others: list[Tensor]
+    hidden: dict[str, Tensor]
+    run: Run
+    jacobians: Any = None
+    spent: bool = False
+
+    def check_padding_of_positions(self) -> None:
+        """Raises ShapeMismatch where a matrix may have been used at an encoder's padding."""
+        valid = self.run.inputs.encoder_valid
+        for of_use in self.calls:
+            if valid is not None and of_use.y.shape[:2] == valid.shape and not bool(valid.all()):
+                raise ShapeMismatch(
+                    f"{of_use.use.matrix} was used on {tuple(of_use.x.shape)}, which may be the encoder's positions, "
+                    "and some are padding. Positions as data points, and ActivationAttribution, need the decoder's: "
+                    'take granularity="example" and another attribution, or batches without padding in the encoder.'
+                )
+
+    def first_not_finite(self) -> str:
+        """Where values are NaN or infinite first, in the order of the forward; not counted at padding."""
+        for of_use in self.calls:
+            for value, of in ((of_use.x, "input"), (of_use.y, "output")):
+                if bool(count_not_finite(zero_at_padding(value, self.real))):
+                    return f"in the {of} of {of_use.use.matrix}, at {of_use.use.site}"
+        return "behind the last decomposed matrix"
+
+    def bytes_per_example(self) -> int:
+        """About what a forward pass takes, without a graph: x and y of every use, and the output three times."""
+        kept = [tensor for call in self.calls for tensor in (call.x, call.y)] + self.before_others
+        numbers = sum(tensor[0].numel() for tensor in kept) + 3 * self.output[0].numel()
+        return numbers * self.output.element_size()
+
+    def again(self, components: ParameterComponents | None, examples: slice) -> "WatchedPass":
+        """The same pass on some examples, with components in the place of the weights (None: as it was)."""
+        return self.replacing(self.run.replaced if components is None else replace_weights(components), examples)
+
+    def replacing(self, replaced: Intercept | None, examples: slice) -> "WatchedPass":
+        """The same pass on some examples, with this in the place of the weights."""
+        run = self.run
+        return watched_pass(run.target, run.names, run.inputs.some(examples), run.output, replaced=replaced)
+
+    def replicates(
+        self, replaced: Intercept, examples: slice, n: int
+    ) -> Float[Tensor, "replicated_examples *pos n_outputs"]:
+        """The explained output on some examples, n times over, with this in the place of the weights. Not watched."""
+        run = self.run
+        inputs = run.inputs.some(examples).replicated(n)
+        return replaced_pass(run.target, run.names, replaced, inputs, run.output)[0]
+
+    def n_outputs(self, data_points: torch.Size) -> Float[Tensor, "batch *pos"]:
+        """Number of outputs of each example, those at padding not counted. For positions of documents that a mask keeps
+        apart in one row, that of the document: others cannot be changed from there."""
+        real = padded(self.output, self.real)
+        if real is None:
+            return self.output.new_full((len(self.output),), self.output[0].numel())
+        lengths = self.run.inputs.document_lengths
+        if lengths is None or lengths.shape != data_points:
+            lengths = real.sum(1)
+        return (lengths.clamp_min(1) * self.output[0, 0].numel()).to(self.output)
+
+
+def watched_pass(
+    target: TargetModel,
+    names: Sequence[str],
+    batch: Batch | Inputs,
+    output: OutputFn,
+    hidden: Iterable[str] = (),
+    replaced: Intercept | None = None,
+) -> WatchedPass:
+    """Runs the target on a batch, with `replaced` in the place of the named weights, and keeps x and y of every use."""
+    _check_differentiable(target.model)
+    inputs = target.read(batch)
+    examples = inputs.n_examples
+    calls: list[Call] = []
+    before_others: list[Tensor] = []
+    observed = [name for name in target.weights if name not in names]
+
+    def watch(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+        if use.matrix not in names:
+            before_others.append(x)
+            return original()
+        y = original() if replaced is None else replaced(use, x, original, bias)
+        if inputs.main_axes == 1 and (len(y) != examples or y.ndim < 2):
+            raise no_batch_axis(examples, f"{use.matrix} was used at {use.site} on {tuple(x.shape)}")
+        if len(y) == 1 and examples > 1:  # shared by all examples, such as position embeddings
+            x, y = (tensor.expand(examples, *tensor.shape[1:]) for tensor in (x, y))
+        if len(y) != examples:
+            raise ShapeMismatch(
+                f"{use.matrix} was used at {use.site} on {tuple(x.shape)}, whose first axis is not the batch of "
+                f"{examples} examples. Attributions need it there; leave this matrix out of `weights`."
+            )
+        if not y.requires_grad:
+            y = y.detach().requires_grad_()
+        calls.append(Call(use, x.detach().clone(), x, y))
+        return y.clone()  # the model may change it in place
+
+    def run() -> Tensor:
+        calls.clear()
+        before_others.clear()
+        return explained_output(output, call(target.model, inputs.batch), inputs)
+
+    with (
+        torch.enable_grad(),
+        outside_traces(target.model),
+        target.intercepted(names, watch, observed),
+        activations_kept(target.model, hidden) as kept,
+    ):
+        picked, has_nan = _without_padding(run, inputs)
+        _check_kept(hidden, kept)
+        if has_nan:
+            calls[:] = [replace(call, x=without_nan(call.x)) for call in calls]
+    if not picked.requires_grad:
+        raise InvalidOutput(
+            f"The explained output of this {type(target.model).__name__} has no gradient to any decomposed matrix: "
+            "output=, or the model, detaches it or makes it under torch.no_grad, or it does not depend on them. Give "
+            "an output= that picks what the model computed as it is."
+        )
+    return WatchedPass(
+        output=picked,
+        real=inputs.valid,
+        calls=calls,
+        before_others=before_others,
+        hidden={name: activation.detach() for name, activation in kept.items()},
+        run=Run(target, names, inputs, output, replaced),
+    )
+
+
+def _check_differentiable(model: nn.Module) -> None:
+    """Raises UnsupportedModel for a model made in inference mode, whose parameters can be in no graph."""
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise UnsupportedModel(
+            f"This {type(model).__name__} was made inside torch.inference_mode, so no gradient can go through it. Make "
+            "or load it outside, or take a copy there: copy.deepcopy(model)."
+        )
+
+
+def _without_padding(run: Callable[[], Tensor], inputs: Inputs) -> tuple[Tensor, bool]:
+    """The output of a pass with zeros at padding, and whether it was NaN there.
+
+    A host may make NaN of padding that attends to nothing. It is no data; but its gradient, which is zero, would come
+    out of a product with it as NaN for all positions. So the pass runs again, and keeps zeros for its gradient there.
+    On a GPU this is not looked at, since it would have to be waited for.
+    """
+    picked = run()
+    valid = padded(picked, inputs.valid)
+    if valid is None:
+        return picked, False
+    has_nan = picked.requires_grad and not on_gpu(picked.device) and bool(picked.detach().isnan().any())
+    if has_nan:
+        with torch.autograd.graph.saved_tensors_hooks(without_nan, lambda saved: saved):
+            picked = run()
+    return zero_at_padding(picked, valid), has_nan
+
+
+def without_nan(values: Tensor) -> Tensor:
+    """The values with zeros for NaN."""
+    return values.detach().nan_to_num(0, torch.inf, -torch.inf) if values.is_floating_point() else values
+
+
+def sparse_pass(
+    target: TargetModel,
+    components: ParameterComponents,
+    batch: Batch | Inputs,
+    mask: Mask,
+    output: OutputFn,
+    hidden: Iterable[str] = (),
+    n_active: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The explained output, and named hidden activations, of the model run on Σ_c mask_c P_c for each data point."""
+    return replaced_pass(target, components.names, replace_weights(components, mask, n_active), batch, output, hidden)
+
+
+def replaced_pass(
+    target: TargetModel,
+    names: Sequence[str],
+    replaced: Intercept,
+    batch: Batch | Inputs,
+    output: OutputFn,
+    hidden: Iterable[str] = (),
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The explained output, and named hidden activations, with `replaced` in the place of the named weights."""
+    inputs = target.read(batch)
+    with (
+        outside_traces(target.model),
+        target.intercepted(names, replaced),
+        activations_kept(target.model, hidden) as kept,
+    ):
+        picked, _ = _without_padding(lambda: explained_output(output, call(target.model, inputs.batch), inputs), inputs)
+        _check_kept(hidden, kept)
+        return picked, kept
+
+
+def _check_kept(names: Iterable[str], kept: dict[str, Tensor]) -> None:
+    for name in names:
+        if name not in kept:
+            raise SiteNotCalled(f"The forward pass did not call {name!r}, whose activations were to be compared.")

@@ -1,0 +1,1 @@
+"""What components respond to, and what they do."""

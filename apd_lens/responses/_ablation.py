@@ -1,0 +1,204 @@
+"""What ablating a component changes on its top examples."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from apd_lens._codec import UserFunction
+from apd_lens._errors import ShapeMismatch
+from apd_lens.components._components import ParameterComponents
+from apd_lens.components._factors import full_precision
+from apd_lens.data._batch import Batch
+from apd_lens.data._inputs import Inputs
+from apd_lens.data._points import Real, mean_over_positions, padded
+from apd_lens.decomposition._decomposition import Decomposition
+from apd_lens.host._target import evaluating
+from apd_lens.losses._outputs import Distance, distance_of_each
+from apd_lens.passes._replace import subtract_weights, subtract_weights_of_each
+from apd_lens.passes._watch import WatchedPass, replaced_pass
+from apd_lens.responses._groups import _Group, component_groups
+from apd_lens.responses._responses import Effects, TopExamples
+
+# A function of a batch, as the model was called with it, and the explained output: one scalar an example.
+LossFn = Callable[[Batch, Tensor], Tensor]
+
+
+@torch.inference_mode(False)
+def ablation_effects(
+    decomposition: Decomposition,
+    top: TopExamples,
+    *,
+    components: ParameterComponents | None = None,
+    outputs: int = 8,
+    centred: bool | None = None,
+    loss: LossFn | None = None,
+    memory: int = 2**28,
+) -> Effects:
+    """What each component adds to the output on its top examples, by taking it out of the whole model.
+
+    Args:
+        components: others to take out in their places on the same examples, such as `random_components` (the null).
+        outputs, centred, loss, memory: as in `responses`.
+    """
+    components = decomposition.components if components is None else components
+    distance = known_distance(decomposition)
+    centred = distance == "kl" if centred is None else centred
+    with torch.no_grad(), evaluating(decomposition.target.model):
+        groups = component_groups(top)
+        # A component's examples count where it was active, or all if it was on none of them.
+        counts = top.active | ~top.active.any(1, keepdim=True)
+        ablations = [_Ablation.of(decomposition, components, group, distance, centred, loss) for group in groups]
+        n_outputs, C = ablations[0].n_outputs, len(counts)
+        n = min(outputs, n_outputs)
+        block, parts = max(1, memory // (16 * n_outputs)), []
+        for first in range(0, C, block):
+            some, total = slice(first, min(first + block, C)), None
+            for group, ablation in zip(groups, ablations, strict=True):
+                sums = ablation.sums(top, group.places(top.example[some]), counts[some], first, memory)
+                total = sums if total is None else tuple(a + b for a, b in zip(total, sums, strict=True))
+            assert total is not None
+            numbers, effect, weight = total
+            effect = effect / weight.clamp_min(1)[:, None]
+            up, down = effect.topk(n), effect.topk(n, largest=False)
+            parts.append((up.indices, up.values, down.indices, down.values, numbers))
+    promoted, promoted_by, suppressed, suppressed_by, numbers = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
+    n_counted = counts.sum(1)
+    means = numbers / n_counted.clamp_min(1)[:, None]
+    return Effects(
+        promoted=promoted,
+        promoted_by=promoted_by,
+        suppressed=suppressed,
+        suppressed_by=suppressed_by,
+        change=means[:, 0],
+        distance=means[:, 1],
+        loss=None if loss is None else means[:, 2],
+        n_examples=n_counted,
+        n_outputs=n_outputs,
+        centred=centred,
+    )
+
+
+def known_distance(decomposition: Decomposition) -> Distance:
+    """The distance that the decomposition was made with; "mse" if that was a function, which is not saved."""
+    distance = decomposition.settings.losses.distance
+    return "mse" if isinstance(distance, UserFunction) else distance
+
+
+@dataclass(frozen=True, eq=False)
+class _Ablation:
+    """Taking components out on the examples of one group, each on its own."""
+
+    decomposition: Decomposition
+    components: ParameterComponents
+    group: _Group
+    distance: Distance
+    centred: bool
+    loss: LossFn | None
+    n_outputs: int
+    bytes_each: int
+
+    @staticmethod
+    def of(
+        decomposition: Decomposition,
+        components: ParameterComponents,
+        group: _Group,
+        distance: Distance,
+        centred: bool,
+        loss: LossFn | None,
+    ) -> "_Ablation":
+        one: WatchedPass = decomposition._watch(group.inputs.some(slice(0, 1)))
+        factors = sum(factor[0].numel() * factor.element_size() for factor in components.parameters())
+        return _Ablation(
+            decomposition=decomposition,
+            components=components,
+            group=group,
+            distance=distance,
+            centred=centred,
+            loss=loss,
+            n_outputs=one.output.shape[-1],
+            bytes_each=2 * one.bytes_per_example() + factors,
+        )
+
+    def sums(
+        self, top: TopExamples, places: Int[Tensor, "some n"], counts: Bool[Tensor, "some n"], first: int, memory: int
+    ) -> tuple[Float[Tensor, "some 3"], Float[Tensor, "some n_outputs"], Float[Tensor, " some"]]:
+        """For components from `first` on, sums over examples: of the three numbers, of the effects on outputs, and of
+        what these are to be divided by."""
+        component, rank = (counts & (places >= 0)).nonzero(as_tuple=True)
+        device = next(self.components.parameters()).device
+        numbers = torch.zeros(len(places), 3, device=device, dtype=torch.float32)
+        effects, weights = (
+            torch.zeros(len(places), self.n_outputs, device=device, dtype=torch.float32),
+            numbers[:, 0].clone(),
+        )
+        at_once = max(1, memory // self.bytes_each)
+        for c, r in zip(component.split(at_once), rank.split(at_once), strict=True):
+            distinct, which = places[c, r].unique(return_inverse=True)
+            inputs = self.group.inputs.picked(places[c, r].tolist())
+            whole = self.output(self.group.inputs.picked(distinct.tolist()), [])[which.to(device)]
+            without = self.output(inputs, (c + first).tolist())
+            of_each = torch.stack(self.measured(inputs, whole, without), 1)
+            change = (whole - without).flatten(1, -2) if whole.ndim > 2 else (whole - without)[:, None]
+            if self.centred:
+                change = change - change.mean(-1, keepdim=True)
+            counted = self.counted(top, c + first, r, change, inputs.valid)
+            c = c.to(device)
+            numbers.index_add_(0, c, of_each.to(numbers))
+            with full_precision():
+                effects.index_add_(0, c, torch.einsum("ip,ipo->io", counted, change).to(effects))
+            weights.index_add_(0, c, counted.sum(1).to(weights))
+        return numbers, effects, weights
+
+    def output(self, inputs: Inputs, chosen: list[int]) -> Float[Tensor, "pairs *pos n_outputs"]:
+        """The explained output without the chosen component of each example; with none chosen, of the target."""
+        components, output = self.components, self.decomposition.output
+        assert output is not None  # `_watch` has said so
+        of_pairs = components.picked(chosen)
+        of_each = subtract_weights_of_each(of_pairs, slice(None), None, 1)
+        replaced = of_each if chosen else subtract_weights(of_pairs, [])
+        return replaced_pass(self.decomposition.target, components.names, replaced, inputs, output)[0].float()
+
+    def measured(self, inputs: Inputs, whole: Tensor, without: Tensor) -> list[Float[Tensor, " pairs"]]:
+        """Root mean square of the change, the distance and the rise of the loss, of each pair."""
+        real = padded(whole, inputs.valid)
+        change = whole - without
+        if self.centred:
+            change = change - change.mean(-1, keepdim=True)
+        squares = mean_over_positions(change.square().mean(-1), real)
+        distance = distances(whole, without, self.distance, real)
+        rise = torch.zeros_like(distance)
+        if self.loss is not None:
+            rise = self.loss(inputs.batch, without) - self.loss(inputs.batch, whole)
+            if rise.shape != distance.shape:
+                raise ShapeMismatch(
+                    f"Expected loss to give one scalar an example, shape ({len(distance)},), got {tuple(rise.shape)} "
+                    f"from an output of shape {tuple(whole.shape)}."
+                )
+        return [squares.sqrt(), distance, rise]
+
+    def counted(
+        self, top: TopExamples, component: Tensor, rank: Tensor, change: Tensor, real: Real
+    ) -> Float[Tensor, "pairs pos"]:
+        """1 at the positions of the output over which effects are averaged: where the component was active."""
+        n_positions, everywhere = change.shape[1], torch.ones_like(change[:, :, 0])
+        if real is not None and real.shape[1] == n_positions:
+            everywhere = real.to(change)
+        if top.active_positions is not None and top.positions is not None:
+            n_data = (~top.positions[component, rank].isnan()).sum(1)
+            if bool((n_data == n_positions).all()):
+                active = top.active_positions[component, rank, :n_positions].to(change)
+                return torch.where(active.any(1, keepdim=True), active, everywhere)
+        return everywhere
+
+
+def distances(
+    target_output: Float[Tensor, "batch *pos n_outputs"],
+    output: Float[Tensor, "batch *pos n_outputs"],
+    distance: Distance,
+    real: Real,
+) -> Float[Tensor, " batch"]:
+    """D of each example, mean over its positions, those at padding not counted."""
+    return mean_over_positions(distance_of_each(target_output, output, distance), real)

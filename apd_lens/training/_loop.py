@@ -1,0 +1,115 @@
+"""`decompose`: steps over a stream of batches."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from apd_lens._errors import NonFinite
+from apd_lens._settings import DEFAULTS, RANK, Attribution, Moves, Optimization
+from apd_lens.data._batch import Batch
+from apd_lens.data._inputs import ValidFn
+from apd_lens.data._stream import stream
+from apd_lens.decomposition._decomposition import Decomposition
+from apd_lens.losses._losses import Losses
+from apd_lens.masks._selection import Selection
+from apd_lens.passes._output import OutputFn, default_output
+from apd_lens.training._state import StepInfo, init
+from apd_lens.training._step import step
+
+
+@torch.inference_mode(False)
+def decompose(
+    model: Any,
+    batches: Iterable[Batch] | Callable[[int], Batch],
+    weights: str | Iterable[str] = "*",
+    *,
+    n_components: int,
+    rank: int | None = RANK,
+    selection: Selection | None = None,
+    attribution: Attribution | None = None,
+    losses: Losses | None = None,
+    optimization: Optimization | None = None,
+    moves: Moves | None = DEFAULTS.moves,
+    output: OutputFn = default_output,
+    valid: ValidFn | None = None,
+    seed: int = 0,
+    on_step: Callable[[int, StepInfo], Any] | None = None,
+    progress: bool = True,
+) -> Decomposition:
+    """Takes the named weight matrices of a trained model apart into parameter components.
+
+    Args:
+        model: a HookedTransformer, TransformerBridge, nnsight model, torch.nn.Module, or `apd_lens.wrap(...)` of one.
+            It is never changed: after this call, and after any error in it, it is bit for bit what it was and carries
+            no hook of ours. It is run in eval mode.
+        batches: what the model is called with (a tensor, a tuple of positional or a dict of keyword arguments), as an
+            iterable that can be gone through again or a function step -> batch. Examples come first in every tensor,
+            and must not influence each other in the model. Positions that a keyword argument `attention_mask` marks
+            with 0 are padding: no data points, and in no loss.
+        weights: names or shell patterns, see `apd_lens.wrap(model).weights`.
+        n_components: number of components C.
+        rank: m, the rank that a component may have in each matrix, or what the matrix has if that is less; None for
+            min(d_in, d_out).
+        selection: which components are active on a data point; the default finds their number, see `Settings` and
+            `BatchTopK`. `Lp()` is the form without a selection, which needs `losses=Losses(path=0)` and `moves=None`.
+        attribution: how much a component matters on a data point; default `GradientAttribution()`.
+        losses: default `Losses()`.
+        optimization: default `Optimization()`.
+        moves: `ClusterMoves()`, `SplitMoves()`, `DivisionMoves()`, or None for none.
+        output: picks the tensor `batch *pos n_outputs` that is explained from what the model returns; the default takes
+            a tensor as it is and `.logits` of a Hugging Face output.
+        valid: a function of a batch, as the model is called with it, that returns which positions of the explained
+            output are data, bool `batch pos`. The default goes by masks of attention (`attention_mask`, a decoder's own
+            `decoder_attention_mask`) and raises ShapeMismatch where these do not say it.
+        seed: the same seed on the same machine with the same number of threads gives the same factors bit for bit.
+        on_step: called as on_step(step, info) after every step. On a GPU also after one that failed: NaN and infinity
+            are looked at a step late there, see `step`.
+        progress: whether to show a bar with the losses, the components alive and the time left.
+
+    Raises:
+        ApdError: see `init`, `step` and `TargetModel.intercepted`. An error or interrupt in the middle of the training
+            carries the unfinished result as its attribute `decomposition`.
+    """
+    state = init(
+        model,
+        weights=weights,
+        n_components=n_components,
+        rank=rank,
+        selection=selection,
+        attribution=attribution,
+        losses=losses,
+        optimization=optimization,
+        moves=moves,
+        output=output,
+        valid=valid,
+        seed=seed,
+    )
+    n_steps = state.settings.optimization.steps
+    try:
+        with tqdm(total=n_steps, desc="decompose", disable=not progress, mininterval=0.5, dynamic_ncols=True) as bar:
+            for batch in stream(batches):
+                state, info = step(state, batch)
+                if on_step is not None:
+                    on_step(info.step, info)
+                if bar.update():  # drawn anew just now; so the terms are fetched from the device only then
+                    bar.set_postfix_str(_postfix(info))
+                if state.step == n_steps:
+                    break
+        return state.decomposition()
+    except BaseException as error:
+        if state.late is not None:
+            try:
+                state.late.read()
+            except NonFinite as before:
+                error.add_note(f"Before that: {before}")
+        if updates := state.updates():
+            error.decomposition = state.decomposition()  # type: ignore[attr-defined]
+            error.add_note(f"The components after {updates} steps are in this error's attribute `decomposition`.")
+        raise
+
+
+def _postfix(info: StepInfo) -> str:
+    terms = ", ".join(f"{name} {value.item():.1e}" for name, value in info.terms.items())
+    return terms if info.alive is None else f"{info.alive} alive, {terms}"

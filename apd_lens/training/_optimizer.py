@@ -1,0 +1,50 @@
+"""Adam on the factors."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
+
+from apd_lens._errors import UnsupportedModel
+from apd_lens._settings import Optimization, learning_rate
+from apd_lens.components._components import ParameterComponents, xavier_std
+from apd_lens.training._unit_norm import normalize_columns, remove_parallel_gradients
+
+
+def adam(components: ParameterComponents, optimization: Optimization) -> torch.optim.Optimizer:
+    """Adam for the factors; those of one scale are one group."""
+    groups: dict[float, list[Tensor]] = {}
+    for factor in components.parameters():
+        scale = xavier_std(factor.shape[-2], factor.shape[-1]) if optimization.scaled else 1.0
+        groups.setdefault(scale, []).append(factor)
+    return torch.optim.Adam(
+        [{"params": factors, "scale": scale} for scale, factors in groups.items()], lr=optimization.lr, fused=True
+    )
+
+
+def update(
+    optimizer: torch.optim.Optimizer,
+    components: ParameterComponents,
+    loss: Tensor,
+    optimization: Optimization,
+    step: int,
+    model: nn.Module,
+) -> float:
+    """One step of the optimizer down the gradient of the loss, which came through passes of the model; returns its
+    learning rate."""
+    rate = learning_rate(optimization, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+    optimizer.zero_grad()
+    try:
+        loss.backward(inputs=list(components.parameters()))
+    except CheckpointError as error:
+        raise UnsupportedModel(
+            f"step {step}: this {type(model).__name__} uses torch.utils.checkpoint in eval mode too, and parts of "
+            "it would be run again without the components. Switch it off while decomposing."
+        ) from error
+    if optimization.unit_norm:
+        remove_parallel_gradients(components)
+    optimizer.step()
+    if optimization.unit_norm:
+        normalize_columns(components, keep_products=False, unless=getattr(optimizer, "found_inf", None))
+    return rate

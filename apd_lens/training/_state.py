@@ -1,0 +1,257 @@
+"""What a training knows between two steps, and what it reports of one."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apd_lens._errors import InvalidSetting, NonFinite
+from apd_lens._settings import DEFAULTS, RANK, Attribution, Moves, Optimization, Settings
+from apd_lens.attribution._gradient import GradientAttribution
+from apd_lens.components._components import ParameterComponents, initial_components
+from apd_lens.data._batch import Kept
+from apd_lens.data._finite import LateChecks, Reading, on_gpu
+from apd_lens.data._inputs import ValidFn
+from apd_lens.decomposition._decomposition import Decomposition
+from apd_lens.host._target import TargetModel
+from apd_lens.host._wrap import wrap
+from apd_lens.losses._losses import Losses
+from apd_lens.losses._terms import Scales, scales_of
+from apd_lens.masks._selection import Lp, Selection, check_k
+from apd_lens.moves._cluster import ClusterMoves
+from apd_lens.moves._division import DivisionMoves
+from apd_lens.moves._start import start_as_a_whole, start_with_matrices
+from apd_lens.passes._output import OutputFn, default_output
+from apd_lens.passes._watch import WatchedPass
+from apd_lens.training._optimizer import adam
+from apd_lens.training._unit_norm import normalize_columns
+
+# A component counts as alive if it was active at least once in so many steps.
+ALIVE_WINDOW = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A batch as the user gave it, and the target's pass over it.
+
+    The target never changes, so when the same batch comes again (training on all the data at once), its pass and the
+    Jacobian need not be computed again.
+
+    Attributes:
+        readings: of the batch and the target's output; looked at already where checks are not late.
+    """
+
+    kept: Kept
+    watched: WatchedPass
+    readings: list[Reading]
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What the next step needs. The factors, the optimizer's moments and `late` are changed in place by `step`.
+
+    Attributes:
+        step: number of steps done.
+        weights, fingerprints: the decomposed matrices, in the dtype of the factors, and digests of the originals.
+        scales: what the sums of squared errors and of Schatten norms are divided by.
+        last_active: for every component the step in which it was last active.
+        late: on a GPU, checks for NaN and infinity that are looked at a step later; None where they are made at once.
+        seen: the last batch, and what the target made of it.
+    """
+
+    target: TargetModel
+    components: ParameterComponents
+    settings: Settings
+    output: OutputFn
+    optimizer: torch.optim.Optimizer
+    host_generator: torch.Generator
+    device_generator: torch.Generator
+    weights: dict[str, Tensor]
+    fingerprints: dict[str, str]
+    scales: Scales
+    last_active: Tensor
+    late: LateChecks | None = None
+    step: int = 0
+    seen: Seen | None = None
+
+    def decomposition(self) -> Decomposition:
+        """The decomposition as it is now: a copy that further steps do not change.
+
+        Raises:
+            NonFinite: on a GPU, of the last step; see `step`. Asked again, it gives the components before that step.
+        """
+        if self.late is not None:
+            self.late.read()
+        A = {name: factor.detach().clone() for name, factor in self.components.A.items()}
+        B = {name: factor.detach().clone() for name, factor in self.components.B.items()}
+        components = ParameterComponents(A, B).requires_grad_(False)
+        return Decomposition(self.target, components, self.settings, self.output, self.fingerprints)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "State":
+        """A state that goes on by itself, on the same model. The target's last pass is left out: it is run again."""
+        if self.late is not None:
+            self.late.read()
+        kept = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "seen"}
+        return State(**copy.deepcopy(kept, memo))
+
+    def updates(self) -> int:
+        """Number of steps that changed the components; less than `step` where one failed that was looked at late."""
+        # An interrupt in the first update may have left moments that are not filled yet.
+        moments = next(iter(self.optimizer.state.values()), {})
+        return int(moments.get("step", 0))
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a person wants to see of a step. Loss terms are scalars without coefficients, before the update.
+
+    Attributes:
+        step: counted from 0.
+        loss: the sum that was minimised, coefficients included.
+        terms: name -> value of each loss term that was computed.
+        mean_active: see `k`; None with `Lp` without a threshold, where nothing says what is active.
+        last_active: for every component the step in which it was last active.
+        learning_rate: of this step.
+        moves: number of moves made after this step.
+    """
+
+    step: int
+    loss: Tensor
+    terms: dict[str, Tensor]
+    mean_active: Tensor | None
+    last_active: Tensor
+    learning_rate: float
+    moves: int = 0
+
+    # Properties, so that nothing is fetched from the device unless somebody looks.
+
+    @property
+    def k(self) -> float | None:
+        """Mean number of active components a data point."""
+        return None if self.mean_active is None else self.mean_active.item()
+
+    @property
+    def alive(self) -> int | None:
+        """Number of components that were active in the last 100 steps."""
+        return None if self.mean_active is None else int((self.last_active > self.step - ALIVE_WINDOW).sum())
+
+
+@torch.inference_mode(False)
+def init(
+    model: Any,
+    *,
+    weights: str | Iterable[str] = "*",
+    n_components: int,
+    rank: int | None = RANK,
+    selection: Selection | None = None,
+    attribution: Attribution | None = None,
+    losses: Losses | None = None,
+    optimization: Optimization | None = None,
+    moves: Moves | None = DEFAULTS.moves,
+    output: OutputFn = default_output,
+    valid: ValidFn | None = None,
+    seed: int = 0,
+) -> State:
+    """A fresh training state: random components and an optimizer. Arguments as in `decompose`. Runs no forward pass.
+
+    Raises:
+        UnknownWeight, UnsupportedModel: see `TargetModel.match`.
+        InvalidSetting: n_components, rank, or a selection that asks for more components than there are; `Lp` with
+            what needs gradients or masks that there are not; or a start that there are too few components for.
+        NonFinite: a weight matrix holds NaN or infinity.
+    """
+    target = wrap(model)
+    target = target if valid is None else target.with_valid(valid)
+    names = target.match(weights)
+    settings = Settings(
+        selection=selection or DEFAULTS.selection,
+        attribution=attribution or DEFAULTS.attribution,
+        losses=losses or DEFAULTS.losses,
+        optimization=optimization or DEFAULTS.optimization,
+        moves=moves,
+        seed=seed,
+    )
+    _check_selection(settings, n_components)
+    _check_start(settings, n_components, len(names))
+    for name in names:
+        value = target.weights[name].value()
+        if not bool(value.isfinite().all()):
+            raise NonFinite(
+                f"The target's {name} holds {int((~value.isfinite()).sum())} values that are NaN or infinite, so it "
+                "cannot be decomposed."
+            )
+    host_generator = torch.Generator().manual_seed(seed)
+    components = initial_components(
+        [target.weights[name] for name in names], n_components, rank, host_generator, settings.optimization.init_scale
+    )
+    originals = {name: target.weights[name].value().to(components.A[name].dtype).clone() for name in names}
+    if isinstance(moves, DivisionMoves):
+        start_as_a_whole(components, originals)
+    if settings.optimization.start == "matrices":
+        start_with_matrices(components, originals)
+    if settings.optimization.unit_norm:
+        normalize_columns(components)
+    device = next(iter(originals.values())).device
+    optimizer = adam(components, settings.optimization)
+    late = LateChecks(device) if on_gpu(device) else None
+    if late is not None:
+        optimizer.found_inf = late.failed  # type: ignore[attr-defined]
+    return State(
+        target=target,
+        components=components,
+        settings=settings,
+        output=output,
+        optimizer=optimizer,
+        host_generator=host_generator,
+        device_generator=torch.Generator(device).manual_seed(seed),
+        weights=originals,
+        fingerprints={name: target.fingerprints.of(target.weights[name]) for name in names},
+        scales=scales_of(settings.losses, list(originals.values())),
+        last_active=torch.full((n_components,), -ALIVE_WINDOW, device=device),
+        late=late,
+    )
+
+
+def _check_selection(settings: Settings, n_components: int) -> None:
+    selection = settings.selection
+    if isinstance(selection, Lp):
+        _check_lp(settings, selection)
+    else:
+        check_k(selection, n_components)
+
+
+def _check_start(settings: Settings, n_components: int, n_matrices: int) -> None:
+    if settings.optimization.start == "random":
+        return
+    if isinstance(settings.moves, DivisionMoves):
+        raise InvalidSetting(
+            "DivisionMoves start with component 0 as the whole of all matrices, Optimization(start='matrices') with "
+            "a component for each; use one of them."
+        )
+    if n_components <= n_matrices:
+        raise InvalidSetting(
+            f"Optimization(start='matrices') takes a component for each of the {n_matrices} matrices and needs others "
+            f"beside them; got n_components={n_components}."
+        )
+
+
+def _check_lp(settings: Settings, selection: Lp) -> None:
+    if not isinstance(settings.attribution, GradientAttribution):
+        raise InvalidSetting(
+            f"Lp needs attributions that it can take gradients of, GradientAttribution; got {settings.attribution}."
+        )
+    losses = settings.losses
+    if losses.path or losses.hidden or losses.distance != "mse":
+        raise InvalidSetting(
+            "Lp has no mask and no sparse pass, so its losses are faithfulness, minimality and simplicity alone; got "
+            f"Losses(path={losses.path}, hidden={losses.hidden}, distance={losses.distance!r}). Leave these out, or "
+            "use BatchTopK or TopK."
+        )
+    if isinstance(settings.moves, ClusterMoves | DivisionMoves) and selection.threshold is None:
+        raise InvalidSetting(
+            f"{type(settings.moves).__name__} look at which components are active, which Lp alone does not say. Give "
+            "Lp(threshold=...), or use SplitMoves."
+        )

@@ -1,0 +1,131 @@
+"""What can be done with a result; the adapter contract has the passes themselves."""
+
+import pytest
+import torch
+from support import outside
+from support.toy_models import ResidualMLP, TinyGPT, decomposition_of
+from torch.testing import assert_close
+
+import apd_lens as apd
+
+
+@pytest.fixture
+def decomposition() -> apd.Decomposition:
+    return decomposition_of(ResidualMLP(4, 6, 5, 1), ["layers.*"], n_components=5, rank=2)
+
+
+def test_residuals(decomposition: apd.Decomposition):
+    errors, norms = [], []
+    residuals = decomposition.residuals()
+    assert list(residuals) == ["layers.0.mlp_in.weight", "layers.0.mlp_out.weight", "all"]
+    for name in decomposition.components.names:
+        W = decomposition.target.weights[name].value()
+        errors.append((W - decomposition.components.component_weights(name).sum(0)).norm())
+        norms.append(W.norm())
+        assert residuals[name] == pytest.approx((errors[-1] / norms[-1]).item(), rel=1e-5)
+    assert residuals["all"] == pytest.approx((torch.stack(errors).norm() / torch.stack(norms).norm()).item(), rel=1e-5)
+
+
+def test_summary(decomposition: apd.Decomposition):
+    x = torch.randn(8, 4)
+    mask = decomposition.select(x, k=1.0)
+    decomposition = apd.Decomposition(
+        decomposition.target,
+        decomposition.components,
+        apd.Settings(selection=apd.BatchTopK(1.0)),
+        decomposition.output,
+        decomposition.fingerprints,
+    )
+    summary = decomposition.summary(x)
+    assert_close(summary.active, mask.float().mean(0))
+    assert_close(summary.attribution, decomposition.attributions(x).mean(0))
+    name = "layers.0.mlp_in.weight"
+    weights = decomposition.components.component_weights(name)
+    assert_close(summary.norm[name], weights.flatten(1).norm(dim=1))
+    dead = ~mask.any(0)
+    assert summary.n_dead == dead.sum()
+    W = decomposition.target.weights[name].value()
+    assert summary.dead_share[name] == pytest.approx((weights[dead].sum(0).norm() / W.norm()).item(), abs=1e-5)
+    lines = str(summary).splitlines()
+    assert lines[0].split()[:6] == ["component", "active", "attribution", f"‖{name}‖", "eff.", "rank"]
+    assert len(lines) == 2 + int((~dead).sum()) + 1
+    assert f"{int((~dead).sum())} components active on this batch, {int(dead.sum())} dead" in lines[-1]
+
+
+@pytest.mark.parametrize("use", ["ablate", "only", "edited_state_dict"])
+@pytest.mark.parametrize("wrong", [5, [-1], [1, 1], [0, 7]])
+def test_components_that_are_not_there_are_refused(decomposition: apd.Decomposition, use: str, wrong):
+    with pytest.raises(apd.InvalidSetting, match="distinct component numbers from 0 to 4, got"):
+        getattr(decomposition, use)(wrong)
+
+
+def test_components_may_come_as_a_tensor(decomposition: apd.Decomposition):
+    x = torch.randn(2, 4)
+    model = decomposition.target.model
+    with decomposition.ablate(torch.tensor([1, 3])):
+        expected = model(x)
+    with decomposition.ablate([1, 3]):
+        assert torch.equal(model(x), expected)
+    with decomposition.only(torch.tensor(2)):
+        expected = model(x)
+    with decomposition.only(2):
+        assert torch.equal(model(x), expected)
+
+
+def test_what_is_no_mask_is_refused():
+    came = outside.errors_of(
+        """
+        import torch
+        import apd_lens as apd
+        sparse = apd.init(torch.nn.Linear(2, 2), n_components=5).decomposition().sparse
+        """,
+        ["sparse(torch.ones(3, 4))", "sparse(torch.ones(5))", "sparse([1, 0])", "sparse(torch.ones(3, 5).long())"],
+    )
+    expected = (
+        "ShapeMismatch: Expected a mask of shape (batch, 5) or (batch, pos, 5), one entry for each component, got "
+    )
+    for message, shape in zip(came, ("(3, 4)", "(5,)", "list"), strict=False):
+        assert message.startswith(expected + shape)
+    assert "Expected a mask of bool, or of floats that scale components, got torch.int64. Use mask.bool()" in came[3]
+
+
+def test_a_mask_of_positions_needs_positions(decomposition: apd.Decomposition):
+    message = r"The mask is \(3, 2, 5\), but a decomposed matrix was used on \(3, 5\)"
+    with decomposition.sparse(torch.ones(3, 2, 5)), pytest.raises(apd.ShapeMismatch, match=message):
+        decomposition.target.model(torch.randn(3, 4))
+
+
+def test_edited_tied_matrices_stay_tied():
+    model = TinyGPT()
+    decomposition = decomposition_of(model, "wte.weight")
+    edited = decomposition.edited_state_dict(ablate=[2])
+    expected = model.wte.weight.detach() - decomposition.components.component_weights("wte.weight")[2]
+    assert_close(edited["wte.weight"], expected)
+    assert edited["wte.weight"] is edited["head.weight"]
+    assert torch.equal(edited["fc.weight"], model.fc.weight)
+    untouched = decomposition.edited_state_dict([])
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in untouched.items())
+
+
+def test_gradients_flow_through_a_replaced_model(decomposition: apd.Decomposition):
+    x = torch.randn(2, 4, requires_grad=True)
+    with decomposition.sparse(torch.ones(2, 5)):
+        decomposition.target.model(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+    assert all(factor.grad is None for factor in decomposition.components.parameters())
+
+
+def test_nonfinite_batches_are_refused(decomposition: apd.Decomposition):
+    with pytest.raises(apd.NonFinite, match="attributions: input tensor 0"):
+        decomposition.attributions(torch.full((1, 4), float("nan")))
+    decomposition.target.model.W_U.weight.data[0, 0] = float("inf")
+    with pytest.raises(apd.NonFinite, match="attributions: the target output holds 2 values"):
+        decomposition.attributions(torch.ones(2, 4))
+
+
+def test_residuals_of_zero_matrices():
+    model = torch.nn.Linear(3, 3)
+    model.weight.data.zero_()
+    decomposition = decomposition_of(model)
+    assert decomposition.residuals() == {"weight": float("inf"), "all": float("inf")}

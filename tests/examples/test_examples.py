@@ -1,0 +1,56 @@
+"""The examples run, with few steps. Their goals are met with the steps they have by default, which takes minutes."""
+
+import json
+
+from support.examples import run
+
+import apd_lens as apd
+
+
+def test_facts_in_an_mlp(tmp_path):
+    printed = run("facts_in_an_mlp.py", "--steps", "20", "--out", str(tmp_path))
+    assert "seed 0: 100.0% of 64 facts known, 0.0% without the MLP" in printed
+    assert printed.count("→ object") == 64
+    assert "edited_state_dict(ablate=" in printed
+    assert (tmp_path / "facts_in_an_mlp.png").stat().st_size > 10_000
+    assert (tmp_path / "facts_in_an_mlp" / "components.safetensors").is_file()
+    assert apd.__version__ in (tmp_path / "facts_in_an_mlp" / "decomposition.json").read_text()
+
+
+def test_bigrams_for_several_seeds():
+    printed = run("bigrams.py", "--steps", "20", "--seeds", "2")
+    assert "seed 1: 100.0% of 40 bigrams known" in printed
+    assert printed.count("facts with a component of their own") == 1
+    assert "mean" in printed
+
+
+def test_bigrams_for_one_seed():
+    assert run("bigrams.py", "--steps", "20").count(" → ") == 40
+
+
+def test_the_papers_systems(tmp_path):
+    """A run that is there already is not made again; the table and the figures come from what the runs left."""
+    folders = ["--results", str(tmp_path / "results"), "--out", str(tmp_path / "out")]
+    systems = ["--systems", "tms-5-2", "gated", "residual-mlp-1"]
+    few = ["--seeds", "1", "--steps", "20", "--target-steps", "20"]
+    printed = run("paper/paper.py", *systems, *few, *folders)
+    assert printed.count("does not meet the goal") == 3
+    again = run("paper/paper.py", *systems, *few, *folders).splitlines()
+    assert again == printed.splitlines()[-len(again) :]
+    assert [line.split(" | ")[0] for line in again[2:]] == ["| TMS 5-2", "| residual MLP, 1 layer", "| gated functions"]
+    result = json.loads((tmp_path / "results" / "tms-5-2-0.json").read_text())
+    assert result["settings"]["losses"]["simplicity"]["value"] == 0.1
+    assert result["numbers"]["of"] == 5
+    drawn = run("paper/figures.py", *systems, *folders, "--figures", str(tmp_path / "figures"), "--target-steps", "20")
+    valley = run("paper/valley.py", "--seeds", "2", "--steps", "5", *folders[:2], "--figures", str(tmp_path / "valley"))
+    assert "best cosine between seeds" in valley
+    assert len(list((tmp_path / "valley").glob("*.png"))) == 2
+    assert len(drawn.splitlines()) == len(list((tmp_path / "figures").glob("*.png"))) > 12
+
+
+def test_the_report(tmp_path):
+    printed = run(
+        "report.py", "--saved", str(tmp_path / "none"), "--steps", "5", "--out", str(tmp_path / "report.html")
+    )
+    assert "decomposing in 5 steps" in printed
+    assert "64 facts in an MLP of 48 neurons" in (tmp_path / "report.html").read_text()

@@ -1,0 +1,276 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from support.toy_models import ResidualMLP, decomposition_of, linear_of_known_parts
+from torch import Tensor
+from torch.testing import assert_close
+
+import apd_lens as apd
+from apd_lens import metrics
+
+# Two features in three dimensions, and three components. Feature 0: component 1 has its direction, at half the norm.
+# Feature 1 = (0, 2, 0): component 2 has cosine 0.8 and norm 5, component 0 cosine 0.6.
+ROWS = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+COMPONENTS = torch.tensor(
+    [[[0.0, 1.0, 0.0], [0.0, 6.0, 8.0]], [[0.5, 0.0, 0.0], [0.0, 0.0, 0.0]], [[-2.0, 0.0, 0.0], [0.0, 4.0, 3.0]]]
+)
+
+
+def test_mmcs_and_ml2r_by_hand():
+    assert metrics.best_components(ROWS, COMPONENTS).tolist() == [1, 2]
+    assert metrics.mmcs(ROWS, COMPONENTS).item() == pytest.approx((1 + 0.8) / 2)
+    assert metrics.ml2r(ROWS, COMPONENTS).item() == pytest.approx((0.5 + 5 / 2) / 2)
+
+
+def test_the_truth_itself_scores_one_in_any_order_and_scale_of_directions():
+    mechanisms = torch.diag_embed(torch.ones(4)).unsqueeze(-1) * torch.randn(4, 3)
+    rows = mechanisms.sum(0)
+    shuffled = mechanisms[[2, 0, 3, 1]]
+    assert metrics.mmcs(rows, shuffled).item() == pytest.approx(1)
+    assert metrics.ml2r(rows, shuffled).item() == pytest.approx(1)
+    assert metrics.mmcs(rows, 0.9 * shuffled).item() == pytest.approx(1)
+    assert metrics.ml2r(rows, 0.9 * shuffled).item() == pytest.approx(0.9)
+
+
+def test_random_directions_score_low():
+    """The largest of 20 cosines in 400 dimensions is about sqrt(2 ln 20 / 400) = 0.12."""
+    rows, components = torch.randn(30, 400), torch.randn(20, 30, 400)
+    assert 0.05 < metrics.mmcs(rows, components) < 0.15
+
+
+def test_whole_mechanisms_can_be_compared():
+    mechanisms = torch.randn(3, 4, 5)
+    components = torch.cat([torch.randn(1, 4, 5), mechanisms.flip(0)])
+    spread = components.flatten(1)[:, None].expand(-1, 3, -1)
+    assert metrics.best_components(mechanisms.flatten(1), spread).tolist() == [3, 2, 1]
+    assert metrics.mmcs(mechanisms.flatten(1), spread).item() == pytest.approx(1)
+
+
+def test_neuron_contributions_by_hand():
+    """Two features, two residual dimensions, one neuron that reads (3, 5) and writes (7, 11)."""
+    eye, W_in, W_out = torch.eye(2), torch.tensor([[3.0], [5.0]]), torch.tensor([[7.0, 11.0]])
+    assert_close(metrics.neuron_contributions(eye, W_in, W_out, eye), torch.tensor([[21.0], [55.0]]))
+    assert_close(metrics.neuron_contributions(eye.flip(1), W_in, W_out, eye), torch.tensor([[35.0], [33.0]]))
+
+
+def test_neuron_contributions_of_components_are_each_its_own():
+    W_E, W_U = torch.randn(4, 6), torch.randn(6, 4)
+    W_in, W_out = torch.randn(3, 6, 5), torch.randn(3, 5, 6)
+    together = metrics.neuron_contributions(W_E, W_in, W_out, W_U)
+    assert together.shape == (3, 4, 5)
+    for c in range(3):
+        assert_close(together[c], metrics.neuron_contributions(W_E, W_in[c], W_out[c], W_U))
+
+
+def test_scrubbed_masks_keep_the_responsible_and_anti_scrubbed_ones_remove_them():
+    responsible = torch.rand(2000, 3, 10) < 0.2
+    scrubbed, anti_scrubbed = (
+        mask(responsible, torch.Generator().manual_seed(1))
+        for mask in (metrics.scrubbed_mask, metrics.anti_scrubbed_mask)
+    )
+    assert scrubbed[responsible].all()
+    assert not anti_scrubbed[responsible].any()
+    assert torch.equal(scrubbed & ~responsible, anti_scrubbed)
+    others = scrubbed[~responsible].float()
+    assert abs(others.mean() - 0.5) < 4 * 0.5 / math.sqrt(len(others))
+    assert not torch.equal(metrics.scrubbed_mask(responsible), metrics.scrubbed_mask(responsible))
+
+
+def test_alive_count_is_over_examples_and_positions():
+    mask = torch.zeros(2, 3, 4, dtype=torch.bool)
+    assert metrics.alive_count(mask) == 0
+    mask[0, 2, 1] = mask[1, 0, 1] = mask[1, 1, 3] = True
+    assert metrics.alive_count(mask) == 2
+
+
+def test_layer_share_by_hand():
+    """Component 0 has squared norms 9 and 16; component 1 lies in the first matrix; component 2 is nowhere."""
+    one = torch.ones(3, 1, 1)
+    components = apd.ParameterComponents(
+        {"first": one, "second": one},
+        {"first": torch.tensor([3.0, 2.0, 0.0])[:, None, None], "second": torch.tensor([4.0, 0.0, 0.0])[:, None, None]},
+    )
+    assert_close(metrics.layer_share(components), torch.tensor([[0.36, 0.64], [1.0, 0.0], [0.0, 0.0]]))
+
+
+def test_total_rank_counts_what_is_above_the_tolerance_of_the_largest():
+    spectra = torch.tensor([[10.0, 1.0], [0.05, 0.04], [0.2, 0.05]])
+    components = apd.ParameterComponents(
+        {"weight": torch.diag_embed(spectra)}, {"weight": torch.eye(2).repeat(3, 1, 1)}
+    )
+    assert metrics.total_rank(components).tolist() == [2, 0, 1]
+    assert metrics.total_rank(components, tolerance=0.2).tolist() == [1, 0, 0]
+    twice = apd.ParameterComponents(
+        {name: torch.diag_embed(spectra) for name in "ab"}, {name: torch.eye(2).repeat(3, 1, 1) for name in "ab"}
+    )
+    assert metrics.total_rank(twice).tolist() == [4, 0, 2]
+
+
+def test_description_length_by_hand():
+    """Of 4 components (2 bits each), 1 and 2 are active: 1.5 on average. Ranks 1 and 1 + 5, α = 3: 3 and 18 bits."""
+    mask = torch.tensor([[True, False, False, False], [True, True, False, False]])
+    length = metrics.description_length(mask, torch.tensor([1.0, 5.0, 100.0, 100.0]), alpha=3)
+    assert length.selection == pytest.approx(1.5 * 2)
+    assert length.parameters == pytest.approx((3 + 18) / 2)
+    assert length.total == pytest.approx(13.5)
+    assert length.alpha == 3
+    positions = mask[:, None].expand(-1, 7, -1)
+    assert metrics.description_length(positions, torch.ones(4), 0.0) == metrics.DescriptionLength(3.0, 0.0, 0.0)
+
+
+def test_effective_rank_is_the_one_of_the_core():
+    assert metrics.effective_rank(torch.tensor([[2.0, 2.0, 0.0]])).item() == pytest.approx(2)
+
+
+def test_agreement_by_hand():
+    """softmax(0, 0) = (½, ½) and softmax(ln 3, 0) = (¾, ¼): KL = ½ ln(½ / ¾) + ½ ln(½ / ¼) = ½ ln(4/3)."""
+    target = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    other = torch.tensor([[1.0, 0.0], [math.log(3), 0.0]])
+    found = metrics.agreement(target, other)
+    assert found.mse == pytest.approx(math.log(3) ** 2 / 4)
+    assert found.kl == pytest.approx(math.log(4 / 3) / 4)
+    assert found.top1 == 1
+    assert metrics.agreement(target, target) == metrics.Agreement(0.0, 0.0, 1.0)
+    assert metrics.agreement(target, torch.tensor([[0.0, 1.0], [1.0, 0.0]])).top1 == 0.5
+
+
+def linear_decomposition() -> apd.Decomposition:
+    """The four parts of diag(1, 2, 3, 4), exactly."""
+    model, components = linear_of_known_parts()
+    return replace(decomposition_of(model, n_components=4, rank=1), components=components.requires_grad_(False))
+
+
+def test_the_ablation_path_by_hand():
+    """x = (0, 1, 1, 0) with only component 1 active: of 3 output 2 can be lost, whose square is 9 t² / 4 outputs."""
+    decomposition, x = linear_decomposition(), torch.tensor([[0.0, 1.0, 1.0, 0.0]]).repeat(400, 1)
+    mask = torch.tensor([[False, True, False, False]]).repeat(400, 1)
+    path = metrics.ablation_path_audit(decomposition, x, mask, amounts=(0.0, 0.5, 1.0), n_draws=1, ascent_steps=4)
+    expected = 9 / 4 * torch.tensor([0.0, 0.5, 1.0]).square()
+    assert_close(path.together, expected)
+    assert_close(path.worst, expected)
+    assert_close(path.random, expected / 3, rtol=0.2, atol=0)  # E[u²] = 1/3, its mean of 400 within 4 σ
+
+
+def test_nothing_happens_along_the_path_if_inactive_components_do_nothing():
+    decomposition, x = linear_decomposition(), torch.eye(4)
+    path = metrics.ablation_path_audit(decomposition, x, torch.eye(4).bool(), amounts=(0.0, 1.0), ascent_steps=4)
+    assert path.together.max() == path.random.max() == path.worst.max() == 0
+
+
+def test_the_worst_is_found_where_parts_cancel():
+    """Components e₀ and −e₀ of equal size: removed together nothing changes, removed alone one shows all of itself."""
+    model = torch.nn.Linear(2, 2, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    decomposition = decomposition_of(model, n_components=2, rank=1)
+    A = torch.tensor([[[2.0], [0.0]], [[-2.0], [0.0]]])
+    components = apd.ParameterComponents({"weight": A}, {"weight": torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]])})
+    decomposition = replace(decomposition, components=components.requires_grad_(False))
+    x, mask = torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2).bool()
+    path = metrics.ablation_path_audit(decomposition, x, mask, n_draws=4, ascent_steps=4)
+    assert_close(path.together, torch.zeros(5))
+    assert_close(path.worst, (2 * path.amount).square() / 2)
+    assert (path.random[1:] < path.worst[1:] / 2).all()
+
+
+def test_the_worst_is_above_the_others_and_rises():
+    model = ResidualMLP(6, 8, 4, 1)
+    decomposition = decomposition_of(model, ["layers.*"], n_components=5, rank=2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    path = metrics.ablation_path_audit(decomposition, torch.randn(16, 6), amounts=(0.0, 0.5, 1.0), ascent_steps=10)
+    assert (path.worst >= path.random - 1e-7).all()
+    assert (path.worst >= path.together - 1e-7).all()
+    assert (path.worst.diff() >= 0).all()
+    assert path.worst[-1] > 1.2 * path.random[-1]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+
+
+def test_the_path_ends_at_what_the_contexts_give():
+    """At t = 0 the model runs on all components, at t = 1 on the active ones."""
+    model, x = ResidualMLP(6, 8, 4, 1), torch.randn(16, 6)
+    decomposition = decomposition_of(model, ["layers.*"], n_components=5, rank=2)
+    path = metrics.ablation_path_audit(decomposition, x, amounts=(0.0, 1.0), n_draws=1, ascent_steps=1)
+    for place, mask in enumerate((torch.ones(16, 5).bool(), decomposition.select(x))):
+        with decomposition.sparse(mask):
+            sparse = model(x)
+        assert path.together[place].item() == pytest.approx(metrics.agreement(model(x), sparse).mse, rel=1e-5)
+
+
+class Padded(torch.nn.Module):
+    """A linear layer at every position, called as a language model is."""
+
+    def __init__(self, layer: torch.nn.Linear):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_the_path_of_positions_leaves_padding_out():
+    """Position 0 loses 3 of its output, position 1 loses 2, position 2 is padding, position 3 loses nothing."""
+    layer, components = linear_of_known_parts()
+    state = decomposition_of(Padded(layer), n_components=4, rank=1, selection=apd.TopK(1, "position"))
+    factors = [{"layer.weight": side["weight"]} for side in (components.A, components.B)]
+    decomposition = replace(state, components=apd.ParameterComponents(*factors).requires_grad_(False))
+    x = torch.tensor([[0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]])[None]
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]]).bool()[None]
+    batch = {"x": x, "attention_mask": torch.tensor([[1, 1, 0, 1]])}
+    path = metrics.ablation_path_audit(decomposition, batch, mask, amounts=(0.5, 1.0), n_draws=1, ascent_steps=4)
+    expected = (9 + 4) / 4 / 3 * torch.tensor([0.25, 1.0])
+    assert_close(path.together, expected)
+    assert_close(path.worst, expected)
+
+
+@pytest.mark.parametrize("distance", ["kl", lambda target, sparse: (target - sparse).abs().sum(-1)])
+def test_the_path_uses_the_distance_of_the_decomposition(distance):
+    decomposition, x = linear_decomposition(), torch.tensor([[0.0, 1.0, 1.0, 0.0]])
+    losses = apd.Losses(distance=distance)
+    decomposition = replace(decomposition, settings=replace(decomposition.settings, losses=losses))
+    mask = torch.tensor([[False, True, False, False]])
+    target, sparse = torch.tensor([[0.0, 2.0, 3.0, 0.0]]), torch.tensor([[0.0, 2.0, 0.0, 0.0]])
+    expected = metrics.agreement(target, sparse).kl if distance == "kl" else 3.0
+    path = metrics.ablation_path_audit(decomposition, x, mask, amounts=(1.0,), n_draws=1, ascent_steps=1)
+    assert path.together.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"amounts": ()}, apd.InvalidSetting, "amounts must rise"),
+        ({"amounts": (0.5, 0.2)}, apd.InvalidSetting, r"got \(0.5, 0.2\)"),
+        ({"amounts": (0.5, 1.2)}, apd.InvalidSetting, "to 1 at most"),
+        ({"n_draws": 0}, apd.InvalidSetting, "at least 1, got 0 and 20"),
+        (
+            {"mask": torch.ones(1, 3).bool()},
+            apd.ShapeMismatch,
+            r"shape \(1, 4\) or \(1, pos, 4\) for this batch, got \(1, 3\)",
+        ),
+        ({"mask": torch.ones(2, 4).bool()}, apd.ShapeMismatch, r"got \(2, 4\)"),
+        ({"batch": torch.full((1, 4), math.nan)}, apd.NonFinite, "ablation_path_audit: input tensor 0"),
+    ],
+)
+def test_what_cannot_be_audited_is_refused(options: dict, error: type, message: str):
+    arguments = {"batch": torch.ones(1, 4), "mask": torch.ones(1, 4).bool(), **options}
+    with pytest.raises(error, match=message):
+        metrics.ablation_path_audit(linear_decomposition(), **arguments)
+
+
+def test_an_audit_needs_the_output_function():
+    decomposition = replace(linear_decomposition(), output=None)
+    with pytest.raises(apd.InvalidSetting, match=r"load\(path, model, output=...\)"):
+        metrics.ablation_path_audit(decomposition, torch.ones(1, 4), torch.ones(1, 4).bool())
+
+
+def test_features_alone_share_no_component_and_own_theirs():
+    rows, parts = torch.eye(3), torch.zeros(4, 3, 3)
+    parts[0, 0, 0] = 1.0
+    parts[1, 1, 1], parts[1, 2, 2] = 1.0, 1.0  # one component for two features
+    assert metrics.features_alone(rows, parts) == 1
+    parts[1, 2] = torch.tensor([0.2, 0.0, 0.0])  # 4 % of its squared norm is in the row of the third feature,
+    parts[2, 2, 2] = 1.0  # which has one of its own
+    assert metrics.features_alone(rows, parts) == 3
+    assert metrics.features_alone(rows, parts, share=0.99) == 2
+    assert metrics.features_alone(rows, torch.randn(4, 3, 3)) == 0  # random components

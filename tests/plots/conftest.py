@@ -1,0 +1,13 @@
+"""Every figure of these tests is really drawn."""
+
+import pytest
+from matplotlib import pyplot as plt
+
+
+@pytest.fixture(autouse=True)
+def _draw_and_close():
+    """Everything is really drawn, so that what only drawing finds is found."""
+    yield
+    for number in plt.get_fignums():
+        plt.figure(number).canvas.draw()
+    plt.close("all")

@@ -1,0 +1,91 @@
+"""Other dtypes and devices: factors stay float32, results agree with the CPU in float32."""
+
+import pytest
+import torch
+from support.toy_models import ResidualMLP, Snapshot, TinyGPT, decomposition_of
+from torch.testing import assert_close
+
+import apd_lens as apd
+
+FEW = {"n_components": 4, "rank": 2, "optimization": apd.Optimization(steps=4, lr=1e-2), "progress": False}
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def assert_nearly(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """bfloat16 has eight bits, and a unit near zero may be on in one and off in the other."""
+    assert (actual.float() - expected.float()).norm() < 0.05 * expected.float().norm()
+
+
+def test_bfloat16_models():
+    model, x = ResidualMLP(4, 6, 5, 1).bfloat16(), torch.randn(6, 4).bfloat16()
+    before = Snapshot.of(model)
+    decomposition = apd.decompose(model, [x], **FEW, losses=apd.Losses(path=1.0), moves=apd.SplitMoves(every=2))
+    before.assert_unchanged(model)
+    assert all(factor.dtype == torch.float32 for factor in decomposition.components.parameters())
+    assert decomposition.attributions(x).dtype == torch.float32
+    with decomposition.sparse(decomposition.select(x)):
+        assert model(x).dtype == torch.bfloat16
+    precise = ResidualMLP(4, 6, 5, 1)
+    precise.load_state_dict(model.state_dict())
+    same = apd.Decomposition(
+        apd.wrap(precise), decomposition.components, decomposition.settings, decomposition.output, {}
+    )
+    assert_nearly(decomposition.attributions(x), same.attributions(x.float()))
+    edited = decomposition.edited_state_dict(ablate=[1])
+    assert all(value.dtype == torch.bfloat16 for value in edited.values())
+
+
+def test_bfloat16_lookups():
+    model, tokens = TinyGPT().bfloat16(), torch.randint(11, (3, 4))
+    decomposition = decomposition_of(model)
+    with decomposition.sparse(decomposition.select(tokens)):
+        assert model(tokens).dtype == torch.bfloat16
+
+
+def test_bfloat16_autocast_with_float32_factors():
+    model, x = ResidualMLP(4, 6, 5, 1), torch.randn(6, 4)
+    decomposition = decomposition_of(model)
+    precise = decomposition.attributions(x)
+    with decomposition.sparse(torch.ones(6, 5)):
+        expected = model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_nearly(decomposition.attributions(x), precise)
+        with decomposition.sparse(torch.ones(6, 5)):
+            assert model(x).dtype == torch.bfloat16
+            assert_nearly(model(x), expected)
+        trained = apd.decompose(model, [x], **FEW, losses=apd.Losses(path=1.0))
+    assert all(factor.dtype == torch.float32 for factor in trained.components.parameters())
+
+
+def test_moving_the_model_inside_a_context():
+    model, x = ResidualMLP(4, 6, 5, 1), torch.randn(3, 4)
+    decomposition = decomposition_of(model, "layers.*")
+    with decomposition.only([0, 1]):
+        expected = model(x)
+        model.double()
+        assert_close(model(x.double()).float(), expected)
+
+
+@needs_cuda
+def test_cuda_gives_the_same_as_the_cpu():
+    model, x = ResidualMLP(4, 6, 5, 1), torch.randn(6, 4)
+    options = {**FEW, "losses": apd.Losses(faithfulness=1.0), "moves": None}
+    on_cpu = apd.decompose(model, [x], **options)
+    expected = on_cpu.attributions(x)
+    on_cuda = apd.decompose(model.cuda(), [x], **options)  # the batch is moved
+    for ours, theirs in zip(on_cuda.components.parameters(), on_cpu.components.parameters(), strict=True):
+        assert_close(ours.cpu(), theirs, rtol=1e-3, atol=1e-4)
+    assert_close(on_cuda.attributions(x).cpu(), expected, rtol=1e-3, atol=1e-4)
+    with on_cuda.sparse(on_cuda.select(x).cpu()):
+        assert model(x.cuda()).is_cuda
+
+
+@needs_cuda
+def test_cuda_path_loss_moves_and_autocast():
+    model, x = ResidualMLP(4, 6, 5, 1).cuda(), torch.randn(6, 4)
+    before = Snapshot.of(model)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        apd.decompose(
+            model, [x], **FEW, selection=apd.TopK(1), losses=apd.Losses(path=1.0), moves=apd.SplitMoves(every=2)
+        )
+    before.assert_unchanged(model)
