@@ -52,8 +52,9 @@ from apd_lens.losses import faithfulness_loss as faithfulness_loss
 from apd_lens.losses import minimality_loss as minimality_loss
 from apd_lens.losses import simplicity_loss as simplicity_loss
 from apd_lens.losses._losses import Losses as Losses
+from apd_lens.masks._lp import Lp as Lp
+from apd_lens.masks._masking import Attributed as Attributed
 from apd_lens.masks._selection import BatchTopK as BatchTopK
-from apd_lens.masks._selection import Lp as Lp
 from apd_lens.masks._selection import Needed as Needed
 from apd_lens.masks._selection import TopK as TopK
 from apd_lens.moves._cluster import ClusterMoves as ClusterMoves

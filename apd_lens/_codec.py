@@ -1,42 +1,21 @@
-"""Settings as JSON can hold them, and back."""
+"""Settings as JSON can hold them, and back. A class of settings registers itself with `@saved`."""
 
 import dataclasses
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from apd_lens._errors import ArtifactError
-from apd_lens._schedules import HoldThenDecay, Ramp
-from apd_lens._settings import Optimization, Settings
-from apd_lens.attribution._ablation import AblationAttribution
-from apd_lens.attribution._activation import ActivationAttribution
-from apd_lens.attribution._gradient import GradientAttribution
-from apd_lens.attribution._integrated import IntegratedGradients
-from apd_lens.losses._losses import Losses
-from apd_lens.masks._selection import BatchTopK, Lp, Needed, TopK
-from apd_lens.moves._cluster import ClusterMoves
-from apd_lens.moves._division import DivisionMoves
-from apd_lens.moves._split import SplitMoves
 
-_SETTINGS = {
-    cls.__name__: cls
-    for cls in (
-        AblationAttribution,
-        ActivationAttribution,
-        BatchTopK,
-        GradientAttribution,
-        HoldThenDecay,
-        IntegratedGradients,
-        Losses,
-        Lp,
-        Optimization,
-        Settings,
-        ClusterMoves,
-        DivisionMoves,
-        Ramp,
-        Needed,
-        SplitMoves,
-        TopK,
-    )
-}
+_C = TypeVar("_C", bound=type)
+_CLASSES: dict[str, type] = {}
+
+
+def saved(cls: _C) -> _C:
+    """Lets a frozen dataclass of settings be saved with a decomposition, under its name."""
+    known = _CLASSES.setdefault(cls.__name__, cls)
+    if known.__module__ != cls.__module__:
+        raise TypeError(f"Settings are saved by name, and {cls.__name__} is taken by {known.__module__}.")
+    _CLASSES[cls.__name__] = cls
+    return cls
 
 
 class UserFunction:
@@ -87,4 +66,4 @@ def _decoded(value: Any) -> Any:
     fields = {name: _decoded(item) for name, item in value.items() if name != "type"}
     if value["type"] == "function":
         return UserFunction(str(fields["name"]))
-    return _SETTINGS[value["type"]](**fields)
+    return _CLASSES[value["type"]](**fields)

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 from apd_lens._checks import check_fields
+from apd_lens._codec import saved
 from apd_lens._errors import InvalidSetting
 
 
+@saved
 @dataclass(frozen=True)
 class HoldThenDecay:
     """A coefficient that is held, then goes linearly to zero.
@@ -29,6 +31,7 @@ class HoldThenDecay:
             raise InvalidSetting(f"HoldThenDecay needs 0 <= hold <= zero, got hold={self.hold}, zero={self.zero}.")
 
 
+@saved
 @dataclass(frozen=True)
 class Ramp:
     """A number that is held, then goes linearly to another.

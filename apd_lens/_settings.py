@@ -1,24 +1,24 @@
 """What a decomposition was asked for, in one place, so that it can be saved with the result."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from apd_lens._checks import check_fields
+from apd_lens._codec import saved
 from apd_lens._errors import InvalidSetting
-from apd_lens.attribution._ablation import AblationAttribution
-from apd_lens.attribution._activation import ActivationAttribution
+from apd_lens.attribution._attribution import Attribution
 from apd_lens.attribution._gradient import GradientAttribution
-from apd_lens.attribution._integrated import IntegratedGradients
 from apd_lens.losses._losses import Losses
+from apd_lens.masks._masking import Masking, masking_of
 from apd_lens.masks._selection import BatchTopK, Needed, Selection
 from apd_lens.moves._cluster import ClusterMoves
-from apd_lens.moves._division import DivisionMoves
-from apd_lens.moves._split import SplitMoves
-
-Moves = SplitMoves | ClusterMoves | DivisionMoves
+from apd_lens.moves._moves import Moves
 
 
+@saved
 @dataclass(frozen=True)
 class Optimization:
     """Adam without weight decay.
@@ -62,12 +62,14 @@ class Optimization:
             raise InvalidSetting(f"init_scale must be positive, got {self.init_scale}.")
 
 
-Attribution = GradientAttribution | ActivationAttribution | IntegratedGradients | AblationAttribution
-
-
+@saved
 @dataclass(frozen=True)
 class Settings:
-    """All that `decompose` was told, apart from the model, the data and the output function."""
+    """All that `decompose` was told, apart from the model, the data and the output function.
+
+    Attributes:
+        masks: who says what is active; None: the selection by the attribution. Given, it says these two as well.
+    """
 
     selection: Selection = field(default_factory=lambda: BatchTopK(k=Needed(), least=0.15))
     attribution: Attribution = field(default_factory=GradientAttribution)
@@ -75,9 +77,27 @@ class Settings:
     optimization: Optimization = field(default_factory=Optimization)
     moves: Moves | None = field(default_factory=ClusterMoves)
     seed: int = 0
+    masks: Masking | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.masks is not None:
+            object.__setattr__(self, "selection", self.masks.selection)
+            object.__setattr__(self, "attribution", self.masks.attribution)
+
+    @property
+    def masking(self) -> Masking:
+        """Who says what is active."""
+        return masking_of(self.selection, self.attribution) if self.masks is None else self.masks
+
+    def after(self, minimality: Tensor, progress: float) -> "Settings":
+        """The settings of the next step, in which another number of components may be active (`Needed`)."""
+        steps = self.optimization.steps
+        if self.masks is not None:
+            masks = self.masks.after(minimality, progress, steps)
+            return self if masks is self.masks else replace(self, masks=masks)
+        selection = self.selection.after(minimality, progress, steps)
+        return self if selection is self.selection else replace(self, selection=selection)
 
 
 # What `decompose` does where nothing else is said; and m at most.

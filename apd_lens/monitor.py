@@ -31,7 +31,8 @@ from apd_lens.decomposition._artifact import read_tensors, write_tensors
 from apd_lens.decomposition._decomposition import Decomposition, ready
 from apd_lens.host._target import evaluating
 from apd_lens.losses._outputs import distance_of_each
-from apd_lens.masks._selection import BatchTopK, K, Lp, TopK, check_k, with_k
+from apd_lens.masks._lp import Lp
+from apd_lens.masks._selection import BatchTopK, K, Selection, TopK, with_k
 from apd_lens.passes._replace import subtract_weights
 from apd_lens.passes._watch import check_finite_output, replaced_pass, sparse_pass
 from apd_lens.responses._responses import add_coactivation
@@ -77,7 +78,7 @@ class Monitor:
     """
 
     decomposition: Decomposition
-    selection: TopK | Lp
+    selection: Selection
     n_data_points: int
     n_empty: int
     together: Float[Tensor, "C C"]
@@ -238,9 +239,8 @@ def _monitor_of(decomposition: Decomposition, tensors: dict[str, Tensor], select
         raise ArtifactError(f"the numbers {numbers.tolist()} are not possible")
     if not isinstance(selection, TopK | Lp) or selection.granularity != decomposition.settings.selection.granularity:
         raise ArtifactError(f"the selection {selection!r:.80} is not that of a monitor of this decomposition")
-    if isinstance(selection, TopK):
-        check_k(selection, n_components)
-    elif selection.threshold is None:
+    selection.check(n_components)
+    if isinstance(selection, Lp) and selection.threshold is None:
         raise ArtifactError(f"{selection} has no threshold")
     return Monitor(decomposition, selection, int(n_data_points), int(n_empty), together, floor, mean, std)
 

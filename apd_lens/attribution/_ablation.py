@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from apd_lens._checks import check_fields
+from apd_lens._codec import saved
 from apd_lens._errors import InvalidSetting
 from apd_lens.attribution._over_outputs import root_mean, shared_positions
 from apd_lens.attribution._pushforward import slices
@@ -18,6 +19,7 @@ from apd_lens.passes._replace import subtract_weights_of_each
 from apd_lens.passes._watch import WatchedPass
 
 
+@saved
 @dataclass(frozen=True)
 class AblationAttribution:
     """A_c(x) = sqrt( mean_o ( f_o(x, W) − f_o(x, W − P_c) )² ): the effect that other attributions estimate.

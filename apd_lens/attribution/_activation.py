@@ -6,12 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from apd_lens._codec import saved
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._products import component_outputs
 from apd_lens.data._points import Granularity, zero_at_padding
 from apd_lens.passes._watch import WatchedPass
 
 
+@saved
 @dataclass(frozen=True)
 class ActivationAttribution:
     """Σ_l Σ_uses ‖x_l P_c,l‖², with x from the forward pass of the summed components. Needs no gradients.

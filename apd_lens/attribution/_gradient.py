@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from apd_lens._checks import check_fields
+from apd_lens._codec import saved
 from apd_lens.attribution._effects import effects_of_calls, effects_on_outputs
 from apd_lens.attribution._over_outputs import mean_over_outputs, root_mean, sum_of_squares
 from apd_lens.attribution._projections import AUTO_PROJECTIONS, are_exact, check_projections, cotangents_for
@@ -32,6 +33,7 @@ from apd_lens.passes._watch import WatchedPass
 CLEARLY_FEWER = 2
 
 
+@saved
 @dataclass(frozen=True)
 class GradientAttribution:
     """A_c(x) = sqrt( mean_o ( Σ_l Σ_uses <∂f_o/∂y_l , x_l P_c,l> )² ), exact or estimated.

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from apd_lens._checks import check_fields
+from apd_lens._codec import saved
 from apd_lens._errors import InvalidSetting
 from apd_lens.attribution._effects import effects_on_outputs
 from apd_lens.attribution._over_outputs import root_mean, shared_positions
@@ -19,6 +20,7 @@ from apd_lens.passes._replace import replace_weights, subtract_weights
 from apd_lens.passes._watch import WatchedPass
 
 
+@saved
 @dataclass(frozen=True)
 class IntegratedGradients:
     """A_c(x) = sqrt( mean_o ( mean_t Σ_l Σ_uses <∂f_o/∂y_l(t) , x_l(t) P_c,l> )² ), t on a path of weights.

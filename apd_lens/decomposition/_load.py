@@ -20,7 +20,6 @@ from apd_lens.host._matrix import WeightMatrix
 from apd_lens.host._target import TargetModel
 from apd_lens.host._unchanged import warn_of_others
 from apd_lens.host._wrap import wrap
-from apd_lens.masks._selection import Lp, check_k
 from apd_lens.passes._output import OutputFn, default_output
 
 
@@ -105,11 +104,10 @@ def _settings_of(about: dict[str, Any], path: Path) -> Settings:
     settings = decode_settings(about["settings"])
     if not isinstance(settings, Settings):
         raise ArtifactError(f"{path}: expected Settings, got {settings!r:.80}. Save the decomposition again.")
-    if not isinstance(settings.selection, Lp):
-        try:
-            check_k(settings.selection, about["n_components"])
-        except InvalidSetting as error:
-            raise ArtifactError(f"{path}: the saved settings cannot work: {error}") from error
+    try:
+        settings.masking.check(about["n_components"], settings.losses)
+    except InvalidSetting as error:
+        raise ArtifactError(f"{path}: the saved settings cannot work: {error}") from error
     return settings
 
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from apd_lens._checks import check_fields
+from apd_lens._codec import saved
 from apd_lens._errors import InvalidSetting
 from apd_lens._schedules import HoldThenDecay, Schedule
 from apd_lens.losses._outputs import Distance
 
 
+@saved
 @dataclass(frozen=True)
 class Losses:
     """Which losses are added up, and how much each counts: numbers, or a `HoldThenDecay` or `Ramp` of them.

@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 from apd_lens._schedules import value_at
+from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import Mask
 from apd_lens.data._points import without_padding
 from apd_lens.losses._losses import Losses
 from apd_lens.losses._outputs import hidden_activation_loss, minimality_loss
 from apd_lens.losses._weights import weight_losses
 from apd_lens.passes._watch import WatchedPass
+
+# In the order in which they are added up.
+LOSS_TERMS = ("faithfulness", "minimality", "simplicity", "path", "hidden")
 
 
 @dataclass(frozen=True)
@@ -28,78 +32,64 @@ def weighted_sum(losses: Losses, terms: Mapping[str, Tensor], progress: float) -
     return torch.stack([value_at(getattr(losses, name), progress) * term for name, term in terms.items()]).sum(0)
 
 
-def loss_terms(
+def distance_scale(watched: WatchedPass, losses: Losses) -> Tensor | float:
+    """What distances between outputs are divided by: the variance of the target's, where they are relative."""
+    if losses.normalization != "relative" or losses.distance != "mse":
+        return 1.0
+    variance = without_padding(at_least_float32(watched.output.detach()), watched.real).var()
+    return torch.where(variance > 0, variance, 1.0)  # 1 where there is none
+
+
+def output_distance(watched: WatchedPass, output: Tensor, losses: Losses, scale: Tensor | float) -> Tensor:
+    """The distance of an output from the target's."""
+    target_output = at_least_float32(watched.output.detach())
+    return minimality_loss(target_output, at_least_float32(output), losses.distance, watched.real) / scale
+
+
+def weight_terms(
     losses: Losses,
     scales: Scales,
     weights: Mapping[str, Tensor],
-    watched: WatchedPass,
-    A: Mapping[str, Tensor],
-    B: Mapping[str, Tensor],
-    mask: Mask,
-    outputs: Mapping[str, Tensor],
-    hidden: Mapping[str, Tensor],
+    components: ParameterComponents,
+    importance: Mask,
+    share: Tensor | float = 1.0,
 ) -> dict[str, Tensor]:
-    """Every loss term whose coefficient can be other than zero, by the name of its coefficient in `Losses`.
+    """Faithfulness and simplicity.
 
     Args:
-        A, B: name -> the factors of a matrix.
-        outputs: "minimality" and "path" (if it counts) -> the explained output on the components that are compared.
-        hidden: activations of `losses.hidden_at` on the active components.
+        importance: the mask, or what has its place in simplicity, without padding.
+        share: what simplicity is divided by besides its scale.
     """
-    target_output, real = at_least_float32(watched.output.detach()), watched.real
-    relative = losses.normalization == "relative"
-    distance_scale = variance(without_padding(target_output, real)) if relative and losses.distance == "mse" else 1.0
-    distances = {
-        name: minimality_loss(target_output, at_least_float32(output), losses.distance, real) / distance_scale
-        for name, output in outputs.items()
-    }
-    activity = without_padding(mask, real)
-    mean_activity = activity.float().mean().clamp_min(1e-12) if relative else 1.0  # none may be active
-    minimality = distances.pop("minimality")
-    terms = {**method_terms(losses, scales, weights, A, B, minimality, activity, mean_activity), **distances}
-    if losses.hidden:
-        kept, kept_sparse = (
-            {name: without_padding(activation, real) for name, activation in activations.items()}
-            for activations in (watched.hidden, hidden)
+    with torch.autocast(importance.device.type, enabled=False):  # sums of weights, not a pass of the model
+        errors, norms = zip(
+            *(
+                weight_losses(
+                    weights[name],
+                    components.A[name],
+                    components.B[name],
+                    importance,
+                    losses.schatten_p,
+                    losses.simplicity_floor,
+                )
+                for name in components.names
+            ),
+            strict=True,
         )
-        terms["hidden"] = _hidden_term(kept, kept_sparse, relative)
-    return terms
-
-
-def method_terms(
-    losses: Losses,
-    scales: Scales,
-    weights: Mapping[str, Tensor],
-    A: Mapping[str, Tensor],
-    B: Mapping[str, Tensor],
-    minimality: Tensor,
-    activity: Mask,
-    mean_activity: Tensor | float = 1.0,
-) -> dict[str, Tensor]:
-    """The three losses of the method.
-
-    Args:
-        activity: the mask, or what has its place in simplicity, without padding.
-        mean_activity: what simplicity is divided by besides its scale.
-    """
-    with torch.autocast(minimality.device.type, enabled=False):  # sums of weights, not a pass of the model
-        faithfulness, simplicity = minimality.new_zeros(()), minimality.new_zeros(())
-        for name in A:
-            error, norms = weight_losses(
-                weights[name], A[name], B[name], activity, losses.schatten_p, losses.simplicity_floor
-            )
-            faithfulness, simplicity = faithfulness + error, simplicity + norms
     return {
-        "faithfulness": faithfulness / scales.faithfulness,
-        "minimality": minimality,
-        "simplicity": simplicity / (scales.simplicity * mean_activity),
+        "faithfulness": torch.stack(errors).sum() / scales.faithfulness,
+        "simplicity": torch.stack(norms).sum() / (scales.simplicity * share),
     }
 
 
-def variance(output: Tensor) -> Tensor:
-    """1 where there is none."""
-    variance = output.var()
-    return torch.where(variance > 0, variance, 1.0)
+def hidden_terms(losses: Losses, watched: WatchedPass, hidden: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The distance of the activations of `losses.hidden_at` on the active components, if it counts."""
+    if not losses.hidden:
+        return {}
+    kept, kept_sparse = (
+        {name: without_padding(activation, watched.real) for name, activation in activations.items()}
+        for activations in (watched.hidden, hidden)
+    )
+    return {"hidden": _hidden_term(kept, kept_sparse, losses.normalization == "relative")}
 
 
 def at_least_float32(output: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from apd_lens._checks import check_fields
+from apd_lens._codec import saved
 from apd_lens._errors import InvalidSetting
 from apd_lens._schedules import Ramp, value_at
 from apd_lens.data._batch import Batch
@@ -21,6 +23,7 @@ _SMALL = 0.01
 K = float | Callable[[Batch], float]
 
 
+@saved
 @dataclass(frozen=True)
 class Needed:
     """k that the training finds: it grows while the active components give the output back too badly, and shrinks
@@ -55,6 +58,41 @@ class Needed:
         return replace(self, now=max(self.lowest, grown))
 
 
+@runtime_checkable
+class Selection(Protocol):
+    """From attributions to the mask of active components."""
+
+    @property
+    def granularity(self) -> Granularity:
+        """Whether a data point is an "example" or a "position"."""
+        ...
+
+    def __call__(self, attributions: Float[Tensor, "batch *pos C"], real: Real = None) -> Bool[Tensor, "batch *pos C"]:
+        """True for the active components; none is active at padding, where `real` is False."""
+        ...
+
+    def at(self, progress: float, batch: Batch) -> "Selection":
+        """The selection of a batch when `progress`, a share of the steps, is done."""
+        ...
+
+    def with_k(self, k: K) -> "Selection":
+        """The selection with another mean number of active components a data point."""
+        ...
+
+    def check(self, n_components: int) -> None:
+        """Raises InvalidSetting where there are too few components."""
+        ...
+
+    def n_active(self, n_data_points: int) -> int | None:
+        """How many components are active on so many data points, all together; None where only the mask says it."""
+        ...
+
+    def after(self, minimality: Tensor, progress: float, steps: int) -> "Selection":
+        """The selection of the next step out of so many, when `progress`, a share of them, is done."""
+        ...
+
+
+@saved
 @dataclass(frozen=True)
 class BatchTopK:
     """The k·n largest of all n·C attributions of a batch of n data points (padding is none).
@@ -109,6 +147,16 @@ class BatchTopK:
         """How many components are active on so many data points, all together; None if only attributions say it."""
         return None if self.least else _whole(self._number(), n_data_points)
 
+    def with_k(self, k: K) -> "BatchTopK":
+        """Then k alone says how many are active."""
+        return BatchTopK(k, self.granularity)
+
+    def check(self, n_components: int) -> None:
+        if isinstance(self.k, float | int | Ramp):
+            most = math.inf if self.least else n_components
+            for k in (self.k.start, self.k.end) if isinstance(self.k, Ramp) else (self.k,):
+                check_k(self, k, n_components, most)
+
     def _number(self) -> float:
         if not isinstance(self.k, float | int | Ramp | Needed):
             raise InvalidSetting(f"{self} is a function of the batch; .at(1.0, batch) is the selection of one.")
@@ -119,6 +167,7 @@ class BatchTopK:
         return replace(self, k=self.k.after(minimality.item(), progress, steps)) if isinstance(self.k, Needed) else self
 
 
+@saved
 @dataclass(frozen=True)
 class TopK:
     """The k largest attributions of each data point (padding is none).
@@ -149,57 +198,11 @@ class TopK:
         """How many components are active on so many data points, all together."""
         return self.k * n_data_points
 
+    def with_k(self, k: K) -> "TopK":
+        return replace(self, k=k)
 
-@dataclass(frozen=True)
-class Lp:
-    """No selection in the training: minimality is the mean over data points of Σ_c A_c^p, and A_c^p has the place of
-    the mask in simplicity.
-
-    Gradients go through the attributions, there is no sparse pass, and so `Losses` must ask for nothing that needs
-    one: no path, hidden or distance. With `Losses(normalization="relative")` attributions are in units of the target
-    output's standard deviation.
-
-    What is active is up to whoever asks. Either `select(batch, k=...)` takes the batch's largest attributions, as
-    `BatchTopK` does; or `threshold` says it once and for all, for `StepInfo`, `ClusterMoves` and `summary` too.
-    Source: Braun et al. 2025, arXiv 2501.14926, "Lp" form of minimality.
-
-    Attributes:
-        p: the power; below 1 it presses towards few components. A `Ramp` changes it during the training.
-        granularity: whether a data point is an "example" or a "position".
-        threshold: a component is active where its attribution, in units of the outputs, is above this.
-    """
-
-    p: float | Ramp = 0.9
-    granularity: Granularity = "example"
-    threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if min((self.p.start, self.p.end) if isinstance(self.p, Ramp) else (self.p,)) <= 0:
-            raise InvalidSetting(f"Lp needs a positive p, got p={self.p}.")
-        if self.threshold is not None and self.threshold < 0:
-            raise InvalidSetting(
-                f"Attributions are never negative, so threshold={self.threshold} selects all. Raise it."
-            )
-
-    def __call__(self, attributions: Float[Tensor, "batch *pos C"], real: Real = None) -> Bool[Tensor, "batch *pos C"]:
-        if self.threshold is None:
-            raise InvalidSetting(
-                f"{self} was trained without a mask, so which components are active is for you to say: give the mean "
-                "number of them, as in decomposition.select(batch, k=1.5), or train with Lp(threshold=...)."
-            )
-        return zero_at_padding(attributions > self.threshold, real)
-
-    def at(self, progress: float, batch: Batch) -> "Lp":
-        """The selection when `progress`, a share of the steps, is done: p is a number."""
-        return replace(self, p=value_at(self.p, progress))
-
-    def after(self, minimality: Tensor, progress: float, steps: int) -> "Lp":
-        """For the next step: this one."""
-        return self
-
-
-Selection = BatchTopK | TopK | Lp
+    def check(self, n_components: int) -> None:
+        check_k(self, self.k, n_components, n_components)
 
 
 def _k_at(k: float | Ramp | Needed, progress: float) -> float:
@@ -207,19 +210,13 @@ def _k_at(k: float | Ramp | Needed, progress: float) -> float:
 
 
 def with_k(selection: Selection, k: K | None) -> Selection:
-    """The selection with another k, if one is given. Then k alone says how many are active, of `Lp` too."""
-    if k is None:
-        return selection
-    return replace(selection, k=k) if isinstance(selection, TopK) else BatchTopK(k, selection.granularity)
+    """The selection with another k, if one is given."""
+    return selection if k is None else selection.with_k(k)
 
 
-def check_k(selection: BatchTopK | TopK, n_components: int) -> None:
-    """Raises InvalidSetting where a selection asks for more components than there are, or for none."""
-    if not isinstance(selection.k, float | int | Ramp):
-        return
-    ks = (selection.k.start, selection.k.end) if isinstance(selection.k, Ramp) else (selection.k,)
-    most = math.inf if isinstance(selection, BatchTopK) and selection.least else n_components
-    if n_components >= 1 and not all(0 < k <= most for k in ks):
+def check_k(selection: Selection, k: float, n_components: int, most: float) -> None:
+    """Raises InvalidSetting if k is no number of active components."""
+    if n_components >= 1 and not 0 < k <= most:
         raise InvalidSetting(
             f"{selection} needs 0 < k <= n_components: at least one and at most all of the {n_components} components "
             "can be active."

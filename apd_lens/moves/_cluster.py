@@ -8,6 +8,7 @@ only.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +16,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from apd_lens._checks import check_fields
-from apd_lens._errors import InvalidSetting
+from apd_lens._codec import saved
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import MatrixInput as Inputs
 from apd_lens.components._factors import inner_products
 from apd_lens.components._products import masked_product
 from apd_lens.data._points import without_padding
 from apd_lens.host._matrix import Use
+from apd_lens.moves._moves import MoveContext, check_every
 from apd_lens.moves._surgery import Split, inputs_of_data_points, refactor, settle, split_component
-from apd_lens.passes._watch import WatchedPass
 
 # A component is free if it is active less often than this share of the mean.
 _FREE = 0.1
@@ -33,6 +34,7 @@ _SMALL = 0.2
 _RIDGE = 0.1
 
 
+@saved
 @dataclass(frozen=True)
 class ClusterMoves:
     """When to make cluster moves, and how.
@@ -65,62 +67,55 @@ class ClusterMoves:
     separation: float = 1.2
     residual: bool = True
 
+    needs_active: ClassVar[bool] = True
+    has_start: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.every < 1:
-            raise InvalidSetting(f"ClusterMoves needs every >= 1 step, got {self.every}.")
+        check_every(self)
 
+    def start(self, components: ParameterComponents, weights: Mapping[str, Float[Tensor, "..."]]) -> None:
+        """Changes nothing."""
 
-@torch.no_grad()
-def make_cluster_moves(
-    components: ParameterComponents,
-    optimizer: torch.optim.Optimizer,
-    weights: Mapping[str, Float[Tensor, "..."]],
-    mask: Bool[Tensor, "batch *pos C"],
-    watched: WatchedPass,
-    moves: ClusterMoves,
-    generator: torch.Generator,
-) -> int:
-    """Merges, splits and gives the residual away, in place and for all matrices at once; returns how many moves.
+    @torch.no_grad()
+    def __call__(self, context: MoveContext) -> int:
+        """Merges, splits and gives the residual away; returns how many moves were made."""
+        components, weights, active = context.components, context.weights, context.active
+        assert active is not None
+        inputs = inputs_of_data_points(components, active, context.watched.real, context.watched.calls)
+        of_points = without_padding(active, context.watched.real).flatten(0, -2)
+        n_held = of_points.sum(0)
+        held = n_held.tolist()
+        free = [c for c, n in enumerate(held) if n < _FREE * sum(held) / len(held)]
+        busy = [c for c in range(len(held)) if c not in free]
+        touched: set[int] = set()
 
-    Args:
-        weights: name -> the decomposed matrix, in the dtype of the factors.
-        mask, watched: the active components, and x of every use, on the batch.
-    """
-    inputs = inputs_of_data_points(components, mask, watched.real, watched.calls)
-    active = without_padding(mask, watched.real).flatten(0, -2)
-    n_held = active.sum(0)
-    held = n_held.tolist()
-    free = [c for c, n in enumerate(held) if n < _FREE * sum(held) / len(held)]
-    busy = [c for c in range(len(held)) if c not in free]
-    touched: set[int] = set()
+        pairs = twins(components, weights, busy, self.merge_above) if self.merge_above < 1 else []
+        for larger, smaller in pairs:
+            _merge(components, larger, smaller)
+            touched |= {larger, smaller}
+            free.append(smaller)
+        n_moves = len(touched) // 2
 
-    pairs = twins(components, weights, busy, moves.merge_above) if moves.merge_above < 1 else []
-    for larger, smaller in pairs:
-        _merge(components, larger, smaller)
-        touched |= {larger, smaller}
-        free.append(smaller)
-    n_moves = len(touched) // 2
-
-    free.sort(key=lambda c: held[c])
-    for old in sorted(set(busy) - touched, key=lambda c: -held[c]):
-        if not free or moves.split_below <= -1:
-            break
-        split = plan_cluster_split(components, weights, old, active[:, old], inputs, moves)
-        if split is not None and split_component(
-            components, replace(split, new=free[0]), inputs, _RIDGE, moves.separation
-        ):
-            touched |= {old, free.pop(0)}
+        free.sort(key=lambda c: held[c])
+        for old in sorted(set(busy) - touched, key=lambda c: -held[c]):
+            if not free or self.split_below <= -1:
+                break
+            split = plan_cluster_split(components, weights, old, of_points[:, old], inputs, self)
+            if split is not None and split_component(
+                components, replace(split, new=free[0]), inputs, _RIDGE, self.separation
+            ):
+                touched |= {old, free.pop(0)}
+                n_moves += 1
+        if self.residual and free:
+            norms = similarities(components, weights, free).diagonal()
+            smallest = free[int(norms.argmin())]
+            for name, weight in weights.items():
+                _add(components, name, smallest, weight - components.summed(name))
+            touched.add(smallest)
             n_moves += 1
-    if moves.residual and free:
-        norms = similarities(components, weights, free).diagonal()
-        smallest = free[int(norms.argmin())]
-        for name, weight in weights.items():
-            _add(components, name, smallest, weight - components.summed(name))
-        touched.add(smallest)
-        n_moves += 1
-    settle(components, optimizer, sorted(touched), moves.noise, generator)
-    return n_moves
+        settle(components, context.optimizer, sorted(touched), self.noise, context.generator)
+        return n_moves
 
 
 def twins(

@@ -7,8 +7,9 @@ groups, every matrix is divided between them, on whichever side the groups diffe
 attributions and gradients only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apd_lens._checks import check_fields
+from apd_lens._codec import saved
 from apd_lens._errors import InvalidSetting
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._products import inner_activations
 from apd_lens.data._points import without_padding
 from apd_lens.host._matrix import Use
+from apd_lens.moves._moves import MoveContext, check_every
+from apd_lens.moves._start import start_as_a_whole
 from apd_lens.moves._surgery import inputs_of_data_points, of_data_points, part_for, refactor, settle
 from apd_lens.passes._cotangents import random_cotangents
 from apd_lens.passes._watch import WatchedPass
@@ -39,6 +43,7 @@ _FEWEST_DATA_POINTS = 8
 _MOST_ROWS = 1024
 
 
+@saved
 @dataclass(frozen=True)
 class DivisionMoves:
     """When to make division moves, and how. Component 0 starts as the whole weights, as far as its rank can hold them.
@@ -60,13 +65,43 @@ class DivisionMoves:
     smallest: float = 0.1
     projections: int = 4
 
+    needs_active: ClassVar[bool] = True
+    has_start: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.every < 1 or self.projections < 1:
-            raise InvalidSetting(
-                "DivisionMoves needs every >= 1 step and projections >= 1, got "
-                f"every={self.every}, projections={self.projections}."
-            )
+        check_every(self)
+        if self.projections < 1:
+            raise InvalidSetting(f"DivisionMoves needs projections >= 1, got {self.projections}.")
+
+    def start(self, components: ParameterComponents, weights: Mapping[str, Float[Tensor, "..."]]) -> None:
+        """Component 0 becomes the whole weights; all others are made tiny."""
+        start_as_a_whole(components, weights)
+
+    @torch.no_grad()
+    def __call__(self, context: MoveContext) -> int:
+        """Divides components, and their parts again, while there are free ones; returns how often."""
+        components, active = context.components, context.active
+        assert active is not None
+        of_points = without_padding(active, context.watched.real).flatten(0, -2)
+        done = (without_padding(context.attributions, context.watched.real).flatten(0, -2) * of_points).sum(0)
+        order = done.argsort(descending=True).tolist()
+        is_free = (done < _FREE * done.mean()).tolist()
+        free = [c for c in reversed(order) if is_free[c]]
+        todo = [(c, of_points[:, c].nonzero()[:, 0]) for c in order if not is_free[c]]
+        touched: set[int] = set()
+        n_moves = 0
+        flows = flows_of_data_points(components, active, context.watched, self.projections) if free else []
+        while todo and free:
+            old, where = todo.pop(0)
+            where = where[: max(_FEWEST_DATA_POINTS, _MOST_ROWS // _positions(flows))]
+            groups = divide(components, old, free[0], [flow.at(where) for flow in flows], self)
+            if groups is not None:
+                todo += [(free[0], where[groups]), (old, where[~groups])]
+                touched |= {old, free.pop(0)}
+                n_moves += 1
+        settle(components, context.optimizer, sorted(touched), self.noise, context.generator)
+        return n_moves
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,38 +115,6 @@ class Flow:
     def at(self, where: Int[Tensor, " some"]) -> "Flow":
         """The same on some data points."""
         return replace(self, x=self.x[where], g=self.g[where])
-
-
-@torch.no_grad()
-def make_division_moves(
-    components: ParameterComponents,
-    optimizer: torch.optim.Optimizer,
-    attributions: Float[Tensor, "batch *pos C"],
-    mask: Bool[Tensor, "batch *pos C"],
-    watched: WatchedPass,
-    moves: DivisionMoves,
-    generator: torch.Generator,
-) -> int:
-    """Divides components, and their parts again, while there are free ones; returns how many divisions were made."""
-    active = without_padding(mask, watched.real).flatten(0, -2)
-    done = (without_padding(attributions, watched.real).flatten(0, -2) * active).sum(0)
-    order = done.argsort(descending=True).tolist()
-    is_free = (done < _FREE * done.mean()).tolist()
-    free = [c for c in reversed(order) if is_free[c]]
-    todo = [(c, active[:, c].nonzero()[:, 0]) for c in order if not is_free[c]]
-    touched: set[int] = set()
-    n_moves = 0
-    flows = flows_of_data_points(components, mask, watched, moves.projections) if free else []
-    while todo and free:
-        old, where = todo.pop(0)
-        where = where[: max(_FEWEST_DATA_POINTS, _MOST_ROWS // _positions(flows))]
-        groups = divide(components, old, free[0], [flow.at(where) for flow in flows], moves)
-        if groups is not None:
-            todo += [(free[0], where[groups]), (old, where[~groups])]
-            touched |= {old, free.pop(0)}
-            n_moves += 1
-    settle(components, optimizer, sorted(touched), moves.noise, generator)
-    return n_moves
 
 
 def flows_of_data_points(

@@ -5,22 +5,24 @@ first are picked again. A move looks at nothing but the inputs and the attributi
 start from zero, which lets them learn faster than the others for a while; without that they mostly merge again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from apd_lens._checks import check_fields
-from apd_lens._errors import InvalidSetting
+from apd_lens._codec import saved
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import MatrixInput
-from apd_lens.data._points import Real, without_padding
+from apd_lens.data._points import without_padding
+from apd_lens.moves._moves import MoveContext, check_every
 from apd_lens.moves._surgery import Split, inputs_of_data_points, settle, split_component
-from apd_lens.passes._watch import Call
 
 
+@saved
 @dataclass(frozen=True)
 class SplitMoves:
     """When to make split moves, and how.
@@ -35,35 +37,28 @@ class SplitMoves:
     until: float = 0.6
     noise: float = 5e-3
 
+    needs_active: ClassVar[bool] = False
+    has_start: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.every < 1:
-            raise InvalidSetting(f"SplitMoves needs every >= 1 step, got {self.every}.")
+        check_every(self)
 
+    def start(self, components: ParameterComponents, weights: Mapping[str, Float[Tensor, "..."]]) -> None:
+        """Changes nothing."""
 
-@torch.no_grad()
-def make_splits(
-    components: ParameterComponents,
-    optimizer: torch.optim.Optimizer,
-    attributions: Float[Tensor, "batch *pos C"],
-    real: Real,
-    calls: Sequence[Call],
-    noise: float,
-    generator: torch.Generator,
-) -> int:
-    """Splits what can be split, in place and for all matrices at once; returns how many splits were made.
-
-    Args:
-        real: False at padding, which is no data point.
-        calls: x of every use on the batch that was attributed; of several uses of a matrix the first counts.
-    """
-    inputs = inputs_of_data_points(components, attributions, real, calls)
-    alike = sum(_random_projection(x, components.factors(use)[0].shape[1], generator) for use, x in inputs)
-    assert isinstance(alike, Tensor)
-    plan = plan_splits(without_padding(attributions, real).flatten(0, -2), alike)
-    made = [split for split in plan if split_component(components, split, inputs)]
-    settle(components, optimizer, sorted({c for split in made for c in (split.old, split.new)}), noise, generator)
-    return len(made)
+    @torch.no_grad()
+    def __call__(self, context: MoveContext) -> int:
+        """Splits what can be split; returns how many splits were made. Of several uses of a matrix the first counts."""
+        components, attributions, real = context.components, context.attributions, context.watched.real
+        inputs = inputs_of_data_points(components, attributions, real, context.watched.calls)
+        alike = sum(_random_projection(x, components.factors(use)[0].shape[1], context.generator) for use, x in inputs)
+        assert isinstance(alike, Tensor)
+        plan = plan_splits(without_padding(attributions, real).flatten(0, -2), alike)
+        made = [split for split in plan if split_component(components, split, inputs)]
+        touched = sorted({c for split in made for c in (split.old, split.new)})
+        settle(components, context.optimizer, touched, self.noise, context.generator)
+        return len(made)
 
 
 def plan_splits(attributions: Float[Tensor, "data C"], alike: Float[Tensor, " data"]) -> list[Split]:

@@ -16,7 +16,7 @@ _TINY = 0.01
 
 @torch.no_grad()
 @full_precision()
-def start_as_a_whole(components: ParameterComponents, weights: dict[str, Tensor]) -> None:
+def start_as_a_whole(components: ParameterComponents, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
     """Component 0 becomes the weights, or their best approximation of its rank; all others are made tiny."""
     for name, weight in weights.items():
         A, B = components.A[name], components.B[name]

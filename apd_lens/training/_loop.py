@@ -7,13 +7,16 @@ import torch
 from tqdm.auto import tqdm
 
 from apd_lens._errors import NonFinite
-from apd_lens._settings import DEFAULTS, RANK, Attribution, Moves, Optimization
+from apd_lens._settings import DEFAULTS, RANK, Optimization
+from apd_lens.attribution._attribution import Attribution
 from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import ValidFn
 from apd_lens.data._stream import stream
 from apd_lens.decomposition._decomposition import Decomposition
 from apd_lens.losses._losses import Losses
+from apd_lens.masks._masking import Masking
 from apd_lens.masks._selection import Selection
+from apd_lens.moves._moves import Moves
 from apd_lens.passes._output import OutputFn, default_output
 from apd_lens.training._state import StepInfo, init
 from apd_lens.training._step import step
@@ -32,6 +35,7 @@ def decompose(
     losses: Losses | None = None,
     optimization: Optimization | None = None,
     moves: Moves | None = DEFAULTS.moves,
+    masks: Masking | None = None,
     output: OutputFn = default_output,
     valid: ValidFn | None = None,
     seed: int = 0,
@@ -82,6 +86,7 @@ def decompose(
         losses=losses,
         optimization=optimization,
         moves=moves,
+        masks=masks,
         output=output,
         valid=valid,
         seed=seed,

@@ -1,16 +1,19 @@
 """What a training knows between two steps, and what it reports of one."""
 
 import copy
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from apd_lens._codec import decode_settings, encode_settings
+from apd_lens._draws import draws
 from apd_lens._errors import InvalidSetting, NonFinite
-from apd_lens._settings import DEFAULTS, RANK, Attribution, Moves, Optimization, Settings
-from apd_lens.attribution._gradient import GradientAttribution
+from apd_lens._settings import DEFAULTS, RANK, Optimization, Settings
+from apd_lens.attribution._attribution import Attribution
 from apd_lens.components._components import ParameterComponents, initial_components
 from apd_lens.data._batch import Kept
 from apd_lens.data._finite import LateChecks, Reading, on_gpu
@@ -20,13 +23,14 @@ from apd_lens.host._target import TargetModel
 from apd_lens.host._wrap import wrap
 from apd_lens.losses._losses import Losses
 from apd_lens.losses._terms import Scales, scales_of
-from apd_lens.masks._selection import Lp, Selection, check_k
-from apd_lens.moves._cluster import ClusterMoves
-from apd_lens.moves._division import DivisionMoves
-from apd_lens.moves._start import start_as_a_whole, start_with_matrices
+from apd_lens.masks._masking import Masking
+from apd_lens.masks._selection import Selection
+from apd_lens.moves._moves import Moves
+from apd_lens.moves._start import start_with_matrices
 from apd_lens.passes._output import OutputFn, default_output
 from apd_lens.passes._watch import WatchedPass
 from apd_lens.training._optimizer import adam
+from apd_lens.training._streams import Stream
 from apd_lens.training._unit_norm import normalize_columns
 
 # A component counts as alive if it was active at least once in so many steps.
@@ -67,8 +71,6 @@ class State:
     settings: Settings
     output: OutputFn
     optimizer: torch.optim.Optimizer
-    host_generator: torch.Generator
-    device_generator: torch.Generator
     weights: dict[str, Tensor]
     fingerprints: dict[str, str]
     scales: Scales
@@ -76,6 +78,48 @@ class State:
     late: LateChecks | None = None
     step: int = 0
     seen: Seen | None = None
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """What is asked on each kind of data; a step takes a batch of each."""
+        return (Stream(self.settings.masking, self.settings.losses),)
+
+    def draws(self, what: str) -> torch.Generator:
+        """A generator for one purpose in the next step, on the CPU."""
+        return draws(self.settings.seed, self.step, what)
+
+    def draws_on_device(self, what: str) -> torch.Generator:
+        """A generator for one purpose in the next step, on the model's device."""
+        return draws(self.settings.seed, self.step, what, device=self.last_active.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that changes from step to step, by name: with it a fresh state goes on as this one would."""
+        if self.late is not None:
+            self.late.read()
+        named = dict(self.components.named_parameters())
+        moments = {
+            f"optimizer.{name}.{key}": value
+            for name, factor in named.items()
+            for key, value in self.optimizer.state.get(factor, {}).items()
+        }
+        factors = {f"components.{name}": factor.detach() for name, factor in named.items()}
+        selection = json.dumps(encode_settings(self.settings.selection)).encode()  # `Needed` changes
+        counts = {"step": torch.tensor(self.step), "selection": torch.tensor(list(selection), dtype=torch.uint8)}
+        return {**counts, "last_active": self.last_active, **factors, **moments}
+
+    def restored(self, tensors: Mapping[str, Tensor]) -> "State":
+        """This state, fresh from `init` with the same arguments, as it was when `tensors` were taken."""
+        for name, factor in self.components.named_parameters():
+            factor.data.copy_(tensors[f"components.{name}"])
+            prefix = f"optimizer.{name}."
+            moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if moments:
+                self.optimizer.state[factor] = {key: value.clone() for key, value in moments.items()}
+        settings, selection = self.settings, json.loads(bytes(tensors["selection"].tolist()))
+        if selection != encode_settings(settings.selection):
+            settings = replace(settings, selection=decode_settings(selection))
+        last_active = tensors["last_active"].to(self.last_active).clone()
+        return replace(self, settings=settings, last_active=last_active, step=int(tensors["step"]), seen=None)
 
     def decomposition(self) -> Decomposition:
         """The decomposition as it is now: a copy that further steps do not change.
@@ -151,6 +195,7 @@ def init(
     losses: Losses | None = None,
     optimization: Optimization | None = None,
     moves: Moves | None = DEFAULTS.moves,
+    masks: Masking | None = None,
     output: OutputFn = default_output,
     valid: ValidFn | None = None,
     seed: int = 0,
@@ -173,8 +218,13 @@ def init(
         optimization=optimization or DEFAULTS.optimization,
         moves=moves,
         seed=seed,
+        masks=masks,
     )
-    _check_selection(settings, n_components)
+    if masks is not None and not (selection is attribution is None):
+        raise InvalidSetting(
+            "masks= says what is active, and selection= and attribution= are its shorthands; give one."
+        )
+    _check(settings, n_components)
     _check_start(settings, n_components, len(names))
     for name in names:
         value = target.weights[name].value()
@@ -183,13 +233,13 @@ def init(
                 f"The target's {name} holds {int((~value.isfinite()).sum())} values that are NaN or infinite, so it "
                 "cannot be decomposed."
             )
-    host_generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     components = initial_components(
-        [target.weights[name] for name in names], n_components, rank, host_generator, settings.optimization.init_scale
+        [target.weights[name] for name in names], n_components, rank, generator, settings.optimization.init_scale
     )
     originals = {name: target.weights[name].value().to(components.A[name].dtype).clone() for name in names}
-    if isinstance(moves, DivisionMoves):
-        start_as_a_whole(components, originals)
+    if moves is not None:
+        moves.start(components, originals)
     if settings.optimization.start == "matrices":
         start_with_matrices(components, originals)
     if settings.optimization.unit_norm:
@@ -205,8 +255,6 @@ def init(
         settings=settings,
         output=output,
         optimizer=optimizer,
-        host_generator=host_generator,
-        device_generator=torch.Generator(device).manual_seed(seed),
         weights=originals,
         fingerprints={name: target.fingerprints.of(target.weights[name]) for name in names},
         scales=scales_of(settings.losses, list(originals.values())),
@@ -215,43 +263,25 @@ def init(
     )
 
 
-def _check_selection(settings: Settings, n_components: int) -> None:
-    selection = settings.selection
-    if isinstance(selection, Lp):
-        _check_lp(settings, selection)
-    else:
-        check_k(selection, n_components)
+def _check(settings: Settings, n_components: int) -> None:
+    settings.masking.check(n_components, settings.losses)
+    if settings.moves is not None and settings.moves.needs_active and not settings.masking.says_what_is_active:
+        raise InvalidSetting(
+            f"{type(settings.moves).__name__} look at which components are active, which {settings.selection} does not "
+            "say. Give Lp(threshold=...), or use SplitMoves."
+        )
 
 
 def _check_start(settings: Settings, n_components: int, n_matrices: int) -> None:
     if settings.optimization.start == "random":
         return
-    if isinstance(settings.moves, DivisionMoves):
+    if settings.moves is not None and settings.moves.has_start:
         raise InvalidSetting(
-            "DivisionMoves start with component 0 as the whole of all matrices, Optimization(start='matrices') with "
-            "a component for each; use one of them."
+            f"{type(settings.moves).__name__} have a start of their own, and Optimization(start='matrices') is "
+            "another; use one of them."
         )
     if n_components <= n_matrices:
         raise InvalidSetting(
             f"Optimization(start='matrices') takes a component for each of the {n_matrices} matrices and needs others "
             f"beside them; got n_components={n_components}."
-        )
-
-
-def _check_lp(settings: Settings, selection: Lp) -> None:
-    if not isinstance(settings.attribution, GradientAttribution):
-        raise InvalidSetting(
-            f"Lp needs attributions that it can take gradients of, GradientAttribution; got {settings.attribution}."
-        )
-    losses = settings.losses
-    if losses.path or losses.hidden or losses.distance != "mse":
-        raise InvalidSetting(
-            "Lp has no mask and no sparse pass, so its losses are faithfulness, minimality and simplicity alone; got "
-            f"Losses(path={losses.path}, hidden={losses.hidden}, distance={losses.distance!r}). Leave these out, or "
-            "use BatchTopK or TopK."
-        )
-    if isinstance(settings.moves, ClusterMoves | DivisionMoves) and selection.threshold is None:
-        raise InvalidSetting(
-            f"{type(settings.moves).__name__} look at which components are active, which Lp alone does not say. Give "
-            "Lp(threshold=...), or use SplitMoves."
         )

@@ -1,40 +1,31 @@
-"""Training: `init` makes a state, `step` takes it one batch further, `decompose` loops over them.
-
-One step: watch the target on the batch; attribute; select the active components; run the model on them alone; add up
-the losses; take an optimizer step. Now and then, split components that serve too much.
+"""One step: watch the target on the batch; attribute; select the active components; run the model on them alone; add up
+the losses; take an optimizer step. Now and then, make moves.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
-from apd_lens._schedules import value_at
-from apd_lens._settings import Settings
-from apd_lens.attribution._gradient import GradientAttribution
-from apd_lens.components._factors import Mask, full_precision
+from apd_lens.components._factors import full_precision
 from apd_lens.data._batch import Batch, Kept, tensors
 from apd_lens.data._finite import Reading, raise_first, reading_of_attributions
 from apd_lens.data._inputs import readings_of_inputs
-from apd_lens.data._points import padded, without_padding
+from apd_lens.data._points import without_padding
 from apd_lens.host._target import evaluating
 from apd_lens.host._unchanged import check_unchanged
-from apd_lens.losses._terms import at_least_float32, loss_terms, method_terms, variance, weighted_sum
-from apd_lens.losses._weights import lp_of_squares
+from apd_lens.losses._terms import LOSS_TERMS, distance_scale, hidden_terms, output_distance, weight_terms, weighted_sum
+from apd_lens.masks._masking import Masks
 from apd_lens.masks._sampling import path_mask
-from apd_lens.masks._selection import Lp
-from apd_lens.moves._cluster import ClusterMoves, make_cluster_moves
-from apd_lens.moves._division import DivisionMoves, make_division_moves
-from apd_lens.moves._split import make_splits
+from apd_lens.moves._moves import MoveContext, are_due
 from apd_lens.passes._watch import WatchedPass, reading_of_output, sparse_pass, watched_pass
 from apd_lens.training._optimizer import update
 from apd_lens.training._state import Seen, State, StepInfo
+from apd_lens.training._streams import Stream
 from apd_lens.training._unit_norm import normalize_columns
 
 
-@torch.inference_mode(False)  # with gradients, whatever they are outside
 def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
     """One training step on one batch. The model is only looked at: afterwards it is as it was. Steps beyond
     `Optimization(steps=...)` go on with the learning rate of the last one, and with all schedules at their end.
@@ -51,21 +42,11 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
 
     with evaluating(state.target.model):
         seen = watch(state, batch)
-        watched = seen.watched
-        selection = settings.selection.at(progress, batch)
-        if isinstance(selection, Lp):
-            attributions, mask, terms = _lp_attributed(state, watched, selection)
-        else:
-            attributions = settings.attribution(
-                watched, state.components, selection.granularity, state.device_generator
-            )
-            mask = selection(attributions, watched.real)
-            # Known without asking the device, but for padding.
-            n_active = selection.n_active(mask[..., 0].numel()) if padded(mask, watched.real) is None else None
-            terms = _loss_terms(state, watched, mask, n_active)
-        loss = weighted_sum(settings.losses, terms, progress)
+        (stream,) = state.streams
+        terms, masks = stream_terms(state, stream, seen.watched, progress)
+        loss = weighted_sum(stream.losses, terms, progress)
         where = f"step {state.step}"
-        readings = [reading_of_attributions(attributions, where), *readings_of_terms(terms, where)]
+        readings = [reading_of_attributions(masks.attributions, where), *readings_of_terms(terms, where)]
         if state.late is None:
             raise_first(readings)
         else:
@@ -73,13 +54,13 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
         rate = update(state.optimizer, state.components, loss, settings.optimization, state.step, state.target.model)
 
     last_active, mean_active = state.last_active, None
-    if mask is not None:
-        last_active = torch.where(mask.flatten(0, -2).any(0), state.step, last_active)
-        mean_active = without_padding(mask, watched.real).sum(-1).float().mean()
-    due = moves_are_due(settings, state.step)
+    if masks.active is not None:
+        last_active = torch.where(masks.active.flatten(0, -2).any(0), state.step, last_active)
+        mean_active = without_padding(masks.active, seen.watched.real).sum(-1).float().mean()
+    due = are_due(settings.moves, state.step, settings.optimization.steps)
     if state.late is not None:
         state.late.read(but=0 if due else 1)
-    n_moves = make_moves(state, watched, attributions, mask) if due else 0
+    n_moves = make_moves(state, seen.watched, masks) if due else 0
     info = StepInfo(
         step=state.step,
         loss=loss.detach(),
@@ -89,14 +70,36 @@ def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
         learning_rate=rate,
         moves=n_moves,
     )
-    settings = after_step(settings, info.terms["minimality"], progress)
+    settings = settings.after(info.terms["minimality"], progress)
     return replace(state, settings=settings, last_active=last_active, step=state.step + 1, seen=seen), info
 
 
-def after_step(settings: Settings, minimality: Tensor, progress: float) -> Settings:
-    """The settings of the next step, in which another number of components may be active (`Needed`)."""
-    selection = settings.selection.after(minimality, progress, settings.optimization.steps)
-    return settings if selection is settings.selection else replace(settings, selection=selection)
+def stream_terms(
+    state: State, stream: Stream, watched: WatchedPass, progress: float
+) -> tuple[dict[str, Tensor], Masks]:
+    """The loss terms of a stream on a batch, without coefficients, and its masks."""
+    losses, components, run = stream.losses, state.components, watched.run
+    scale = distance_scale(watched, losses)
+    masks = stream.masking.masks(watched, components, progress, scale, state.draws_on_device("attribution"))
+    importance = without_padding(masks.importance, watched.real)
+    share, hidden, distances = 1.0, {}, {}
+    if masks.minimality is not None:
+        distances["minimality"] = masks.minimality
+    else:
+        assert masks.active is not None
+        if losses.normalization == "relative":
+            share = importance.float().mean().clamp_min(1e-12)  # none may be active
+        outputs = {}
+        outputs["minimality"], hidden = sparse_pass(
+            state.target, components, run.inputs, masks.active, run.output, losses.hidden_at, masks.n_active
+        )
+        if losses.path:
+            path = path_mask(masks.active, state.draws_on_device("path"))
+            outputs["path"], _ = sparse_pass(state.target, components, run.inputs, path, run.output)
+        distances = {name: output_distance(watched, output, losses, scale) for name, output in outputs.items()}
+    of_weights = weight_terms(losses, state.scales, state.weights, components, importance, share)
+    terms = {**of_weights, **distances, **hidden_terms(losses, watched, hidden)}
+    return {name: terms[name] for name in LOSS_TERMS if name in terms}, masks
 
 
 def watch(state: State, batch: Batch) -> Seen:
@@ -123,67 +126,24 @@ def watch(state: State, batch: Batch) -> Seen:
     return Seen(kept, watched, readings)
 
 
-def _loss_terms(state: State, watched: WatchedPass, mask: Mask, n_active: int | None = None) -> dict[str, Tensor]:
-    """The passes of the model on components that the losses need, and the losses."""
-    losses, components, inputs = state.settings.losses, state.components, watched.run.inputs
-    outputs = {}
-    outputs["minimality"], hidden = sparse_pass(
-        state.target, components, inputs, mask, state.output, losses.hidden_at, n_active
-    )
-    if losses.path:
-        path = path_mask(mask, state.device_generator)
-        outputs["path"], _ = sparse_pass(state.target, components, inputs, path, state.output)
-    return loss_terms(losses, state.scales, state.weights, watched, components.A, components.B, mask, outputs, hidden)
-
-
-def _lp_attributed(
-    state: State, watched: WatchedPass, selection: Lp
-) -> tuple[Tensor, Bool[Tensor, "batch *pos C"] | None, dict[str, Tensor]]:
-    """Attributions; which are active, if that can be said; and the terms of the Lp form, which need no sparse pass."""
-    attribution, p = state.settings.attribution, value_at(selection.p, 1.0)
-    assert isinstance(attribution, GradientAttribution)
-    squares = attribution.squares(watched, state.components, selection.granularity, state.device_generator)
-    scale = 1.0
-    if state.settings.losses.normalization == "relative":
-        scale = variance(without_padding(at_least_float32(watched.output.detach()), watched.real))
-    sparsity = without_padding(lp_of_squares(squares / scale, p), watched.real)
-    components = state.components
-    terms = method_terms(
-        state.settings.losses,
-        state.scales,
-        state.weights,
-        components.A,
-        components.B,
-        sparsity.sum(-1).mean(),
-        sparsity,
-    )
-    attributions = squares.detach().sqrt()
-    return attributions, None if selection.threshold is None else selection(attributions, watched.real), terms
-
-
-def moves_are_due(settings: Settings, step: int) -> bool:
-    """Whether moves are made after a step, counted from 0."""
-    moves, done = settings.moves, step + 1
-    return moves is not None and done % moves.every == 0 and done < moves.until * settings.optimization.steps
-
-
 @full_precision()
-def make_moves(state: State, watched: WatchedPass, attributions: Tensor, mask: Tensor | None) -> int:
+def make_moves(state: State, watched: WatchedPass, masks: Masks) -> int:
     """Makes the moves that the settings ask for, in place; returns how many."""
-    moves, components, optimizer = state.settings.moves, state.components, state.optimizer
-    if isinstance(moves, DivisionMoves):
-        assert mask is not None
-        n_moves = make_division_moves(components, optimizer, attributions, mask, watched, moves, state.host_generator)
-    elif isinstance(moves, ClusterMoves):
-        assert mask is not None
-        n_moves = make_cluster_moves(components, optimizer, state.weights, mask, watched, moves, state.host_generator)
-    else:
-        assert moves is not None
-        n_moves = make_splits(
-            components, optimizer, attributions, watched.real, watched.calls, moves.noise, state.host_generator
+    moves = state.settings.moves
+    assert moves is not None
+    n_moves = moves(
+        MoveContext(
+            components=state.components,
+            optimizer=state.optimizer,
+            weights=state.weights,
+            watched=watched,
+            attributions=masks.attributions,
+            active=masks.active,
+            generator=state.draws("moves"),
         )
+    )
     if n_moves and state.settings.optimization.unit_norm:
-        normalize_columns(components)
+        normalize_columns(state.components)
     return n_moves
 
 

@@ -149,19 +149,6 @@ def test_few_components_make_auto_exact():
         assert (came.attribution_error(x) == AttributionError(0.0, 1.0)) == is_exact
 
 
-@pytest.mark.parametrize(("n_outputs", "n_seeds"), [(300, 2), (200, 40)])
-def test_auto_is_the_same_for_several_seeds_at_once(n_outputs: int, n_seeds: int):
-    """Three components are few; those of all seeds are few beside 300 outputs, and many beside 200. Each seed is
-    decomposed as it is alone, with the same batch again and again."""
-    model, x = nn.Linear(6, n_outputs), torch.randn(16, 6)
-    options = {"n_components": 3, "selection": apd.BatchTopK(1.0), "progress": False,
-               "optimization": apd.Optimization(steps=6)}  # fmt: skip
-    together = apd.decompose_seeds(model, [x], seeds=range(n_seeds), **options)
-    for seed, came in enumerate(together[:2]):
-        alone = apd.decompose(model, [x], seed=seed, **options)
-        assert_close(came.components.A["weight"], alone.components.A["weight"], rtol=1e-4, atol=1e-6)
-
-
 class OnlyOnce(torch.autograd.Function):
     """sin, marked as not to be differentiated twice."""
 

@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from support import outside
+from support.moves import context_of
 from support.toy_models import ResidualMLP, Snapshot
 from torch import Tensor
 from torch.testing import assert_close
 
 import apd_lens as apd
-from apd_lens.moves._cluster import make_cluster_moves, opposite_clusters, twins
+from apd_lens.moves._cluster import opposite_clusters, twins
 from apd_lens.passes._watch import watched_pass
 
 QUIET = apd.ClusterMoves(noise=0.0, residual=False)
@@ -36,9 +37,7 @@ def diagonal(*entries: float) -> Tensor:
 
 def moved(state: apd.State, x: Tensor, mask: Tensor, moves: apd.ClusterMoves) -> tuple[int, Tensor]:
     watched = watched_pass(state.target, ["weight"], x, state.output)
-    made = make_cluster_moves(
-        state.components, state.optimizer, state.weights, mask, watched, moves, state.host_generator
-    )
+    made = moves(context_of(state, watched, mask.float(), mask))
     return made, state.components.component_weights("weight").detach()
 
 

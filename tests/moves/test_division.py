@@ -3,12 +3,13 @@
 import pytest
 import torch
 from support import outside
+from support.moves import context_of
 from support.toy_models import ResidualMLP, Snapshot
 from torch.testing import assert_close
 
 import apd_lens as apd
 from apd_lens.host._matrix import Use
-from apd_lens.moves._division import Flow, best_part, flows_of_data_points, make_division_moves, two_groups
+from apd_lens.moves._division import Flow, best_part, flows_of_data_points, two_groups
 from apd_lens.passes._watch import watched_pass
 
 QUIET = apd.DivisionMoves(noise=0.0)
@@ -30,9 +31,7 @@ def divided(state: apd.State, x: torch.Tensor) -> tuple[int, torch.Tensor]:
     watched = watched_pass(state.target, ["weight"], x, state.output)
     attributions = torch.zeros(len(x), state.components.n_components)
     attributions[:, 0] = 1.0
-    made = make_division_moves(
-        state.components, state.optimizer, attributions, attributions > 0, watched, QUIET, state.host_generator
-    )
+    made = QUIET(context_of(state, watched, attributions, attributions > 0))
     return made, state.components.component_weights("weight").detach()
 
 

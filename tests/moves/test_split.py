@@ -3,12 +3,13 @@
 import pytest
 import torch
 from support.hooked import hooked_transformer, tokens
+from support.moves import context_of
 from support.toy_models import TMS, ResidualMLP, TinyGPT
 from torch.testing import assert_close
 
 import apd_lens as apd
 from apd_lens.moves import _surgery
-from apd_lens.moves._split import make_splits, plan_splits
+from apd_lens.moves._split import plan_splits
 from apd_lens.moves._surgery import Split, part_for, split_component
 from apd_lens.passes._output import default_output
 from apd_lens.passes._watch import watched_pass
@@ -145,12 +146,11 @@ def test_the_new_component_takes_over_and_the_sum_stays(make):
 def test_the_optimizer_forgets_the_touched_components_only():
     model, x = ResidualMLP(4, 6, 5, 1), torch.randn(8, 4)
     state, _ = apd.step(apd.init(model, n_components=4, rank=2, selection=apd.TopK(2)), x)
-    calls = watched_pass(state.target, state.components.names, x, default_output).calls
+    watched = watched_pass(state.target, state.components.names, x, default_output)
     attributions = torch.zeros(8, 4)
     attributions[:4, 0], attributions[4:6, 1], attributions[6:, 2] = 2.0, 1.0, 1.0
-    generator = torch.Generator().manual_seed(0)
     before = [factor.detach().clone() for factor in state.components.parameters()]
-    assert make_splits(state.components, state.optimizer, attributions, None, calls, 0.01, generator) == 1
+    assert apd.SplitMoves(noise=0.01)(context_of(state, watched, attributions)) == 1
     for factor, was in zip(state.components.parameters(), before, strict=True):
         moments = state.optimizer.state[factor]
         assert (moments["exp_avg"][[0, 3]] == 0).all()

@@ -1,0 +1,132 @@
+"""Who says what is active: the protocol of maskings, and the one by attributions."""
+
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from apd_lens._checks import check_fields
+from apd_lens._codec import saved
+from apd_lens.attribution._attribution import Attribution
+from apd_lens.attribution._gradient import GradientAttribution
+from apd_lens.components._components import ParameterComponents
+from apd_lens.components._factors import Mask
+from apd_lens.data._points import padded
+from apd_lens.losses._losses import Losses
+from apd_lens.masks._selection import BatchTopK, Selection
+from apd_lens.passes._watch import WatchedPass
+
+
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """What a masking says of a batch in a training step.
+
+    Attributes:
+        attributions: without a graph; what moves look at.
+        importance: has the place of the mask s_c in simplicity; in a graph where the masking learns through it.
+        active: which components a sparse pass runs on; None where nothing says it.
+        n_active: number of True in `active`, where it is known without asking the device.
+        minimality: the masking's own minimality loss, in the place of that of a sparse pass; None for a sparse pass.
+    """
+
+    attributions: Float[Tensor, "batch *pos C"]
+    importance: Mask
+    active: Bool[Tensor, "batch *pos C"] | None
+    n_active: int | None = None
+    minimality: Float[Tensor, ""] | None = None
+
+
+@runtime_checkable
+class Masking(Protocol):
+    """Says which components are active on a batch.
+
+    Attributes:
+        attribution: how much each component matters.
+        selection: which components are active, after the training.
+        says_what_is_active: whether a step has a mask of active components, which some moves need.
+    """
+
+    @property
+    def attribution(self) -> Attribution: ...
+
+    @property
+    def selection(self) -> Selection: ...
+
+    @property
+    def says_what_is_active(self) -> bool: ...
+
+    def check(self, n_components: int, losses: Losses) -> None:
+        """Raises InvalidSetting for what cannot work with so many components, or with these losses."""
+        ...
+
+    def after(self, minimality: Tensor, progress: float, steps: int) -> "Masking":
+        """The masking of the next step out of so many, when `progress`, a share of them, is done."""
+        ...
+
+    def masks(
+        self,
+        watched: WatchedPass,
+        components: ParameterComponents,
+        progress: float,
+        scale: Float[Tensor, ""] | float,
+        generator: torch.Generator | None = None,
+    ) -> Masks:
+        """The masks of a training step.
+
+        Args:
+            progress: the share of the steps that is done.
+            scale: what squared differences of outputs are divided by.
+        """
+        ...
+
+
+@saved
+@dataclass(frozen=True)
+class Attributed:
+    """The components with the largest attributions are active.
+
+    Attributes:
+        attribution: how much each component matters.
+        selection: from attributions to the mask.
+    """
+
+    attribution: Attribution = field(default_factory=GradientAttribution)
+    selection: Selection = field(default_factory=lambda: BatchTopK(k=1.0))
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def says_what_is_active(self) -> bool:
+        return True
+
+    def check(self, n_components: int, losses: Losses) -> None:
+        self.selection.check(n_components)
+
+    def after(self, minimality: Tensor, progress: float, steps: int) -> "Attributed":
+        selection = self.selection.after(minimality, progress, steps)
+        return self if selection is self.selection else replace(self, selection=selection)
+
+    def masks(
+        self,
+        watched: WatchedPass,
+        components: ParameterComponents,
+        progress: float,
+        scale: Float[Tensor, ""] | float,
+        generator: torch.Generator | None = None,
+    ) -> Masks:
+        selection = self.selection.at(progress, watched.run.batch)
+        attributions = self.attribution(watched, components, selection.granularity, generator)
+        active = selection(attributions, watched.real)
+        # Known without asking the device, but for padding.
+        n_active = selection.n_active(active[..., 0].numel()) if padded(active, watched.real) is None else None
+        return Masks(attributions, active, active, n_active)
+
+
+def masking_of(selection: Selection, attribution: Attribution) -> Masking:
+    """The masking that a selection and an attribution are a shorthand for; `Lp` is one itself."""
+    if isinstance(selection, Masking):
+        return replace(selection, attribution=attribution)  # type: ignore[type-var]
+    return Attributed(attribution, selection)

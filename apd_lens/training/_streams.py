@@ -1,0 +1,21 @@
+"""Streams: data, who says what is active on it, and what counts there."""
+
+from dataclasses import dataclass
+
+from apd_lens.losses._losses import Losses
+from apd_lens.masks._masking import Masking
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What is asked of the components on one kind of data.
+
+    Attributes:
+        masking: says which components are active.
+        losses: what counts, and how much.
+        name: stands in front of the names of its loss terms; "" for the only one.
+    """
+
+    masking: Masking
+    losses: Losses
+    name: str = ""
