@@ -133,9 +133,7 @@ class GradientAttribution:
         return pushforward(watched)
 
     def is_exact(self, watched: WatchedPass, components: ParameterComponents, granularity: Granularity) -> bool:
-        """Whether attributions on this pass are exact, and not estimated from random projections of the output.
-
-        With "auto" they stay so where the Jacobian of the pass was kept, by seeds that were attributed together."""
+        """Whether attributions on this pass are exact, and not estimated from random projections of the output."""
         return (
             are_exact(watched.output, self.projections)
             or (self.projections == "auto" and watched.jacobians is not None)

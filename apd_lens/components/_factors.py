@@ -30,16 +30,16 @@ def full_precision() -> Iterator[None]:
 
 @full_precision()
 def sum_of_components(
-    A: Float[Tensor, "*seeds C d_in m"], B: Float[Tensor, "*seeds C m d_out"]
-) -> Float[Tensor, "*seeds d_in d_out"]:
+    A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"]
+) -> Float[Tensor, "d_in d_out"]:
     """Σ_c A_c B_c, without building the components one by one."""
     columns, rows = side_by_side(A, B)
     return columns @ rows
 
 
 def side_by_side(
-    A: Float[Tensor, "*seeds C d_in m"], B: Float[Tensor, "*seeds C m d_out"]
-) -> tuple[Float[Tensor, "*seeds d_in C_m"], Float[Tensor, "*seeds C_m d_out"]]:
+    A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"]
+) -> tuple[Float[Tensor, "d_in C_m"], Float[Tensor, "C_m d_out"]]:
     """The columns of all A_c, and the rows of all B_c, each as one matrix."""
     return rearrange(A, "... C d_in m -> ... d_in (C m)"), rearrange(B, "... C m d_out -> ... (C m) d_out")
 

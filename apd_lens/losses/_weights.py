@@ -64,12 +64,12 @@ def weight_losses(
     return rest.square().sum(), _simplicity(squares_A, squares_B, mask, p, floor)
 
 
-def _squared_norms(vectors: Float[Tensor, "*seeds C m d"]) -> Float[Tensor, "*seeds C m"]:
+def _squared_norms(vectors: Float[Tensor, "C m d"]) -> Float[Tensor, "C m"]:
     return torch.linalg.vector_norm(vectors, dim=-1).square()
 
 
 class _RestAndSquaredNorms(torch.autograd.Function):
-    """W − Σ_c A_c B_c, ‖A_c[:, m]‖² and ‖B_c[m, :]‖²; where seeds are mapped over, with an axis for them in front.
+    """W − Σ_c A_c B_c, ‖A_c[:, m]‖² and ‖B_c[m, :]‖².
 
     Factors, and so their gradients, are often the largest tensors of a step: the backward pass makes one of each, where
     autograd would make one for each result, and add them up.
@@ -78,13 +78,6 @@ class _RestAndSquaredNorms(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return weight - sum_of_components(A, B), _squared_norms(A.mT), _squared_norms(B)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        in_front = [
-            tensor[None] if dim is None else tensor.movedim(dim, 0) for tensor, dim in zip(inputs, in_dims, strict=True)
-        ]
-        return _RestAndSquaredNorms.apply(*in_front), (0, 0, 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, ...]) -> None:

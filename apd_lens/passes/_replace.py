@@ -31,27 +31,6 @@ def replace_weights(
     return replace
 
 
-def replace_weights_of_each(
-    components: ParameterComponents, masks: Float[Tensor, "replicates examples *mask_pos C"]
-) -> Intercept:
-    """For a batch replicated for each of several sets of components: y = x κ + bias, each replicate with its own set
-    and masks.
-
-    Args:
-        components: all sets, one after another.
-    """
-    n = len(masks)
-
-    def replace(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-        A, B = (factor.unflatten(0, (n, -1)) for factor in components.factors(use))
-        shared = len(x) == 1  # by all examples, such as position embeddings
-        of_each = torch.vmap(masked_product, in_dims=(None if shared else 0, 0, 0, 0))
-        y = of_each(x if shared else x.unflatten(0, (n, -1)), A, B, masks).flatten(0, 1)
-        return _in_host_dtype(y if bias is None else y + bias, x, original)
-
-    return replace
-
-
 def subtract_weights(components: ParameterComponents, chosen: Sequence[int]) -> Intercept:
     """y = x W + bias − Σ_{c chosen} x P_c; with nothing chosen, the host's own y."""
 

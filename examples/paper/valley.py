@@ -1,6 +1,6 @@
 """How wide the valley is: the share of seeds that meet the goal where one coefficient at a time is another.
 
-All seeds of a cell run together on one target (`decompose_seeds`). Each cell leaves a JSON, and those that are there
+All seeds of a cell run on one target. Each cell leaves a JSON, and those that are there
 are skipped. The seeds of the cell in the middle are compared with each other as well (`metrics.stability`).
 """
 
@@ -40,14 +40,17 @@ def run(name: str, coefficient: str, factor: float, n_seeds: int, steps: int | N
     """One cell of the grid: how many of the seeds meet the goal, and their numbers."""
     system, start = paper.SYSTEMS[name], time.perf_counter()
     target = make_target(name)
-    decompositions = apd.decompose_seeds(
-        target.model,
-        target.batches(system.batch_size, seed=1000),
-        target.weights,
-        seeds=range(n_seeds),
-        progress=False,
-        **paper.settings(system, with_factor(system.losses, coefficient, factor), steps),
-    )
+    decompositions = [
+        apd.decompose(
+            target.model,
+            target.batches(system.batch_size, seed=1000),
+            target.weights,
+            seed=seed,
+            progress=False,
+            **paper.settings(system, with_factor(system.losses, coefficient, factor), steps),
+        )
+        for seed in range(n_seeds)
+    ]
     numbers = [system.measure(target, decomposition) for decomposition in decompositions]
     cell = {
         "system": name,
