@@ -22,6 +22,7 @@ from apd_lens._checks import checked
 from apd_lens._codec import decode_settings, encode_settings
 from apd_lens._errors import ArtifactError, InvalidBatches, NonFinite
 from apd_lens._files import user_path
+from apd_lens._memory import fitting
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import full_precision
 from apd_lens.data._batch import Batch
@@ -39,8 +40,6 @@ from apd_lens.responses._responses import add_coactivation
 
 _FORMAT = "apd_lens monitor 2"
 _WITHOUT_DIGEST = "apd_lens monitor 1"
-# Entries of a temporary `data given component`.
-_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,7 +271,7 @@ def _rarest(
     n_components = mask.shape[1]
     n_most = int(mask.sum(1).max()) if len(mask) else 0
     parts = []
-    for some in mask.split(max(1, _AT_ONCE // (n_most + 1) ** 2)):
+    for some in mask.split(fitting(32 * (n_most + 1) ** 2)):
         # The active components of each data point, side by side, and behind them what is no component.
         on, component = some.to(torch.uint8).topk(n_most, dim=1)
         nothing = torch.full((len(some), 1), n_components, device=mask.device)

@@ -11,8 +11,8 @@ from torch import Tensor
 from apd_lens._checks import check_fields
 from apd_lens._codec import saved
 from apd_lens._errors import InvalidSetting
+from apd_lens._memory import BUDGET, fitting, slices
 from apd_lens.attribution._over_outputs import root_mean, shared_positions
-from apd_lens.attribution._pushforward import slices
 from apd_lens.components._components import ParameterComponents
 from apd_lens.data._points import Granularity
 from apd_lens.passes._replace import subtract_weights_of_each
@@ -34,7 +34,7 @@ class AblationAttribution:
             the batch is repeated, or cut, accordingly. A CPU is faster with less, such as 2**26.
     """
 
-    memory: int = 2**29
+    memory: int = BUDGET
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -50,7 +50,7 @@ class AblationAttribution:
     ) -> Float[Tensor, "batch *pos C"]:
         n_examples, n_components = len(watched.output), components.n_components
         positions = shared_positions(watched.calls) if granularity == "position" else torch.Size()
-        n_at_once = max(1, self.memory // watched.bytes_per_example())
+        n_at_once = fitting(watched.bytes_per_example(), self.memory)
         examples_at_once = min(n_examples, n_at_once)
         replicates = n_at_once // examples_at_once
         places_at_once = min(positions.numel(), replicates)

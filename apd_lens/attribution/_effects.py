@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from apd_lens._errors import ShapeMismatch
+from apd_lens._memory import fitting, slices
 from apd_lens.attribution._over_outputs import shared_positions
 from apd_lens.attribution._pullback import Jacobians, Part, jacobians_in_parts
 from apd_lens.components._components import ParameterComponents
@@ -77,13 +78,13 @@ def effects_of_calls(
     factor = next(components.parameters())
     itemsize = torch.finfo(factor.dtype).bits // 8
     numbers = max(term.numbers_per_example() for term in terms)
-    chunk = max(1, memory // (numbers * itemsize))
+    chunk = fitting(numbers * itemsize, memory)
     if not on_gpu(factor.device):
-        chunk = min(chunk, max(_FEWEST_EXAMPLES, _CACHE // (numbers * itemsize)))
+        chunk = min(chunk, max(_FEWEST_EXAMPLES, fitting(numbers * itemsize, _CACHE)))
     slopes = None if jacobians.slopes is None else jacobians.slopes.to(factor.dtype)
     n_examples = len(used[0][1].x)
-    for first in range(0, n_examples, chunk):
-        examples, total = slice(first, first + chunk), None
+    for examples in slices(n_examples, chunk):
+        total = None
         inner = {number: of_call(examples) for number, of_call in inner_of.items()}
         for term in terms:
             effects = term([inner[number] for number in term.calls], examples, granularity)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from apd_lens._checks import check_fields
 from apd_lens._codec import saved
+from apd_lens._memory import BUDGET
 from apd_lens.attribution._effects import effects_of_calls, effects_on_outputs
 from apd_lens.attribution._over_outputs import mean_over_outputs, root_mean, sum_of_squares
 from apd_lens.attribution._projections import AUTO_PROJECTIONS, are_exact, check_projections, cotangents_for
@@ -60,7 +61,7 @@ class GradientAttribution:
 
     projections: int | Literal["auto", "exact"] = "auto"
     kind: Literal["rademacher", "normal"] = "rademacher"
-    memory: int = 2**29
+    memory: int = BUDGET
 
     def __post_init__(self) -> None:
         check_fields(self)

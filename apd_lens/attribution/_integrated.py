@@ -10,6 +10,7 @@ from torch import Tensor
 from apd_lens._checks import check_fields
 from apd_lens._codec import saved
 from apd_lens._errors import InvalidSetting
+from apd_lens._memory import BUDGET, fitting, slices
 from apd_lens.attribution._effects import effects_on_outputs
 from apd_lens.attribution._over_outputs import root_mean, shared_positions
 from apd_lens.attribution._projections import check_projections, cotangents_for
@@ -43,7 +44,7 @@ class IntegratedGradients:
     steps: int = 8
     start: Literal["all", "zero"] = "all"
     projections: int | Literal["auto", "exact"] = "auto"
-    memory: int = 2**29
+    memory: int = BUDGET
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -61,14 +62,14 @@ class IntegratedGradients:
         cotangents = cotangents_for(watched.output, self.projections, "rademacher", generator)
         n_places = shared_positions(watched.calls).numel() if granularity == "position" else 1
         n_effects = 2 * n_places * components.n_components  # of one v and example, and what is added to them
-        pairs_at_once = max(1, self.memory // (n_effects * watched.output.element_size()))
+        pairs_at_once = fitting(n_effects * watched.output.element_size(), self.memory)
         vs_at_once = min(cotangents.count, pairs_at_once)
         examples_at_once = pairs_at_once // vs_at_once
         attributions = []
-        for first in range(0, len(watched.output), examples_at_once):
-            examples, squares = slice(first, first + examples_at_once), []
-            for first_v in range(0, cotangents.count, vs_at_once):
-                some = cotangents.some(first_v, min(first_v + vs_at_once, cotangents.count))
+        for examples in slices(len(watched.output), examples_at_once):
+            squares = []
+            for vs in slices(cotangents.count, vs_at_once):
+                some = cotangents.some(vs.start, vs.stop)
                 effects = self.effects(watched, some, components, granularity, examples)
                 squares.append(effects.square_().sum(0))
             total = torch.stack(squares).sum(0)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from apd_lens._errors import ShapeMismatch
+from apd_lens._memory import BUDGET
 from apd_lens.attribution._effects import effects_of_calls
 from apd_lens.attribution._pullback import Jacobians
 from apd_lens.components._components import ParameterComponents
@@ -26,7 +27,7 @@ def metric_effects(
     components: ParameterComponents,
     granularity: Granularity,
     metric: Callable[[Tensor], Tensor],
-    memory: int = 2**29,
+    memory: int = BUDGET,
 ) -> Float[Tensor, "batch *pos C"]:
     """Σ_l Σ_uses <∂metric/∂y_l , x_l P_c,l>: signed, positive where a component raises the metric.
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from apd_lens._memory import chunks
 from apd_lens.attribution._linearity import (
     Readout,
     cut_off,
@@ -80,14 +81,13 @@ def jacobians_in_parts(
         find = readout_of_graph if on_gpu(watched.output.device) else find_readout
         readout = find(watched, root)
     n_examples = len(watched.output)
-    bytes_per_example = cotangents.count * _bytes_per_cotangent(watched, readout) / n_examples
-    examples_at_once = max(1, int(memory / bytes_per_example)) if bytes_per_example else n_examples
-    if examples_at_once >= n_examples:
+    parts = chunks(n_examples, cotangents.count * _bytes_per_cotangent(watched, readout) / n_examples, memory)
+    if len(parts) == 1:
         yield watched, _chunks(watched, root, slopes, readout, cotangents, memory)
         return
     watched.spent = True  # what is left of its graph is not worth keeping
-    for first in range(0, n_examples, examples_at_once):
-        part = watched.again(None, slice(first, first + examples_at_once))
+    for examples in parts:
+        part = watched.again(None, examples)
         yield part, _chunks(part, *_root(part, cotangents), readout, cotangents, memory)
 
 
@@ -106,10 +106,8 @@ def _chunks(
     memory: int,
 ) -> Iterator[Jacobians]:
     ys, xs, output = [call.y for call in watched.calls], inputs(watched), watched.output
-    chunk = min(cotangents.count, max(1, int(memory / max(1, _bytes_per_cotangent(watched, readout)))))
-    for first in range(0, cotangents.count, chunk):
-        last = min(first + chunk, cotangents.count)
-        vs, known = cotangents.rows(first, last), dict[int, Tensor]()
+    for some in chunks(cotangents.count, _bytes_per_cotangent(watched, readout), memory):
+        vs, known, is_last = cotangents.rows(some.start, some.stop), dict[int, Tensor](), some.stop == cotangents.count
         direct = _direct(readout, root, output, vs, ys, xs)
         for number, stage in enumerate(readout.stages):
             own = [ys[call] for call in stage.calls]
@@ -126,16 +124,16 @@ def _chunks(
                 own,
                 at_start,
                 is_grads_batched=True,
-                retain_graph=last < cotangents.count or number + 1 < len(readout.stages),
+                retain_graph=not is_last or number + 1 < len(readout.stages),
                 allow_unused=True,
             )
             known |= {call: at_y for call, at_y in zip(stage.calls, pulled, strict=True) if at_y is not None}
         of_calls: list[Sequence[Part]] = [[(known[call], None)] if call in known else [] for call in range(len(ys))]
         for call, maps in readout.affine.items():
             of_calls[call] = [(direct[ys[call]], None), *((known[b], M) for b, M in maps.items())]
-        jacobians = Jacobians(of_calls, None if slopes is None else slopes[first:last])
-        watched.spent = watched.spent or (bool(readout.stages) and last == cotangents.count)
-        if chunk == cotangents.count and cotangents.exact:  # good for the same batch the next time too
+        jacobians = Jacobians(of_calls, None if slopes is None else slopes[some])
+        watched.spent = watched.spent or (bool(readout.stages) and is_last)
+        if is_last and some.start == 0 and cotangents.exact:  # good for the same batch the next time too
             watched.jacobians = jacobians
         yield jacobians
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from apd_lens._memory import fitting, slices
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._products import component_outputs
 from apd_lens.data._points import Granularity
@@ -98,7 +99,7 @@ def squared_effects(
     J: Pushforward, watched: WatchedPass, components: ParameterComponents, granularity: Granularity, memory: int
 ) -> Float[Tensor, "examples *data_pos C"]:
     """Σ_o ( Σ_l Σ_uses <∂f_o/∂y_l , x_l P_c,l> )², pushing x P_c forward for each component (and position)."""
-    at_once = max(1, memory // (len(watched.output) * watched.bytes_per_example()))
+    at_once = fitting(len(watched.output) * watched.bytes_per_example(), memory)
     positions = J.calls[0].y.shape[1:-1] if granularity == "position" else torch.Size()
     places_at_once = min(positions.numel(), at_once)
     factors = [components.factors(call.use) for call in J.calls]
@@ -129,7 +130,3 @@ def _written(
     at_places = written[:, :, :, places].diagonal(dim1=1, dim2=3)
     at_places.copy_(rearrange(component_outputs(x, A, B), "example place C d_out -> C example d_out place"))
     return written.reshape(-1, *call.y.shape)
-
-
-def slices(length: int, at_once: int) -> list[slice]:
-    return [slice(first, min(first + at_once, length)) for first in range(0, length, at_once)]

@@ -8,6 +8,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from apd_lens._memory import chunks, fitting
 from apd_lens.attribution._effects import effects_of_calls
 from apd_lens.attribution._gradient import GradientAttribution
 from apd_lens.attribution._metric import Metric, metric_gradients, metric_on
@@ -148,9 +149,8 @@ def _squares(
     n_examples, (n_components, _, m) = len(calls[0].x), components.A[calls[0].use.matrix].shape
     positions = calls[0].y[0, ..., 0].numel()
     numbers = len(effects) * positions * n_components * (m + 2 * units.number)
-    at_once = max(1, memory // (numbers * squares.element_size()))
-    for first in range(0, n_examples, at_once):
-        examples, total = slice(first, first + at_once), None
+    for examples in chunks(n_examples, numbers * squares.element_size(), memory):
+        total = None
         for jacobian, call in chosen:
             if jacobian is not None:
                 jacobian = jacobian if jacobian.shape[1] == 1 else jacobian[:, examples]
@@ -182,7 +182,7 @@ def _effects_of_units(
     numbers = unit_numbers(units, stored)[use.columns if on_columns else use.rows]
     summed = "v e {} C" if granularity == "example" else "v e p {} C"
     whole = inner_activations(x, A) if on_columns else einsum(jacobian, B, "v e p d_out, C m d_out -> v e p C m")
-    at_once = max(1, memory // (max(1, whole.numel()) * len(jacobian) * whole.element_size()))
+    at_once = fitting(whole.numel() * len(jacobian) * whole.element_size(), memory)
     at_places = () if granularity == "example" else x.shape[1:2]
     effects = A.new_zeros(len(jacobian), len(x), *at_places, units.number + 1, len(A))
     for unit, index in _blocks(numbers.to(A.device), at_once):

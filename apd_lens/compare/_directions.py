@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from apd_lens._errors import InvalidSetting, ShapeMismatch, UnknownWeight
+from apd_lens._memory import fitting
 from apd_lens.compare._dictionaries import Dictionary
 from apd_lens.compare._matching import Matching, matching, side_by_side, with_null
 from apd_lens.components._components import ParameterComponents
@@ -35,9 +36,6 @@ from apd_lens.data._stream import check_batches
 from apd_lens.decomposition._decomposition import Decomposition
 from apd_lens.host._matrix import Use
 from apd_lens.host._target import evaluating
-
-# Numbers in a temporary of `direction_cosines`.
-_AT_ONCE = 2**24
 
 Side = Literal["write", "read"]
 
@@ -94,7 +92,7 @@ def direction_cosines(
     small = R @ B
     largest = torch.linalg.matrix_norm(small, ord=2)
     units = F.normalize(directions.to(small), dim=1)
-    at_once = max(1, _AT_ONCE // max(1, small.shape[1] * len(units)))
+    at_once = fitting(32 * small.shape[1] * len(units))
     parts = [
         rearrange(rearrange(some, "C m d -> (C m) d") @ units.mT, "(C m) n -> C m n", C=len(some)).norm(dim=1)
         for some in small.split(at_once)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from apd_lens import metrics
 from apd_lens._errors import InvalidBatches, InvalidSetting, ShapeMismatch
+from apd_lens._memory import chunks
 from apd_lens.attribution._projections import AUTO_PROJECTIONS, are_exact
 from apd_lens.compare._activations import Pool, pooled
 from apd_lens.compare._dictionaries import Dictionary, Latents, moved, random_dictionary
@@ -39,9 +40,6 @@ from apd_lens.passes._watch import check_finite_output, sparse_pass
 # Between the target's output and another; or "ce", of labels.
 Loss = Literal["mse", "kl", "ce"] | Callable[[Tensor, Tensor], Tensor]
 Scores = Literal["activation", "gradient"]
-
-# Bytes that gradients with respect to latents may take at a time.
-_MEMORY = 2**29
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,10 +283,10 @@ class _Spliced:
             K = AUTO_PROJECTIONS if isinstance(self.projections, str) else self.projections
             generator = torch.Generator(output.device).manual_seed(self.seed)
             cotangents = random_cotangents(output, K, "rademacher", generator)
-        at_once = max(1, _MEMORY // (2 * sum(each.numel() * each.element_size() for each in leaves)))
+        bytes_each = 2 * sum(each.numel() * each.element_size() for each in leaves)
         squares = [torch.zeros((), dtype=torch.float32, device="cpu")] * len(leaves)
-        for first in range(0, cotangents.count, at_once):
-            rows = cotangents.rows(first, min(first + at_once, cotangents.count))
+        for some in chunks(cotangents.count, bytes_each):
+            rows = cotangents.rows(some.start, some.stop)
             gradients = torch.autograd.grad(
                 output,
                 leaves,

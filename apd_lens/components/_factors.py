@@ -8,8 +8,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# Numbers in a temporary of `inner_products`.
-_AT_ONCE = 2**24
+from apd_lens._memory import fitting
 
 MatrixInput = Float[Tensor, "batch *pos d_in"] | Int[Tensor, "batch *pos"]
 Mask = Float[Tensor, "examples *mask_pos C"] | Bool[Tensor, "examples *mask_pos C"]
@@ -29,9 +28,7 @@ def full_precision() -> Iterator[None]:
 
 
 @full_precision()
-def sum_of_components(
-    A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"]
-) -> Float[Tensor, "d_in d_out"]:
+def sum_of_components(A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"]) -> Float[Tensor, "d_in d_out"]:
     """Σ_c A_c B_c, without building the components one by one."""
     columns, rows = side_by_side(A, B)
     return columns @ rows
@@ -53,7 +50,7 @@ def inner_products(
 ) -> Float[Tensor, "C D"]:
     """<A_c B_c , A'_e B'_e> = Σ (A_cᵀ A'_e) ∘ (B_c B'_eᵀ), without building a component."""
     left, right = rearrange(other_A, "D d_in n -> d_in (D n)"), rearrange(other_B, "D n d_out -> d_out (D n)")
-    at_once = max(1, _AT_ONCE // max(1, A.shape[2] * left.shape[1]))
+    at_once = fitting(8 * 4 * A.shape[2] * left.shape[1])
     parts = [
         ((a.mT @ left) * (b @ right)).sum(1).unflatten(1, (len(other_A), -1)).sum(2)
         for a, b in zip(A.split(at_once), B.split(at_once), strict=True)

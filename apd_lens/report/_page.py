@@ -22,6 +22,7 @@ from torch import Tensor
 from apd_lens._codec import UserFunction, encode_settings
 from apd_lens._errors import ArtifactError, InvalidSetting
 from apd_lens._files import user_path, write_file
+from apd_lens._memory import BUDGET
 from apd_lens.compare._architecture import weight_map
 from apd_lens.data._batch import Batch
 from apd_lens.decomposition._artifact import library_versions
@@ -60,7 +61,7 @@ def write_report(
     centred: bool | None = None,
     loss: LossFn | None = None,
     title: str | None = None,
-    memory: int = 2**28,
+    memory: int = BUDGET,
     seed: int = 0,
 ) -> Path:
     """`Decomposition.report`, whose arguments these are."""

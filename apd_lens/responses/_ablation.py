@@ -9,6 +9,7 @@ from torch import Tensor
 
 from apd_lens._codec import UserFunction
 from apd_lens._errors import ShapeMismatch
+from apd_lens._memory import BUDGET, chunks, fitting
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import full_precision
 from apd_lens.data._batch import Batch
@@ -35,7 +36,7 @@ def ablation_effects(
     outputs: int = 8,
     centred: bool | None = None,
     loss: LossFn | None = None,
-    memory: int = 2**28,
+    memory: int = BUDGET,
 ) -> Effects:
     """What each component adds to the output on its top examples, by taking it out of the whole model.
 
@@ -53,9 +54,9 @@ def ablation_effects(
         ablations = [_Ablation.of(decomposition, components, group, distance, centred, loss) for group in groups]
         n_outputs, C = ablations[0].n_outputs, len(counts)
         n = min(outputs, n_outputs)
-        block, parts = max(1, memory // (16 * n_outputs)), []
-        for first in range(0, C, block):
-            some, total = slice(first, min(first + block, C)), None
+        parts = []
+        for some in chunks(C, 16 * n_outputs, memory):
+            first, total = some.start, None
             for group, ablation in zip(groups, ablations, strict=True):
                 sums = ablation.sums(top, group.places(top.example[some]), counts[some], first, memory)
                 total = sums if total is None else tuple(a + b for a, b in zip(total, sums, strict=True))
@@ -134,7 +135,7 @@ class _Ablation:
             torch.zeros(len(places), self.n_outputs, device=device, dtype=torch.float32),
             numbers[:, 0].clone(),
         )
-        at_once = max(1, memory // self.bytes_each)
+        at_once = fitting(self.bytes_each, memory)
         for c, r in zip(component.split(at_once), rank.split(at_once), strict=True):
             distinct, which = places[c, r].unique(return_inverse=True)
             inputs = self.group.inputs.picked(places[c, r].tolist())

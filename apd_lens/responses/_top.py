@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from apd_lens._errors import InvalidSetting
+from apd_lens._memory import BUDGET, chunks
 from apd_lens.attribution._ablation import AblationAttribution
 from apd_lens.data._batch import Batch
 from apd_lens.decomposition._decomposition import Decomposition
@@ -29,7 +30,7 @@ def responses(
     k: K | None = None,
     centred: bool | None = None,
     loss: LossFn | None = None,
-    memory: int = 2**28,
+    memory: int = BUDGET,
 ) -> Responses:
     """What every component responds to, in one pass over the data and one more over the examples that were kept.
 
@@ -159,9 +160,8 @@ def _attributions_of_positions(
             if len(positions) != 1 or not (n_positions := next(iter(positions)).numel()) or not len(*positions):
                 return None
             places = group.places(top.example)
-            at_once = max(1, memory // (8 * n_positions * components.n_components))
-            for first in range(0, group.inputs.n_examples, at_once):
-                watched = decomposition._watch(group.inputs.some(slice(first, first + at_once)))
+            for some in chunks(group.inputs.n_examples, 8 * n_positions * components.n_components, memory):
+                first, watched = some.start, decomposition._watch(group.inputs.some(some))
                 generator = torch.Generator(watched.output.device).manual_seed(0)
                 found = attribution(watched, components, "position", generator).flatten(1, -2).cpu()
                 component, rank = ((places >= first) & (places < first + len(found))).nonzero(as_tuple=True)

@@ -34,7 +34,7 @@ def test_cosines_of_higher_rank_are_how_much_of_the_largest_output_lies_along_a_
 def test_cosines_of_many_are_those_of_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch):
     A, B, directions = torch.randn(5, 4, 2), torch.randn(5, 2, 7), torch.randn(9, 7)
     expected = compare.direction_cosines(A, B, directions)
-    monkeypatch.setattr("apd_lens.compare._directions._AT_ONCE", 2 * 9 * 2)
+    monkeypatch.setattr("apd_lens._memory.BUDGET", 32 * 2 * 9 * 2)
     assert_close(compare.direction_cosines(A, B, directions), expected)
 
 

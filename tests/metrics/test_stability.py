@@ -33,7 +33,7 @@ def test_inner_products_are_those_of_the_full_matrices(monkeypatch: pytest.Monke
     A, B = torch.randn(6, 4, 3), torch.randn(6, 3, 3)
     expected = (one @ other).flatten(1) @ (A @ B).flatten(1).mT
     assert_close(inner_products(one, other, A, B), expected, rtol=0, atol=1e-4)
-    monkeypatch.setattr("apd_lens.components._factors._AT_ONCE", 80)  # two components at a time
+    monkeypatch.setattr("apd_lens._memory.BUDGET", 32 * 80)  # two components at a time
     assert_close(inner_products(one, other, A, B), expected, rtol=0, atol=1e-4)
 
 
