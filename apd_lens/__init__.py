@@ -15,6 +15,7 @@ from typing import Any
 from apd_lens import metrics as metrics
 from apd_lens import monitor as monitor
 from apd_lens._checks import checked as _checked
+from apd_lens._codec import saved as saved
 from apd_lens._errors import AlreadyActive as AlreadyActive
 from apd_lens._errors import ApdError as ApdError
 from apd_lens._errors import ApdWarning as ApdWarning

@@ -15,7 +15,7 @@ from apd_lens.passes._watch import WatchedPass
 class Attribution(Protocol):
     """Says how much each component matters on each data point of a watched pass of the target.
 
-    An attribution of your own is a frozen dataclass with this method. Decorate it with `apd_lens._codec.saved`, and
+    An attribution of your own is a frozen dataclass with this method. Decorate it with `apd_lens.saved`, and
     decompositions that used it can be saved.
     """
 

@@ -37,7 +37,7 @@ class MoveContext:
 class Moves(Protocol):
     """Discrete changes of components between steps.
 
-    Moves of your own are a frozen dataclass with these members. Decorate it with `apd_lens._codec.saved`, and
+    Moves of your own are a frozen dataclass with these members. Decorate it with `apd_lens.saved`, and
     decompositions that used it can be saved.
 
     Attributes:

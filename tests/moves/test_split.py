@@ -8,7 +8,7 @@ from support.toy_models import TMS, ResidualMLP, TinyGPT
 from torch.testing import assert_close
 
 import apd_lens as apd
-from apd_lens.moves import _surgery
+from apd_lens.moves import _split, _surgery
 from apd_lens.moves._split import plan_splits
 from apd_lens.moves._surgery import Split, part_for, split_component
 from apd_lens.passes._output import default_output

@@ -1,0 +1,69 @@
+"""The floor plan holds: rooms stand on rooms below them, no file stands on itself, adapters stand on `host` alone."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# From the ground up. A room, or a file that is one by itself, imports only what stands before it.
+ROOMS = """
+_errors _memory _draws _checks _codec _table _schedules data host components passes attribution losses masks moves
+_settings decomposition training metrics responses compare plots monitor report toys __init__
+""".split()
+
+
+def modules() -> dict[str, Path]:
+    """Name -> file, of every module of the package and of the adapters."""
+    found = {}
+    for base, folder in ((ROOT, "apd_lens"), (ROOT / "adapters", ".")):
+        for file in sorted((base / folder).rglob("*.py")):
+            parts = file.relative_to(base).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> Iterator[str]:
+    """The modules of ours that a module imports anywhere in its file, inside functions too."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            yield from inside or {node.module} & MODULES.keys()
+        elif isinstance(node, ast.Import):
+            yield from {alias.name for alias in node.names} & MODULES.keys()
+
+
+def room(name: str) -> str:
+    """`apd_lens.data._batch` is in `data`, `apd_lens` is `__init__`."""
+    return name.split(".")[1] if "." in name else "__init__"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("apd_lens")])
+def test_no_import_runs_up(name: str):
+    above = ROOMS[ROOMS.index(room(name)) + 1 :]
+    assert not [imported for imported in imports(name) if room(imported) in above]
+
+
+def test_no_file_stands_on_itself():
+    list(TopologicalSorter({name: set(imports(name)) - {name} for name in MODULES}).static_order())  # or CycleError
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith("apd_lens")])
+def test_adapters_stand_on_the_host_alone(name: str):
+    ours = {imported for imported in imports(name) if imported.startswith("apd_lens")}
+    assert ours <= {"apd_lens.host", "apd_lens._errors"}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("apd_lens")])
+def test_a_room_hands_out_no_library_of_others(name: str):
+    """What a module of ours re-exports (`x as x`, or in `__all__`) is ours."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and any(alias.asname == alias.name for alias in node.names):
+            assert str(node.module).startswith("apd_lens")
