@@ -34,7 +34,7 @@ from apd_lens.host._target import evaluating
 from apd_lens.losses._outputs import distance_of_each
 from apd_lens.masks._lp import Lp
 from apd_lens.masks._selection import BatchTopK, K, Selection, TopK, with_k
-from apd_lens.passes._replace import subtract_weights
+from apd_lens.passes._replace import Mixture
 from apd_lens.passes._watch import check_finite_output, replaced_pass, sparse_pass
 from apd_lens.responses._responses import add_coactivation
 
@@ -303,7 +303,7 @@ def _distances(
     target, components = decomposition.target, decomposition.components
     batch, output = ready(decomposition, batch, "watch")
     with evaluating(target.model):
-        full, _ = replaced_pass(target, components.names, subtract_weights(components, ()), batch, output)
+        full, _ = replaced_pass(target, components.names, Mixture(components.picked(()), rest=1.0), batch, output)
         sparse, _ = sparse_pass(target, components, batch, mask, output)
     check_finite_output(full, "watch")
     dtype = torch.promote_types(full.dtype, torch.float32)

@@ -15,7 +15,7 @@ from apd_lens._memory import BUDGET, fitting, slices
 from apd_lens.attribution._over_outputs import root_mean, shared_positions
 from apd_lens.components._components import ParameterComponents
 from apd_lens.data._points import Granularity
-from apd_lens.passes._replace import subtract_weights_of_each
+from apd_lens.passes._replace import Mixture, all_but_one
 from apd_lens.passes._watch import WatchedPass
 
 
@@ -64,10 +64,10 @@ class AblationAttribution:
                 slices(n_components, chosen_at_once),
             ):
                 here = squares[examples, places, chosen]
-                subtracted = subtract_weights_of_each(
-                    components, chosen, places if granularity == "position" else None, len(here)
-                )
-                ablated = watched.replicates(subtracted, examples, here[0].numel())
+                some = components.picked(range(chosen.start, chosen.stop))
+                on = all_but_one(some.n_components, len(here), full.device, positions, places)
+                mixture = Mixture(some, on, rest=1.0, n_active=on.numel() - len(on))
+                ablated = watched.replicates(mixture, examples, here[0].numel())
                 ablated = rearrange(
                     ablated, "(C place example) ... o -> example place C (... o)", C=here.shape[2], place=here.shape[1]
                 )

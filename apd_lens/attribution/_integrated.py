@@ -17,7 +17,7 @@ from apd_lens.attribution._projections import check_projections, cotangents_for
 from apd_lens.components._components import ParameterComponents
 from apd_lens.data._points import Granularity
 from apd_lens.passes._cotangents import Cotangents
-from apd_lens.passes._replace import replace_weights, subtract_weights
+from apd_lens.passes._replace import Mixture
 from apd_lens.passes._watch import WatchedPass
 
 
@@ -89,7 +89,7 @@ class IntegratedGradients:
         for point in range(self.steps):
             t = (point + 0.5) / self.steps
             scaled = ParameterComponents({name: t * A for name, A in whole.A.items()}, whole.B).requires_grad_(False)
-            replaced = replace_weights(scaled) if self.start == "zero" else subtract_weights(scaled, [0])
+            replaced = Mixture(scaled) if self.start == "zero" else Mixture(scaled, on=0.0, rest=1.0)
             passed = watched.replacing(replaced, examples)
             effects = effects_on_outputs(passed, cotangents, components, granularity, self.memory)
             total = effects if total is None else total.add_(effects)

@@ -39,7 +39,7 @@ from apd_lens.host._matrix import Use
 from apd_lens.host._target import evaluating
 from apd_lens.losses._outputs import Distance, distance_of_each
 from apd_lens.passes._output import OutputFn
-from apd_lens.passes._replace import subtract_weights
+from apd_lens.passes._replace import Mixture
 from apd_lens.passes._watch import check_finite_output, replaced_pass
 
 # Added to C_other's diagonal, as a share of its mean.
@@ -226,7 +226,7 @@ def _runner(decomposition: Decomposition, inputs: Inputs, output_of: OutputFn) -
 
     def run(edit: _Edit | None) -> Tensor:
         components = decomposition.components if edit is None else edit.components
-        intercept = subtract_weights(components, [] if edit is None else edit.chosen)
+        intercept = Mixture(components.picked([] if edit is None else edit.chosen), on=0.0, rest=1.0)
         with evaluating(target.model):
             output, _ = replaced_pass(target, components.names, intercept, inputs, output_of)
         return output.to(torch.promote_types(output.dtype, torch.float32))

@@ -20,7 +20,7 @@ from apd_lens.host._adapter import Intercept
 from apd_lens.host._matrix import Units, Use
 from apd_lens.host._target import TargetModel, evaluating
 from apd_lens.passes._output import OutputFn
-from apd_lens.passes._replace import replace_weights
+from apd_lens.passes._replace import Mixture
 from apd_lens.passes._watch import replaced_pass
 
 
@@ -71,7 +71,7 @@ def component_gates(decomposition: Decomposition) -> _Gates:
         device=next(components.parameters()).device,
         names=[str(component) for component in range(components.n_components)],
         matrices=components.names,
-        replaced=lambda gamma: replace_weights(components, gamma),
+        replaced=lambda gamma: Mixture(components, gamma),
     )
 
 

@@ -18,7 +18,7 @@ from apd_lens.data._points import Valid, padded
 from apd_lens.data._stream import one_pass
 from apd_lens.decomposition._decomposition import Decomposition
 from apd_lens.host._target import evaluating
-from apd_lens.passes._replace import subtract_weights
+from apd_lens.passes._replace import Mixture
 from apd_lens.passes._watch import WatchedPass, replaced_pass
 
 
@@ -169,7 +169,7 @@ def _integrated(
     for point in range(steps):
         t = (point + 0.5) / steps
         scaled = ParameterComponents({name: t * A for name, A in whole.A.items()}, whole.B).requires_grad_(False)
-        passed = watched.replacing(subtract_weights(scaled, [0]), slice(None))
+        passed = watched.replacing(Mixture(scaled, on=0.0, rest=1.0), slice(None))
         effects = metric_effects(passed, components, "position" if by_position else "example", metric)
         total = effects if total is None else total + effects
     assert total is not None
@@ -184,7 +184,8 @@ def _lost(
     run, components = watched.run, decomposition.components
 
     def without(chosen: list[int]) -> Tensor:
-        output, _ = replaced_pass(run.target, run.names, subtract_weights(components, chosen), run.inputs, run.output)
+        off = Mixture(components.picked(chosen), on=0.0, rest=1.0)
+        output, _ = replaced_pass(run.target, run.names, off, run.inputs, run.output)
         return metric_scalars(metric, output).double().sum().cpu()
 
     model = without([])

@@ -40,7 +40,7 @@ from apd_lens.host._wrap import wrap
 from apd_lens.masks._error import AttributionError, attribution_error
 from apd_lens.masks._selection import BatchTopK, K, Selection, with_k
 from apd_lens.passes._output import OutputFn, default_output
-from apd_lens.passes._replace import keep_weights, replace_weights, subtract_weights
+from apd_lens.passes._replace import Mixture
 from apd_lens.passes._watch import WatchedPass, check_finite_output, watched_pass
 
 # Dtypes that the weights of a model may be rounded to.
@@ -153,7 +153,7 @@ class Decomposition:
                 "if its entries are 0 and 1."
             )
         mask = mask.to(next(self.components.parameters()).device)
-        return self._context(replace_weights(self.components, mask), partial(check_examples, mask))
+        return self._context(Mixture(self.components, mask), partial(check_examples, mask))
 
     def ablate(self, components: Chosen) -> AbstractContextManager[None]:
         """Inside, the user's model runs on W − Σ P_c of the given components; with none, it is bit for bit the target.
@@ -162,11 +162,11 @@ class Decomposition:
             InvalidSetting: no such component.
             AlreadyActive: inside another context on the same model.
         """
-        return self._context(subtract_weights(self.components, numbers_of(components, self.components)))
+        return self._context(Mixture(self._picked(components), on=0.0, rest=1.0))
 
     def only(self, components: Chosen) -> AbstractContextManager[None]:
         """Inside, the user's model runs on Σ P_c of the given components alone. Raises as `ablate` does."""
-        return self._context(keep_weights(self.components, numbers_of(components, self.components)))
+        return self._context(Mixture(self._picked(components)))
 
     @torch.no_grad()
     def edited_state_dict(self, ablate: Chosen) -> dict[str, Tensor]:
@@ -256,6 +256,9 @@ class Decomposition:
         }
         factors = {f"A.{name}": factor for name, factor in A.items()} | {f"B.{name}": f for name, f in B.items()}
         write_artifact(user_path(path), factors, about)
+
+    def _picked(self, chosen: Chosen) -> ParameterComponents:
+        return self.components.picked(numbers_of(chosen, self.components))
 
     def _context(
         self, intercept: Intercept, check: Callable[[int], None] | None = None

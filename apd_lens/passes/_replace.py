@@ -1,100 +1,92 @@
-"""What stands in the place of x W: components under a mask, the weights without components, components alone."""
+"""What stands in the place of x W: a mixture of components and of the rest."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from apd_lens.components._components import ParameterComponents
-from apd_lens.components._factors import Mask
-from apd_lens.components._pairs import active_pairs
+from apd_lens.components._factors import Mask, MatrixInput
+from apd_lens.components._pairs import ActivePairs, active_pairs
 from apd_lens.components._products import masked_product
-from apd_lens.host._adapter import Intercept
 from apd_lens.host._matrix import Use
 
 
-def replace_weights(
-    components: ParameterComponents, mask: Mask | None = None, n_active: int | None = None
-) -> Intercept:
-    """y = x κ + bias with κ = Σ_c mask_c P_c, in the place of x W + bias.
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """y = r · x W + Σ_c (s_c − r) · x P_c + bias, in the place of x W + bias.
 
-    Args:
-        n_active: number of True in the mask, if that is known.
+    s_c is how much of component c is on, r how much of the rest W − Σ_c P_c. With r = 0 the model runs on components
+    alone; with r = 1 on its own weights, but for components with s_c < 1. No dense rest is ever built. With r = 1 and
+    no components y is bit for bit the host's.
+
+    Attributes:
+        components: those whose share is not that of the rest.
+        on: s, for each data point or for all.
+        rest: r.
+        n_active: number of True in `on`, if that is known.
     """
-    active = active_pairs(mask, n_active) if mask is not None and mask.dtype == torch.bool else None
 
-    def replace(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-        y = masked_product(x, *components.factors(use), mask, active)
-        return _in_host_dtype(y if bias is None else y + bias, x, original)
+    components: ParameterComponents
+    on: Mask | float = 1.0
+    rest: float = 0.0
+    n_active: int | None = None
 
-    return replace
-
-
-def subtract_weights(components: ParameterComponents, chosen: Sequence[int]) -> Intercept:
-    """y = x W + bias − Σ_{c chosen} x P_c; with nothing chosen, the host's own y."""
-
-    def subtract(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+    def __call__(self, use: Use, x: MatrixInput, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+        if self.rest == 0:
+            y = self._product(use, x)
+            return _in_host_dtype(y if bias is None else y + bias, x, original)
         y = original()
-        if not chosen:
+        if not self.components.n_components and self.rest == 1:
             return y
-        A, B = components.factors(use)
-        return (y - masked_product(x, A[list(chosen)], B[list(chosen)])).to(y.dtype)
+        if self.rest != 1:
+            y = self.rest * (y if bias is None else y - bias) + (0 if bias is None else bias)
+        return (y + self._product(use, x)).to(y.dtype)
 
-    return subtract
+    def _product(self, use: Use, x: MatrixInput) -> Float[Tensor, "examples *pos d_out"]:
+        """Σ_c (s_c − r) · x P_c."""
+        A, B = self.components.factors(use)
+        if not isinstance(self.on, Tensor):
+            return (self.on - self.rest) * masked_product(x, A, B)
+        if self._pairs is None:
+            return masked_product(x, A, B, self.on - self.rest)
+        mask, pairs = self._pairs
+        product = masked_product(x, A, B, mask, pairs)
+        return -product if self.rest else product
+
+    @cached_property
+    def _pairs(self) -> tuple[Bool[Tensor, "examples *mask_pos C"], ActivePairs] | None:
+        """Where s_c − r is 1, or −1, and elsewhere 0: that mask and its pairs. None where there are other values."""
+        if not isinstance(self.on, Tensor) or self.on.dtype != torch.bool or self.rest not in (0, 1):
+            return None
+        mask = ~self.on if self.rest else self.on
+        n_active = self.on.numel() - self.n_active if self.rest and self.n_active is not None else self.n_active
+        return mask, active_pairs(mask, n_active)
 
 
-def subtract_weights_of_each(
-    components: ParameterComponents, chosen: slice, places: slice | None, n_examples: int
-) -> Intercept:
-    """For a batch replicated for each of the chosen components: y = x W + bias − x P_c, each replicate its own c.
+def all_but_one(
+    n_components: int,
+    n_examples: int,
+    device: torch.device,
+    positions: Sequence[int] = (),
+    places: slice = slice(None),
+) -> Bool[Tensor, "replicates *pos C"]:
+    """For a batch replicated for each component, and for each of some places: all are on but that one, there.
 
     Args:
-        places: positions (all position axes in one). Then there is a replicate for each component and each of these,
-            and the component is taken out at that position only; None for everywhere.
-        n_examples: in one replicate.
+        positions: the position axes; without them a component is off everywhere.
+        places: of all positions in one row.
     """
-
-    def subtract(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-        A, B = (factor[chosen] for factor in components.factors(use))
-        n_places = 1 if places is None else places.stop - places.start
-        replicates, y = (len(A), n_places, n_examples), original()
-        if len(y) == 1:  # shared by all examples, such as position embeddings
-            x, y = (tensor.expand(len(A) * n_places * n_examples, *tensor.shape[1:]) for tensor in (x, y))
-        last = x.shape[-1:] if x.is_floating_point() else ()
-        if places is None:
-            taken_out = _product_of_each(x.reshape(len(A), -1, *last), A, B).reshape(y.shape)
-            return (y - taken_out).to(y.dtype)
-        at_places = x.reshape(*replicates, -1, *last)[:, :, :, places].diagonal(dim1=1, dim2=3)
-        at_places = at_places.mT if x.is_floating_point() else at_places  # C example place *d_in
-        taken_out = _product_of_each(at_places.flatten(1, 2), A, B).unflatten(1, at_places.shape[1:3])
-        left = y.clone(memory_format=torch.contiguous_format)
-        left.view(*replicates, -1, y.shape[-1])[:, :, :, places].diagonal(dim1=1, dim2=3).sub_(taken_out.mT)
-        return left
-
-    return subtract
-
-
-def _product_of_each(
-    x: Float[Tensor, "C rows d_in"] | Int[Tensor, "C rows"],
-    A: Float[Tensor, "C d_in m"],
-    B: Float[Tensor, "C m d_out"],
-) -> Float[Tensor, "C rows d_out"]:
-    """x_c A_c B_c, each component with rows of its own."""
-    if x.is_floating_point():
-        return x.to(A.dtype) @ A @ B
-    return A[torch.arange(len(A), device=x.device)[:, None], x] @ B
-
-
-def keep_weights(components: ParameterComponents, chosen: Sequence[int]) -> Intercept:
-    """y = Σ_{c chosen} x P_c + bias."""
-
-    def keep(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-        A, B = components.factors(use)
-        y = masked_product(x, A[list(chosen)], B[list(chosen)])
-        return _in_host_dtype(y if bias is None else y + bias, x, original)
-
-    return keep
+    this = torch.eye(n_components, dtype=torch.bool, device=device)
+    if not positions:
+        return ~this.repeat_interleave(n_examples, 0)
+    here = torch.eye(math.prod(positions), dtype=torch.bool, device=device)[places]
+    off = this[:, None, None, :] & here[None, :, :, None]  # C place pos C
+    return ~off.flatten(0, 1).repeat_interleave(n_examples, 0).unflatten(1, positions)
 
 
 def _in_host_dtype(y: Tensor, x: Tensor, original: Callable[[], Tensor]) -> Tensor:

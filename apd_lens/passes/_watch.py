@@ -22,7 +22,7 @@ from apd_lens.host._patch import outside_traces
 from apd_lens.host._sites import activations_kept
 from apd_lens.host._target import TargetModel
 from apd_lens.passes._output import OutputFn, explained_output, no_batch_axis
-from apd_lens.passes._replace import replace_weights
+from apd_lens.passes._replace import Mixture
 
 
 def reading_of_output(output: Tensor, where: str, watched: "WatchedPass | None" = None) -> Reading:
@@ -125,7 +125,7 @@ class WatchedPass:
 
     def again(self, components: ParameterComponents | None, examples: slice) -> "WatchedPass":
         """The same pass on some examples, with components in the place of the weights (None: as it was)."""
-        return self.replacing(self.run.replaced if components is None else replace_weights(components), examples)
+        return self.replacing(self.run.replaced if components is None else Mixture(components), examples)
 
     def replacing(self, replaced: Intercept | None, examples: slice) -> "WatchedPass":
         """The same pass on some examples, with this in the place of the weights."""
@@ -260,7 +260,7 @@ def sparse_pass(
     n_active: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The explained output, and named hidden activations, of the model run on Σ_c mask_c P_c for each data point."""
-    return replaced_pass(target, components.names, replace_weights(components, mask, n_active), batch, output, hidden)
+    return replaced_pass(target, components.names, Mixture(components, mask, n_active=n_active), batch, output, hidden)
 
 
 def replaced_pass(

@@ -18,7 +18,7 @@ from apd_lens.data._points import Real, mean_over_positions, padded
 from apd_lens.decomposition._decomposition import Decomposition
 from apd_lens.host._target import evaluating
 from apd_lens.losses._outputs import Distance, distance_of_each
-from apd_lens.passes._replace import subtract_weights, subtract_weights_of_each
+from apd_lens.passes._replace import Mixture, all_but_one
 from apd_lens.passes._watch import WatchedPass, replaced_pass
 from apd_lens.responses._groups import _Group, component_groups
 from apd_lens.responses._responses import Effects, TopExamples
@@ -158,8 +158,8 @@ class _Ablation:
         components, output = self.components, self.decomposition.output
         assert output is not None  # `_watch` has said so
         of_pairs = components.picked(chosen)
-        of_each = subtract_weights_of_each(of_pairs, slice(None), None, 1)
-        replaced = of_each if chosen else subtract_weights(of_pairs, [])
+        on = all_but_one(len(chosen), 1, next(components.parameters()).device)
+        replaced = Mixture(of_pairs, on, rest=1.0)
         return replaced_pass(self.decomposition.target, components.names, replaced, inputs, output)[0].float()
 
     def measured(self, inputs: Inputs, whole: Tensor, without: Tensor) -> list[Float[Tensor, " pairs"]]:

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 import apd_lens as apd
 from apd_lens.data._batch import call
 from apd_lens.passes._output import default_output
-from apd_lens.passes._replace import replace_weights
+from apd_lens.passes._replace import Mixture
 from apd_lens.passes._watch import watched_pass
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}  # float32, the same sums in another order
@@ -145,7 +145,7 @@ class AdapterContract:
 
             def first_y(some_mask: Tensor, components=decomposition.components, batch=batch, name=name) -> Tensor:
                 ys: list[Tensor] = []
-                replace = replace_weights(components, some_mask)
+                replace = Mixture(components, some_mask)
 
                 def keep(*use) -> Tensor:
                     ys.append(replace(*use))
