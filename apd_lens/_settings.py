@@ -1,4 +1,4 @@
-"""What a decomposition was asked for, in one place, so that it can be saved with the result."""
+"""The settings of a decomposition, kept together so that they can be saved with the result."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -30,8 +30,8 @@ class Optimization:
             sqrt(2 / (d + m)), so the larger a matrix, the smaller its steps. False: lr is of all factors as it is.
         schedule: after the warm-up "cosine" is lr·cos(π/2 · progress), "linear" is lr·(1 − progress), "constant" is lr.
         warmup: share of the steps in which the learning rate rises linearly from 0.
-        init_scale: standard deviation of the factors at the start, over Xavier's. With many components their sum is
-            much larger than the weights at 1; at 0.5 every component is a quarter of that.
+        init_scale: standard deviation of the initial factors, in units of Xavier's. At 1 the sum of many components is
+            much larger than the weights. At 0.5 each component has a quarter of that size.
         start: "random" draws all factors. With "matrices" component 0 starts as the whole first matrix, component 1 as
             the second and so on, as far as their rank holds them, and each is nothing in the other matrices, which
             only moves can change; the rest are drawn. A matrix that serves every data point, such as a hidden identity,
@@ -65,7 +65,7 @@ class Optimization:
 @saved
 @dataclass(frozen=True)
 class Settings:
-    """All that `decompose` was told, apart from the model, the data and the output function.
+    """All settings of `decompose`, apart from the model, the data and the output function.
 
     Attributes:
         masks: who says what is active; None: the selection by the attribution. Given, it says these two as well.

@@ -1,11 +1,11 @@
-"""How unusual an input is, by the components that it uses and by how well they explain the output on it.
+"""How unusual an input is, by the components that it uses and by how well they explain its output.
 
     monitor = apd.watch.fit(decomposition, reference_batches)
     scores = monitor.score(batch)  # .surprise and .residual, one of each a data point
 
-Two questions, each answered beside data of reference. Which active component is rarest, by itself or together with
-another one that is active? And how far is the output on the active components from the target's? A data point is what
-the decomposition's selection takes for one: an example, or a position.
+A monitor answers two questions, by comparison with reference data. Which active component is rarest, by itself or
+beside another active one? And how far is the output on the active components from the target's? Data points are those
+of the decomposition's selection: examples, or positions.
 """
 
 import hashlib
@@ -47,12 +47,12 @@ class Scores:
     """How unusual each data point is, `batch`, or `batch pos` where data points are positions; 0 at padding.
 
     Attributes:
-        surprise: −log of how often the rarest active component is active on the reference data, in nats; see
-            `rarity`. Where none is active: −log of how often none is.
+        surprise: −log of how often the rarest active component is active on the reference data, in nats; see `rarity`.
+            Where no component is active, −log of how often none is.
         component: the rarest active component; −1 where none is active.
-        given: the other active component beside which it is so rare; −1 where it is by itself.
-        distance: between the sparse output and the target's, in the unit of the decomposition's distance.
-        residual: the logarithm of the distance, standardised on the reference data: a number of standard deviations.
+        given: the other active component beside which it is so rare; −1 where it is rare by itself.
+        distance: distance between the sparse output and the target's, in the units of the decomposition's distance.
+        residual: the logarithm of the distance, in standard deviations of the reference data, from their mean.
     """
 
     surprise: Float[Tensor, "batch *pos"]
@@ -64,16 +64,16 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class Monitor:
-    """What is usual on the reference data; made by `fit`.
+    """What is usual on the reference data. `fit` makes one.
 
     Attributes:
-        decomposition: what it watches through.
-        selection: what is active on a data point, whatever else is in the batch.
-        n_data_points: of the reference data.
-        n_empty: on how many of these nothing was active.
-        together: on how many two components were active together; on the diagonal each one.
-        residual_floor, residual_mean, residual_std: of log(distance + floor), mean and standard deviation (1 where
-            there is none). The floor is a thousandth of the mean distance.
+        decomposition: the decomposition whose components are watched.
+        selection: decides which components are active on a data point, independently of the rest of its batch.
+        n_data_points: number of data points in the reference data.
+        n_empty: number of these on which no component was active.
+        together: number of data points on which two components were active together; on the diagonal, on which one was.
+        residual_floor, residual_mean, residual_std: the floor is a thousandth of the mean distance; mean and standard
+            deviation are those of log(distance + floor). The standard deviation is 1 where all distances are equal.
     """
 
     decomposition: Decomposition
@@ -113,7 +113,7 @@ class Monitor:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file, at once; the decomposition is saved on its own. See `apd_lens.watch.load`.
+        """Writes one safetensors file, at once; the decomposition is saved on its own. See `apd_lens.monitor.load`.
 
         Raises:
             ArtifactError: the system cannot write, of which the message says why.
@@ -140,15 +140,16 @@ class Monitor:
 
 @checked
 def fit(decomposition: Decomposition, batches: Iterable[Batch], *, k: K | None = None) -> Monitor:
-    """Learns what is usual, in one pass over data of reference; keeps one number of each data point.
+    """Learns what is usual, in one pass over reference data. Keeps one number for each data point.
 
-    Where the decomposition selects by batches (`BatchTopK`), the monitor has a threshold in its place: the mean over
-    the batches of their smallest selected attribution. (As for SAEs: Bussmann et al. 2024, "BatchTopK Sparse
-    Autoencoders".) So that batches are alike, give large ones, in random order.
+    If the decomposition selects by batches (`BatchTopK`), the monitor selects by a threshold: the mean over batches of
+    the smallest selected attribution, as Bussmann et al. 2024 do for SAEs ("BatchTopK Sparse Autoencoders"). Give large
+    batches in random order, so that their thresholds are close.
 
     Args:
-        k: overrides how many components are active, as in `decomposition.select`. Of reference data on which fewer
-            mechanisms work than in training, give fewer: what is active by noise alone makes everything usual.
+        k: overrides how many components are active, as in `decomposition.select`. If fewer mechanisms work on the
+            reference data than in training, give a smaller k: components that are active by noise alone make everything
+            look usual.
 
     Raises:
         InvalidBatches: no batches, or fewer than two data points.
@@ -192,7 +193,7 @@ def fit(decomposition: Decomposition, batches: Iterable[Batch], *, k: K | None =
 
 
 def load(path: str | os.PathLike[str], decomposition: Decomposition) -> Monitor:
-    """Reads a saved monitor back, for the decomposition that it was fitted to.
+    """Loads a saved monitor for the decomposition that it was fitted to.
 
     Raises:
         ArtifactError: no such file, not a monitor, damaged or changed, or one of other components.
@@ -246,7 +247,7 @@ def _monitor_of(decomposition: Decomposition, tensors: dict[str, Tensor], select
 
 @checked
 def rarity(together: Float[Tensor, "C C"], n_data_points: int) -> Float[Tensor, "given C"]:
-    """−log p(c | e) in nats: how rare it is that component c is active where e is; in the last row, anywhere.
+    """−log p(c | e) in nats: how rare it is that component c is active where e is. The last row has −log p(c).
 
     p(c) = (n_c + ½) / (n + 1) and p(c | e) = p(c) · (n_ce + 1) / (n_e p(c) + 1): by as much below p(c) as the pair was
     seen less often than by chance, one being added to both, so that a pair that chance itself would hardly have
@@ -351,11 +352,11 @@ class Mahalanobis:
 @checked
 @full_precision()
 def mahalanobis(activations: Iterable[Float[Tensor, "_ d"]], ridge: float = 1e-6) -> Mahalanobis:
-    """The baseline that knows no components: distance of activations from those on the reference data.
+    """The baseline without components: how far activations are from those on the reference data.
 
     Args:
-        activations: `data d`, of batch after batch; which ones, and how they are got, is yours to say.
-        ridge: added to the covariance's diagonal, as a share of the mean variance.
+        activations: batches of activations `data d`, from any layer you choose.
+        ridge: added to the diagonal of the covariance, in units of the mean variance.
 
     Raises:
         InvalidBatches: no activations.

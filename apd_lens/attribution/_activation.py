@@ -18,7 +18,7 @@ from apd_lens.passes._watch import WatchedPass
 class ActivationAttribution:
     """Σ_l Σ_uses ‖x_l P_c,l‖², with x from the forward pass of the summed components. Needs no gradients.
 
-    Squared units of the activations. It says how much a component writes, not whether anything reads it.
+    It has squared units of the activations. It measures how much a component writes, not whether anything reads it.
     """
 
     def __call__(

@@ -39,12 +39,12 @@ CLEARLY_FEWER = 2
 class GradientAttribution:
     """A_c(x) = sqrt( mean_o ( Σ_l Σ_uses <∂f_o/∂y_l , x_l P_c,l> )² ), exact or estimated.
 
-    Gradients and x are those of the target model. For positions as data points the sum over positions is left out.
+    Gradients and x are those of the target model. Where data points are positions, the sum over positions is left out.
     The examples of a batch must not influence each other in the model. Outputs at padding (where the batch's
-    `attention_mask` is 0) do not count, and padding itself has attribution 0. Where an `attention_mask` of queries and
-    keys keeps several documents in one row apart, the mean at a position is over the outputs of its own document, so
-    attributions are those of the document alone; of an example, the row, it is over the whole. Source: Braun et al.
-    2025, arXiv 2501.14926.
+    `attention_mask` is 0) do not count, and padding has attribution 0. An `attention_mask` of queries and keys may keep
+    several documents in one row apart. Then the mean at a position is over the outputs of its own document, as if the
+    document were alone. The mean of an example, which is the row, is over the whole row. Source: Braun et al. 2025,
+    arXiv 2501.14926.
 
     Exact takes one vector-Jacobian product for each output of an example, or one Jacobian-vector product for each
     component (each component at each position, where data points are positions) if those are fewer than half as many
@@ -56,7 +56,7 @@ class GradientAttribution:
         projections: "exact"; the number K; or "auto", exact for up to 128 outputs of an example (positions times
             outputs), and where 4 Jacobian-vector products are enough; K = 8 beyond.
         kind: entries of v are ±1 ("rademacher", the smaller variance) or standard "normal".
-        memory: bytes that the temporaries may take; what is larger is computed in chunks.
+        memory: bytes that temporaries may take; larger computations run in chunks.
     """
 
     projections: int | Literal["auto", "exact"] = "auto"

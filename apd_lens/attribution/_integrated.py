@@ -38,7 +38,7 @@ class IntegratedGradients:
             the effects sum to f(W) − f(W − Σ_c P_c). "zero" goes from no weights to the components alone: t Σ_c P_c,
             and the effects sum to f(Σ_c P_c) − f(0). Where the components sum to the weights it is the same line.
         projections: "exact", a number, or "auto"; as in `GradientAttribution`. All t share them.
-        memory: bytes that the temporaries may take; what is larger is computed in chunks.
+        memory: bytes that temporaries may take; larger computations run in chunks.
     """
 
     steps: int = 8

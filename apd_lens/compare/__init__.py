@@ -1,4 +1,4 @@
-"""Decompositions beside what other methods find: circuits, heads and neurons, dictionaries of features.
+"""Comparisons of a decomposition with what other methods find: circuits, heads, neurons and dictionaries of features.
 
 Results are tensors in small dataclasses, each with a `.table()` for pandas. Needs pandas and scipy:
 pip install 'apd-lens[compare]'.

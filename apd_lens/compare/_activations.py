@@ -1,4 +1,4 @@
-"""Are components active where a dictionary's latents are? Counted on the same data points, batch by batch."""
+"""Are components active where the latents of a dictionary are? Both are counted on the same data points."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ Pool = Literal["max", "mean", "last"]
 
 @dataclass(frozen=True, eq=False)
 class ActivationSums:
-    """All that is kept of data points that have been seen: sums over them, in float64.
+    """Sums over all data points seen so far, in float64.
 
     Attributes:
         n: number of data points.
-        both: on how many a component and a latent are both active.
-        component_active, latent_active: on how many each is.
+        both: number of data points on which a component and a latent are both active.
+        component_active, latent_active: number of data points on which each is active.
         product: Σ value of the component × value of the latent.
         component_sums, latent_sums: Σ value and Σ value² of each.
     """
@@ -49,18 +49,19 @@ class ActivationSums:
 
 @dataclass(frozen=True, eq=False)
 class ActivationMatch:
-    """How far components and latents are active together, beside a null; `print` shows the means.
+    """How often components and latents are active together, beside a null. `print` shows the means.
 
-    With a latent as a detector of a component: precision is the share of the latent's data points on which the
-    component is active, recall the share of the component's on which the latent is. Where nothing is active they are 0.
+    A latent is read as a detector of a component. Precision is the share of the latent's data points on which the
+    component is active. Recall is the share of the component's data points on which the latent is active. Both are 0
+    where nothing is active.
 
     Attributes:
-        precision, recall, f1, jaccard: of every component and latent, from 0 to 1.
-        correlation: Pearson's, of the component's value and the latent's.
-        by: which of them is matched by.
-        found: who matches whom.
-        shuffled: the same where the latents are those of other data points of the batch.
-        component_active, latent_active: share of data points on which each is.
+        precision, recall, f1, jaccard: for every component and latent, from 0 to 1.
+        correlation: Pearson correlation of the component's value with the latent's.
+        by: the measure by which they are matched.
+        found: which component matches which latent.
+        shuffled: the null, in which latents are those of other data points of the batch.
+        component_active, latent_active: share of data points on which each is active.
         n: number of data points.
     """
 
@@ -102,7 +103,7 @@ def activation_sums(
     latent_active: Bool[Tensor, "data latents"],
     latent_value: Float[Tensor, "data latents"],
 ) -> ActivationSums:
-    """The sums over some data points; add them up over batches."""
+    """Sums over some data points. Add those of several batches."""
 
     def powers(values: Float[Tensor, "data units"]) -> Float[Tensor, "2 units"]:
         return torch.stack([values.double().sum(0), values.double().square().sum(0)])
@@ -155,21 +156,22 @@ def activation_match(
 ) -> ActivationMatch:
     """Precision, recall, F1, Jaccard and correlation between every component and latent, on the same data points.
 
-    A component is active where the selection says so, a latent where its activation on the target's own activations is
-    above `least`. Data points are those of the decomposition: where they are examples, latents are pooled over an
-    example's positions first. Only sums over data points are kept, a few matrices `C latents`; padding is left out.
+    A component is active where the selection says so. A latent is active where its value, computed from the target's
+    activations, is above `least`. Data points are those of the decomposition. Where they are examples, latents are
+    pooled over the positions of an example first. Only sums over data points are kept, a few matrices `C latents`.
+    Padding is left out.
 
-    Where units are active on one or two data points each, those of other data points match just as well, and the null
-    says so. Then pairs that directions have found can be checked: `direction_match(...).found.of_pairs(match.f1)`.
+    Where each unit is active on one or two data points only, latents of other data points match just as well, and the
+    null shows it. Then check pairs that were found by direction: `direction_match(...).found.of_pairs(match.f1)`.
 
     Args:
-        batches: any number of them, gone through once; each needs two data points for the null.
-        by: which measure matches are looked for in.
-        value: what correlates with a latent's activation, the component's mask (as 0 and 1) or its attribution.
+        batches: any number of batches, iterated once. Each needs two data points for the null.
+        by: the measure by which components and latents are matched.
+        value: what is correlated with a latent's activation: the component's mask (as 0 and 1) or its attribution.
         k: of the selection, as in `decomposition.select`.
         pool: over positions: "max" (active anywhere), "mean", or "last", the last one that is no padding.
-        threshold: likeness above which two match, for counting how many each has.
-        seed: of the null, in which no data point keeps its own latents.
+        threshold: similarity above which two count as a match, for the number of matches that each has.
+        seed: seed of the null, in which no data point keeps its own latents.
 
     Raises:
         InvalidBatches: no batches, one with a single data point, or one tensor in the place of batches.

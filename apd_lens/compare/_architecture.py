@@ -43,12 +43,12 @@ class MatrixAmounts:
 
 @dataclass(frozen=True, eq=False)
 class ArchitectureMap:
-    """Where components lie. At each level, matrix, layer, head, MLP or neuron, the same amounts are summed by node.
+    """Where components lie. The same amounts are summed by matrix, layer, head, MLP or neuron.
 
-    Keys and values that several query heads share count for each of these in equal parts.
+    Keys and values that several query heads share are divided equally among these heads.
 
     Attributes:
-        measure: what is shared out, see `MatrixAmounts.total`.
+        measure: what the amounts measure, see `MatrixAmounts.total`.
         matrices: in the order of `components.names`.
     """
 
@@ -61,7 +61,7 @@ class ArchitectureMap:
         return list(self._amounts(level))
 
     def amounts(self, level: Level) -> Float[Tensor, "C nodes"]:
-        """How much of each component lies in each node; squared units of the measure."""
+        """How much of each component lies in each node, in squared units of the measure."""
         amounts = self._amounts(level)
         if not amounts:
             raise InvalidSetting(
@@ -71,27 +71,27 @@ class ArchitectureMap:
         return torch.stack(list(amounts.values()), 1)
 
     def shares(self, level: Level) -> Float[Tensor, "C nodes"]:
-        """Of each component the share that lies in each node. Rows sum to 1, or to less where some of the component
-        lies in matrices without heads or neurons; a component of nothing has zeros."""
+        """The share of each component that lies in each node. Rows sum to 1, or to less where a part of the component
+        lies in matrices without heads or neurons. A component of norm 0 has zeros."""
         total = torch.stack([matrix.total for matrix in self.matrices]).sum(0)
         return self.amounts(level) / total.clamp_min(torch.finfo(total.dtype).tiny)[:, None]
 
     def makeup(self, level: Level) -> Float[Tensor, "C nodes"]:
-        """The way back, which components make up a node: of each node the share that each component holds, of the sum
-        over components. Columns sum to 1; a node of nothing has zeros."""
+        """Which components make up a node: the share of each node that each component holds. Columns sum to 1; an empty
+        node has zeros."""
         amounts = self.amounts(level)
         return amounts / amounts.sum(0).clamp_min(torch.finfo(amounts.dtype).tiny)
 
     def spread(self, level: Level) -> Float[Tensor, " C"]:
-        """Over how many nodes each component spreads: exp of the entropy of its shares, which are scaled to sum to 1;
-        1 where it lies in a single one, 0 where it lies in none."""
+        """Over how many nodes each component spreads: exp of the entropy of its shares, scaled to sum to 1. It is 1 for
+        a component in a single node and 0 for one in none."""
         amounts = self.amounts(level)
         total = amounts.sum(1, keepdim=True)
         shares = amounts / total.clamp_min(torch.finfo(amounts.dtype).tiny)
         return torch.special.entr(shares).sum(1).exp() * (total[:, 0] > 0)
 
     def table(self, level: Level = "matrix") -> pd.DataFrame:
-        """One row a component: the node in which most of it lies, that share, the spread, and all shares."""
+        """One row for each component: the node that holds most of it, the share there, the spread, and all shares."""
         shares, nodes = self.shares(level).cpu(), self.nodes(level)
         table = pd.DataFrame(shares.numpy(), columns=nodes)
         largest = shares.max(1)

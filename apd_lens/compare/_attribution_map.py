@@ -33,16 +33,16 @@ def attribution_map(
     metric: Metric | None = None,
     units: Mapping[str, Units] | None = None,
 ) -> ArchitectureMap:
-    """Where each component has its effect on the output: its squared attribution by matrix, layer, head and neuron.
+    """Where each component acts on the output: its squared attribution by matrix, layer, head and neuron.
 
-    a_l² is the squared gradient attribution through matrix l alone, as if the component had no part in the others,
-    mean over data points; a_lu² that through the rows or columns of one unit. What is shared out is a_l², and within
-    the matrix in proportion to a_lu². Parts that work together, or against each other, are each counted alone, so
-    Σ_l a_l² is not A_c².
+    a_l² is the squared gradient attribution through matrix l alone, as if the component had no part in the others; mean
+    over data points. a_lu² is the same through the rows or columns of one unit. The map divides a_l² within the matrix
+    in proportion to a_lu². Parts that work together, or against each other, are each counted alone, so Σ_l a_l² is not
+    A_c².
 
     Args:
-        batches: what the model is called with, several times; gone through once, nothing is kept.
-        metric: attribute to this scalar, output -> `batch` or (output, batch) -> `batch`, and not to the whole output.
+        batches: several inputs of the model, iterated once. None is kept.
+        metric: a scalar to attribute to instead of the whole output: output -> `batch`, or (output, batch) -> `batch`.
         units: as in `weight_map`.
 
     Raises as `weight_map` does, and:

@@ -17,7 +17,7 @@ from apd_lens.compare._circuits import _END, Circuit, circuit_of_edges, circuit_
 
 
 def read_circuit(path: str | Path, axes: str = "layer head", baseline: float = 0.0) -> Circuit:
-    """A circuit from a file, by its ending:
+    """Reads a circuit from a file, according to its ending:
 
     - .pt, .safetensors: a tensor of scores, with `axes` and `baseline` as in `circuit_of_scores`; a graph of EAP-IG or
       MIB; a graph of circuit-tracer. Nothing in the file is run: what is no tensor or plain data is not built.

@@ -1,4 +1,4 @@
-"""Circuits that other tools found, read from their tensors and files.
+"""Circuits from the tensors and files of other tools.
 
 Nodes are heads "a3.7", MLPs "m3", neurons "m3.12", matrices by their names, and "input" and "logits". Other ways to
 write them ("a3.h7", "L3H7", (3, 7), "mlp_3", and those of EAP-IG, AutoCircuit and ACDC) are read as these.
@@ -35,12 +35,12 @@ _END |= {"hook_embed": "input", "hook_pos_embed": "input", "blocks.0.hook_resid_
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    """Nodes and edges with their scores.
+    """A circuit: nodes and edges with their scores.
 
     Attributes:
         nodes: name -> score, of every node that was scored.
         edges: (from, to, by) -> score; `by` is "q", "k" or "v" for an edge into one input of a head, else "".
-        chosen: the nodes that the source says belong to it; None where it has only scores.
+        chosen: the nodes that belong to the circuit according to its source; None if the source only has scores.
     """
 
     nodes: Mapping[str, float]
@@ -105,16 +105,17 @@ def edge(name: str) -> tuple[str, str, str]:
 
 
 def circuit_of_scores(scores: Tensor, axes: str = "layer head", baseline: float = 0.0) -> Circuit:
-    """A circuit of a tensor of scores, such as `transformer_lens.patching` or attribution patching give.
+    """Makes a circuit from a tensor of scores, such as one of `transformer_lens.patching` or attribution patching.
 
-    Where there are positions, a node's score is the one of its largest size over them.
+    If there are positions, a node's score is the one with the largest absolute value over them.
 
     Args:
-        scores: one number a patch.
+        scores: one number for each patch.
         axes: what its axes are: "layer" and "head" ("layer pos head", "layer head dest_pos src_pos"), "layer" and
             "neuron", or "mlp" for the layers of MLPs ("mlp pos" for what `get_act_patch_mlp_out` gives); all others are
             positions.
-        baseline: taken off; patching gives the metric, so this is the metric of the run that was patched into.
+        baseline: subtracted from the scores. Patching gives the metric, so this is the metric of the run that was
+            patched into.
 
     Raises:
         ShapeMismatch: axes do not fit the tensor.

@@ -66,9 +66,9 @@ class Dictionary:
         threshold: of "jumprelu".
         subtract_decoder_bias: whether b_D is taken from x before it is encoded.
         site_out: of a transcoder, the submodule whose output it predicts; None where that is `site`.
-        sae: an SAE whose own `encode` and `decode` are used; then the activation is its business.
-        parameters: how many numbers belong to a latent, for counting them; None for the d + d_out of its directions,
-            and of neurons for what the decomposed matrices have of one.
+        sae: an SAE whose own `encode` and `decode` are used in place of these fields.
+        parameters: number of parameters of a latent. None for the d + d_out of its directions, and for a neuron the
+            entries that belong to it in the decomposed matrices.
 
     Raises:
         ShapeMismatch: tensors that do not fit together.
@@ -99,7 +99,7 @@ class Dictionary:
 
     @staticmethod
     def from_sae_lens(sae: Any, site: str | None = None, site_out: str | None = None) -> "Dictionary":
-        """An SAE or transcoder of SAELens, trained or loaded, with its own `encode` and `decode`.
+        """Takes an SAE or transcoder of SAELens, trained or loaded, with its own `encode` and `decode`.
 
         Args:
             site, site_out: where it reads and writes; default the hook names of its metadata.
@@ -148,10 +148,11 @@ class Dictionary:
         subtract_decoder_bias: bool | None = None,
         site_out: str | None = None,
     ) -> "Dictionary":
-        """A dictionary from another library's file, without the library: .safetensors, .npz, or .pt of tensors alone.
+        """Reads a dictionary from another library's file, without the library: .safetensors, .npz, or .pt with tensors
+        only.
 
-        Encoder and decoder may each be stored as x @ W or as in nn.Linear; which, is seen from the lengths of the
-        biases, or from `n_latents`.
+        Encoder and decoder may each be stored as x @ W or as in nn.Linear. The lengths of the biases, or `n_latents`,
+        tell which.
 
         Args:
             encoder, decoder, encoder_bias, decoder_bias: names of the tensors in the file; None for none.
@@ -201,10 +202,10 @@ class Dictionary:
 
     @staticmethod
     def neurons(site: str, n: int, parameters: int | None = None) -> "Dictionary":
-        """The n activations at a site as latents of their own: the baseline for every dictionary.
+        """Takes the n activations at a site as latents: the baseline for every dictionary.
 
         Args:
-            parameters: how many of the model's numbers belong to one.
+            parameters: number of the model's parameters that belong to one neuron.
         """
         identity = torch.eye(n, dtype=torch.float32, device="cpu")
         return Dictionary(site, identity, identity, activation="identity", parameters=parameters)
@@ -214,7 +215,7 @@ class Dictionary:
         return self.decoder.shape[0]
 
     def encode(self, x: Float[Tensor, "batch *places"]) -> Latents:
-        """Latents of activations at `site`; these may be `batch *pos head d_head` with d = head · d_head.
+        """Latents of activations at `site`. Activations may be `batch *pos head d_head` with d = head · d_head.
 
         Raises:
             ShapeMismatch: activations of another width.
@@ -235,7 +236,8 @@ class Dictionary:
         return self._activated(pre if self.encoder_bias is None else pre + self.encoder_bias)
 
     def decode(self, latents: Latents) -> Float[Tensor, "batch *places"]:
-        """x̂, the activations that the latents stand for; of SAEs whose latents were encoded last, in their units."""
+        """Reconstructed activations. An SAE that normalises its inputs reconstructs them in the units of its last
+        `encode`."""
         if self.sae is not None:
             return self.sae.decode(latents)
         written = latents @ self.decoder
@@ -264,10 +266,11 @@ class Dictionary:
 
 @torch.no_grad()
 def random_dictionary(dictionary: Dictionary, seed: int = 0) -> Dictionary:
-    """A null control: random directions as long as the decoder's, read and written by one and the same latent.
+    """A null control: random directions with the norms of the decoder's; each latent reads and writes the same one.
 
-    As an SAE is before it is trained: encoder and decoder directions are equal, b_D is kept and taken from x, there is
-    no b_E. Of neurons it is a random orthonormal basis. Of a transcoder, whose two sides differ, they are random each.
+    This is like an SAE before training: encoder and decoder directions are equal, b_D is kept and subtracted from x,
+    and there is no b_E. For neurons it is a random orthonormal basis. For a transcoder, encoder and decoder directions
+    are drawn separately.
     """
     generator = torch.Generator().manual_seed(seed)
 

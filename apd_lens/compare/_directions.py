@@ -1,4 +1,4 @@
-"""Do components write what a dictionary's latents write, and read what they read?
+"""Do components write, or read, the directions that the latents of a dictionary do?
 
 A component is a matrix A_c B_c, a latent one direction. What a component has of a direction is how much of the largest
 thing that it can write it can write along that direction: ‖A_c B_c d‖ / ‖A_c B_c‖, d of norm 1, both norms the largest
@@ -42,11 +42,12 @@ Side = Literal["write", "read"]
 
 @dataclass(frozen=True, eq=False)
 class DirectionMatch:
-    """How alike the directions of components and latents are, beside two nulls; `print` shows the means.
+    """How similar the directions of components and latents are, beside two nulls. `print` shows the means.
 
     Attributes:
-        cosine: of every component and latent, from 0 to 1, or from −1 where data gave a sign; see `direction_cosines`.
-        found: who matches whom.
+        cosine: cosine of every component with every latent, from 0 to 1, or from −1 where data give a sign; see
+            `direction_cosines`.
+        found: which component matches which latent.
         random_directions: the same for as many latents with random directions.
         random_components: the same for untrained components, or random ones with the same singular values.
     """
@@ -115,15 +116,15 @@ def direction_match(
     untrained: ParameterComponents | None = None,
     seed: int = 0,
 ) -> DirectionMatch:
-    """What components write with a matrix against what the latents write, or what both read.
+    """Compares what components write through a matrix with what latents write, or what both read.
 
     Args:
-        matrix: name of a decomposed matrix that writes to, or reads from, the place of the dictionary. Of one that is
-            tied the use is taken that has the right width.
+        matrix: name of a decomposed matrix that writes to, or reads from, the place of the dictionary. For a tied
+            matrix the use with the right width is taken.
         side: "write" compares with decoder directions, "read" with encoder directions.
-        batches: which give cosines their sign, gone through twice; without them they have none. Components that are
-            active on none of them have cosine 0.
-        threshold: cosine above which two match, for counting how many each has.
+        batches: data that give cosines their sign, iterated twice. Without them cosines have no sign. A component that
+            is never active on them has cosine 0.
+        threshold: cosine above which two count as a match, for the number of matches that each has.
         components, latents: which count, such as `decomposition.select(batch).flatten(0, -2).any(0)`; default all, or
             with batches the components that are active on them.
         untrained: for the null, components of the same matrices before training, such as
@@ -135,7 +136,7 @@ def direction_match(
         ShapeMismatch: no use of the matrix has the dictionary's width on that side.
         InvalidBatches: an iterator, which can be gone through once only, or one tensor in the place of batches.
 
-    Random directions are as many as the latents and spread evenly over all directions; where activations lie in few
+    There are as many random directions as latents, uniform over all directions. Where activations lie in few
     dimensions, random components are the fairer null.
     """
     directions = dictionary.decoder if side == "write" else dictionary.encoder.mT

@@ -1,4 +1,4 @@
-"""What taking components out does, where it should and elsewhere, beside other edits of the same rank.
+"""What taking components out does, on target and elsewhere, beside other edits of the same rank.
 
 The edits that know no components are made of what each matrix reads, C = mean of x xᵀ over the data points of the
 on-target data and of the other data. Both take as many directions out of a matrix as the components' sum has there:
@@ -48,7 +48,7 @@ _RIDGE = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class EditEffects:
-    """What each of several edits does; `print` shows the mean over edits of one kind.
+    """What each of several edits does. `print` shows the mean over edits of one kind.
 
     Attributes:
         kind: of each edit: "components", "singular directions", "whitened inputs", the same "in" a matrix alone,
@@ -121,21 +121,21 @@ def edit_effects(
     others: Iterable[int] | Int[Tensor, " others"] | None = None,
     seed: int = 0,
 ) -> EditEffects:
-    """What taking components out does on the data that it is about, and on other data, beside other edits.
+    """Measures what taking components out does on target data and on other data, beside other edits.
 
     The other edits: of the same rank in each matrix by SVD (see the head of this file), random components with the same
     norms and singular values, and as many other trained components.
 
     Args:
         ablate: the components to take out, together.
-        on_target, other: batches; both are gone through twice, so give lists or DataLoaders. Of the other data one
-            number is kept for each data point and edit.
+        on_target, other: batches, both iterated twice, so give lists or DataLoaders. One number is kept for each data
+            point and edit.
         metric: the explained output -> one scalar an example, such as the log-probability of an answer. It is applied
             to the other data too.
-        distance: as of `apd_lens.Losses`; default that of the decomposition.
+        distance: as in `apd_lens.Losses`; default that of the decomposition.
         n_random: number of draws of random components.
         n_other: number of draws of other trained components, none twice in a draw.
-        others: from which to draw them, such as the ones that are active on other data; default all.
+        others: the components to draw them from, such as those that are active on other data; default all.
         seed: of the draws.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How much of a metric is kept by a few components, heads or neurons, and whether the rest is really inactive.
+"""How much of a metric a few components, heads or neurons keep, and whether the rest is really inactive.
 
 A unit u that is on to the share γ_u runs as γ_u of itself. With components that is Σ_c γ_c P_c; a head's or a neuron's
 activation z becomes γ z + (1 − γ) z₀ with z₀ zero or its mean, in front of the matrix that reads it (W_O, W_out).
@@ -34,16 +34,16 @@ Scores = Float[Tensor, " units"] | Callable[[Batch], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class FaithfulnessCurve:
-    """Metric recovered against the number of units kept: f = (m(kept) − m(none)) / (m(model) − m(none)).
+    """The part of a metric that comes back with some units kept: f = (m(kept) − m(none)) / (m(model) − m(none)).
 
     Attributes:
-        unit: what is kept or not.
-        names: of the units: component numbers, heads "a3.7", neurons "m3.12".
+        unit: what is kept: components, heads or neurons.
+        names: names of the units: component indices, heads "a3.7", neurons "m3.12".
         kept: numbers of units.
         own: f with the rest off.
         random: f with each unit of the rest at γ ~ U[0, 1] on its own; mean over draws.
-        worst: f with each unit of the rest where it does most harm in [0, 1], found by projected gradient for each
-            example on its own, so an upper bound of the worst; never above the other two.
+        worst: f with each unit of the rest where it does most harm in [0, 1]. It is found by projected gradient for
+            each example, so the true worst may be lower; never above the other two.
         shuffled: the null: `own` with the units in random order; mean over draws.
         model, none: the metric of the model as it is, and with all units off; means over examples.
     """
@@ -69,7 +69,7 @@ class FaithfulnessCurve:
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("masking")
 
     def table(self) -> pd.DataFrame:
-        """One row a number of units kept."""
+        """One row for each number of units kept."""
         curves = {name: curve.numpy() for name, curve in self.curves().items()}
         return pd.DataFrame({f"{self.unit}s kept": self.kept.numpy(), **curves}).set_index(f"{self.unit}s kept")
 

@@ -1,5 +1,5 @@
-"""Components beside a circuit that is known: how far scored nodes agree with it, and whether the components that matter
-live in its nodes."""
+"""Components beside a known circuit: whether scored nodes agree with it, and whether the components that matter lie in
+it."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ from apd_lens.host._matrix import Units
 
 @dataclass(frozen=True, eq=False)
 class Overlap:
-    """How far the nodes with the largest scores are those of a known circuit.
+    """How well the nodes with the largest scores agree with a known circuit.
 
     Attributes:
         nodes: all that were scored.
@@ -37,7 +37,7 @@ class Overlap:
         known: which belong to the circuit.
         found: the nodes of the largest |score|.
         measures: precision, recall and IoU of `found`, AUROC of the scores' sizes (ties count half).
-        null: the same with the scores dealt out to the nodes at random, one entry a draw.
+        null: the same measures with the scores permuted over the nodes, one entry for each draw.
     """
 
     nodes: list[str]
@@ -48,7 +48,7 @@ class Overlap:
     null: Mapping[str, Float[Tensor, " draws"]]
 
     def table(self) -> pd.DataFrame:
-        """One row a measure, beside its null; p is the share of draws that are at least as good."""
+        """One row for each measure, beside its null; p is the share of draws that are at least as good."""
         rows = {
             name: {
                 "value": value,
@@ -78,8 +78,8 @@ def overlap(
 
     Args:
         scores: of every node that could be in the circuit; those of a circuit, or of `Location.node_scores`.
-        known: the circuit's nodes; of a `Circuit` those that it says are in it.
-        k: how many of the nodes are taken for found; default: as many as are known.
+        known: the circuit's nodes, or a `Circuit` with chosen nodes.
+        k: number of nodes that count as found; default as many as are known.
 
     Raises:
         InvalidSetting: none or all of the scored nodes are known, or a known one has no score; a circuit without
@@ -243,20 +243,22 @@ def locate(
     n_null: int = 5,
     seed: int = 0,
 ) -> Location:
-    """Do the components that matter live in the nodes of a known circuit? `print` shows the answer beside its nulls.
+    """Tests whether the components that matter lie in the nodes of a known circuit. `print` shows the answer and its
+    nulls.
 
     Args:
         batches: a list of batches or another iterable that can be gone through again.
         known: the circuit's nodes, such as ["a0.3", "a1.6"].
-        metric: matter for this scalar, output -> `batch` or (output, batch) -> `batch`; default: for all outputs.
-        top: how many components matter; default: the fewest that hold 90 % of the importance.
+        metric: the scalar for which components matter, output -> `batch` or (output, batch) -> `batch`; default all
+            outputs.
+        top: number of components that count as mattering; default the fewest with 90 % of the importance.
         level: what the nodes are.
         units: as in `weight_map`.
-        n_null: sets of random components that are measured in the same way, each with the cost of the whole.
+        n_null: number of sets of random components. Each is measured in the same way and costs as much as the whole.
 
     Raises:
         InvalidSetting: a known node is none of the model's, or not decomposed; top out of range.
-        And as `attribution_map`.
+        ApdError: what `attribution_map` raises.
     """
     weight = weight_map(decomposition, units)
     nodes, of_nodes = weight.nodes(level), weight.amounts(level)

@@ -1,4 +1,4 @@
-"""Which latent goes with which component, in a matrix of how alike they are."""
+"""Matches latents with components by a matrix of similarities."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -101,10 +101,11 @@ def matching(
     components: Bool[Tensor, " n_components"] | None = None,
     latents: Bool[Tensor, " n_latents"] | None = None,
 ) -> Matching:
-    """Best matches both ways and the one-to-one assignment with the largest sum (scipy's linear_sum_assignment).
+    """Finds the best matches both ways, and the one-to-one assignment with the largest sum (scipy's
+    linear_sum_assignment).
 
     Args:
-        components, latents: which count; default all. Dead ones match what they match by chance.
+        components, latents: which ones count; default all. Dead ones match by chance only.
 
     Raises:
         ShapeMismatch: `components` or `latents` of another length.

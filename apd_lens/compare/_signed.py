@@ -1,4 +1,4 @@
-"""Which components push a metric up or down, on which positions, with the sum checked against the true change."""
+"""Which components raise or lower a metric, at which positions, with their sum checked against the true change."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from apd_lens.passes._watch import WatchedPass, replaced_pass
 
 @dataclass(frozen=True, eq=False)
 class SignedAttributions:
-    """How much each component raises a metric, and what really happens to the metric without it.
+    """How much each component raises a metric, and how the metric really changes without it.
 
     Attributes:
         attribution: mean over examples; positive where the component raises the metric.
@@ -41,22 +41,22 @@ class SignedAttributions:
 
     @property
     def error(self) -> float:
-        """Σ_c attribution_c − change, in units of the metric: what the steps of the path leave out."""
+        """Σ_c attribution_c − change, in units of the metric: the error of the finite number of steps."""
         return self.attribution.sum().item() - self.change
 
     @property
     def correlation(self) -> float:
-        """Pearson's, over components, of attribution with the change on ablating each alone."""
+        """Pearson correlation, over components, of the attribution with the effect of ablating each alone."""
         return torch.corrcoef(torch.stack([self.attribution, self.ablation]))[0, 1].item()
 
     @property
     def slope(self) -> float:
-        """Least-squares slope through 0 of the change on ablating each alone in its attribution; 1 if they agree, other
-        where components do each other's work (below) or need each other (above)."""
+        """Least-squares slope, through 0, of the effect of ablating each component against its attribution. It is 1 if
+        they agree, below 1 where components replace each other, and above 1 where they need each other."""
         return ((self.ablation @ self.attribution) / self.attribution.square().sum()).item()
 
     def table(self) -> pd.DataFrame:
-        """One row a component, from the one that raises the metric most to the one that lowers it most."""
+        """One row for each component, from the one that raises the metric most to the one that lowers it most."""
         table = pd.DataFrame(
             {"attribution": self.attribution.numpy(), "metric lost on ablation": self.ablation.numpy()}
         ).rename_axis("component")

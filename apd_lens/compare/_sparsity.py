@@ -1,8 +1,8 @@
-"""Loss against sparsity, measured alike for components, dictionaries and neurons.
+"""Loss against sparsity, measured in the same way for components, dictionaries and neurons.
 
-All are asked the same: with so many units a data point, chosen by the decomposition's own selection from scores of
-their own, how close is the model's output to the target's? Sparsity is counted in three ways: active units, active
-parameters, and bits.
+The question is the same for all. With k units on at each data point, chosen by the decomposition's selection from the
+units' own scores, how close is the model's output to the target's? Sparsity is counted in three ways: active units,
+active parameters, and bits.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,13 +44,13 @@ Scores = Literal["activation", "gradient"]
 
 @dataclass(frozen=True, eq=False)
 class Sparsity:
-    """Points of curves of loss against sparsity; `print` shows them.
+    """Curves of loss against sparsity, point by point. `print` shows them.
 
     Attributes:
-        curve: name of the curve that each point belongs to.
-        k: units that were asked for, mean over data points; infinite for a dictionary's latents as they are.
+        curve: name of the curve of each point.
+        k: requested number of units, mean over data points. It is infinite for a dictionary's latents as they are.
         loss: mean over data points.
-        active: units that were active (latents that are 0 are not), mean over data points.
+        active: number of active units, mean over data points. A latent that is 0 is not active.
         parameters: numbers in these: rank · (d_in + d_out) of a component, summed over matrices; encoder and decoder
             direction of a latent; of a neuron its rows and columns of the decomposed matrices that have as many as
             there are neurons, NaN where these cannot be told. The model's own matrices go on working behind latents,
@@ -58,7 +58,7 @@ class Sparsity:
         bits: `metrics.description_length`: log2 of the number of units for each active one, and α for each of its
             rank-one parts; a latent and a neuron are one. How strongly a latent is active is not counted, nor what
             else a component reads of its input.
-        target_loss: of the target as it is.
+        target_loss: loss of the target itself.
     """
 
     curve: tuple[str, ...]
@@ -70,13 +70,13 @@ class Sparsity:
     target_loss: float
 
     def table(self) -> pd.DataFrame:
-        """One row a point."""
+        """One row for each point."""
         names = {"active": "active units", "parameters": "active parameters"}
         columns = {names.get(name, name): getattr(self, name).numpy() for name in _COLUMNS}
         return pd.DataFrame({"curve": self.curve, **columns})
 
     def of(self, column: Literal["k", "loss", "active", "parameters", "bits"]) -> dict[str, Float[Tensor, " n"]]:
-        """Name of a curve -> what a column has of it."""
+        """Name of a curve -> its values in one column."""
         values = getattr(self, column)
         return {
             name: values[[index for index, curve in enumerate(self.curve) if curve == name]]
@@ -110,17 +110,18 @@ def sparsity(
     nulls: bool = True,
     seed: int = 0,
 ) -> Sparsity:
-    """Loss with k active units a data point: of the components, and of the model with dictionaries spliced in.
+    """Measures the loss with k active units on each data point, for components and for dictionaries that are spliced
+    in.
 
     Units are selected as the decomposition selects components (`TopK`: k of each data point; `BatchTopK` and `Lp`: the
     k·n largest of a batch), with scores of their own, and data points are the decomposition's. Where these are
     examples, a latent stays at all positions of an example or at none.
 
     Args:
-        batches: gone through once; each is run once for every point.
-        ks: units a data point; 0 for none at all. More than there are is all.
+        batches: iterated once; each is run once for every point.
+        ks: numbers of units on each data point; 0 for none. A number above that of all units means all.
         dictionaries: name of a curve -> a dictionary, or several that are spliced in together and keep k latents each.
-            For neurons give `Dictionary.neurons(site, n)`. Each has one more point, with its latents as they are.
+            For neurons give `Dictionary.neurons(site, n)`. Each curve has one more point, with the latents as they are.
         loss: "mse" or "kl" between the target's output and the other; "ce", cross-entropy with `labels`; or a function
             (target output, output) -> one scalar a data point. Default the decomposition's own distance.
         labels: for "ce", a function batch -> classes `batch *pos`, −100 where none counts.
@@ -129,9 +130,9 @@ def sparsity(
             `GradientAttribution` estimates what a component does.
         pool: over positions, of "activation" where data points are examples.
         projections: of "gradient", as of `GradientAttribution`.
-        alpha: α, bits for a rank-one part; the paper leaves it open.
+        alpha: α, bits for each rank-one part; the paper leaves it open.
         nulls: also draw curves of random components with the same singular values, and of random dictionaries.
-        seed: of nulls and projections.
+        seed: seed of nulls and projections.
 
     Raises:
         InvalidBatches: no batches, or one tensor in the place of batches.

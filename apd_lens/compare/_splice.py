@@ -17,13 +17,13 @@ def spliced(
     dictionaries: Sequence[Dictionary],
     masks: Sequence[Shaped[Tensor, "..."] | None] | None = None,
 ) -> Iterator[None]:
-    """Inside, every forward of the user's model goes on with the dictionaries' x̂ in the place of the activations.
+    """Inside, every forward pass of your model continues with the activations that the dictionaries reconstruct.
 
-    What they leave unexplained is lost. A site's first call in a forward is as good as any other.
+    What they do not reconstruct is lost. This holds for every call of a site in a forward pass.
 
     Args:
-        masks: for each dictionary which latents stay, `batch latents` for all positions of an example, or
-            `batch *pos latents`; None for all of them.
+        masks: which latents of each dictionary stay, `batch latents` for all positions of an example, or `batch *pos
+            latents`. None for all.
 
     Raises:
         InvalidSetting: no such site, two dictionaries for one, or not one mask for each dictionary.

@@ -13,7 +13,7 @@ from apd_lens.host._matrix import Use, WeightMatrix
 
 
 class ParameterComponents(nn.Module):
-    """C components P_c = {A_c,l @ B_c,l}, one pair of factors for each decomposed matrix l.
+    """C components P_c = {A_c,l @ B_c,l}, with one pair of factors for each decomposed matrix l.
 
     A matrix that is tied has one pair of factors, and all its uses share it. Factors are float32, or float64 where
     the matrix is. The parameters are A_cᵀ and B_c: where a column of A_c is in one piece of memory, as a row of B_c is,
@@ -47,7 +47,7 @@ class ParameterComponents(nn.Module):
         return self.A[name] @ self.B[name]
 
     def picked(self, numbers: Sequence[int]) -> "ParameterComponents":
-        """These components alone, in that order, without gradients; one may come several times."""
+        """The chosen components, in the given order and without gradients. A component may be chosen several times."""
         numbers = list(numbers)
         A, B = ({name: side[numbers] for name, side in sides.items()} for sides in (self.A, self.B))
         return ParameterComponents(A, B).requires_grad_(False)
@@ -62,7 +62,7 @@ class ParameterComponents(nn.Module):
         return sum_of_components(A, B)
 
     def factors(self, use: Use) -> tuple[Float[Tensor, "C d_in m"], Float[Tensor, "C m d_out"]]:
-        """A and B the way round, of the part of the matrix, and at the scale that one use multiplies by.
+        """A and B as one use multiplies by them: transposed, narrowed to a part of the matrix, and scaled.
 
         (A B)ᵀ = Bᵀ Aᵀ for a transposed use.
         """

@@ -13,9 +13,9 @@ from apd_lens.components._factors import full_precision, share_of_units
 @torch.no_grad()
 @full_precision()
 def random_components(components: ParameterComponents, seed: int = 0) -> ParameterComponents:
-    """A null control: random components, each with the singular values of its model in every matrix.
+    """A null control: random components, each with the singular values of its counterpart in every matrix.
 
-    Norm and (effective) rank are the same, only the directions are random. Whatever is claimed of the components
+    They have the same norms and effective ranks; only their directions are random. Whatever you claim of the components
     should fail for these.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -45,7 +45,7 @@ def singular_values(components: ParameterComponents, name: str) -> Float[Tensor,
 
 @torch.no_grad()
 def output_share(components: ParameterComponents, name: str) -> Float[Tensor, "C d_out"]:
-    """Share of every output unit's squared weight that each component holds, of the sum over components.
+    """Each component's share of the squared weight of every output unit.
 
     ‖P_c[:, j]‖² / Σ_c ‖P_c[:, j]‖², in one matrix. Columns sum to 1.
     """
@@ -54,7 +54,7 @@ def output_share(components: ParameterComponents, name: str) -> Float[Tensor, "C
 
 @torch.no_grad()
 def input_share(components: ParameterComponents, name: str) -> Float[Tensor, "C d_in"]:
-    """Share of every input unit's squared weight that each component holds: `output_share` for the rows P_c[i, :]."""
+    """Each component's share of the squared weight of every input unit: `output_share` for the rows P_c[i, :]."""
     return share_of_units(components.B[name].mT, components.A[name].mT)
 
 

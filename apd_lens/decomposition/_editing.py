@@ -152,7 +152,7 @@ class Edit(Block):
 
     Attributes:
         model: the user's, edited.
-        ablated: the components that this edit took out.
+        ablated: indices of the components that this edit took out.
     """
 
     def __init__(self, taken_out: _TakenOut):
@@ -184,7 +184,7 @@ class Edit(Block):
         """Puts the matrices back, bit for bit; an interrupt is raised when that is done.
 
         Args:
-            force: also if the edited matrices were changed since, whose changes are lost.
+            force: undo even if the edited matrices were changed since; those changes are lost.
 
         Raises:
             AlreadyActive: undone already, or a later edit of the model is not.

@@ -11,14 +11,15 @@ from apd_lens.host._torch_modules import TorchAdapter
 
 
 def wrap(model: Any, *, biases: bool = False) -> TargetModel:
-    """The weight matrices of a model, by name, ready to be decomposed. Changes nothing on the model.
+    """Lists the weight matrices of a model by name, ready to be decomposed. Changes nothing on the model.
 
-    A host's own `wrap` (entry-point group "apd_lens.adapters") is chosen by the packages in which the model's classes
-    are defined, so no host is imported that is not in use; any other torch module is taken apart by its leaves.
+    The packages in which the model's classes are defined choose the host's own `wrap` (entry-point group
+    "apd_lens.adapters"), so no host is imported that is not in use. Any other torch module is taken apart by its
+    leaves.
 
     Args:
-        biases: decompose biases too, each as one more row of its matrix: x is thought of as [x, 1], P_c is
-            `d_in + 1 d_out`, and the sparse model has Σ_c s_c (x P_c + b_c). Without it biases are always on.
+        biases: decompose biases too, each as one more row of its matrix. Then P_c is `d_in + 1 d_out`, x stands for [x,
+            1], and the sparse model computes Σ_c s_c (x P_c + b_c). Otherwise biases are always on.
 
     Raises:
         UnsupportedModel: not a model that any adapter knows, or one without a matrix, or a bias, that can be

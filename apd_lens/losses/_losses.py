@@ -1,4 +1,4 @@
-"""The losses, each a pure function of one matrix or one pair of outputs; sums and normalisations are the caller's.
+"""The losses. Each is a pure function of one matrix or one pair of outputs; the caller sums and normalises.
 
 Source of all formulas unless another is named: Braun et al. 2025, arXiv 2501.14926.
 """
@@ -16,17 +16,17 @@ from apd_lens.losses._outputs import Distance
 @saved
 @dataclass(frozen=True)
 class Losses:
-    """Which losses are added up, and how much each counts: numbers, or a `HoldThenDecay` or `Ramp` of them.
+    """The coefficients of the losses. Each is a number, a `HoldThenDecay` or a `Ramp`.
 
     Attributes:
         faithfulness: the components sum to the weights.
         minimality: the model gives the same output with the active components only.
         simplicity: the active components have small Schatten norms, so low rank.
-        schatten_p: p of that norm, p < 1 presses harder towards low rank.
-        simplicity_floor: every component counts in simplicity as if it were active more often than it is, by this share
-            of the mean over components. So those that are never active shrink too.
-        path: like minimality, with every inactive component left on by a random amount between 0 and 1. Inactive
-            components may then not matter in any partial combination (the paper's appendix on "inactive").
+        schatten_p: the power p of that norm. Below 1 it favours low rank more strongly.
+        simplicity_floor: in simplicity every component counts as active more often than it is, by this share of the
+            mean over components. So components that are never active shrink too.
+        path: like minimality, but each inactive component stays on by a random amount between 0 and 1. So inactive
+            components must not matter in any partial combination (the paper's appendix on "inactive").
         hidden: like minimality, on the activations of `hidden_at`.
         hidden_at: names of submodules whose outputs are compared, such as "blocks.0.mlp.hook_post".
         distance: between outputs: "mse", "kl" (outputs are logits), or a function

@@ -26,7 +26,7 @@ def minimality_loss(
     the outputs are, in nats; a function gives one scalar a data point.
 
     Args:
-        real: False at padding, which is no data point. A function of the user's is given padded outputs as zeros.
+        real: False at padding, which is not counted. A distance function of the user gets zeros for padded outputs.
 
     Raises:
         ShapeMismatch: the user's function gives something else than one scalar a data point.

@@ -15,7 +15,7 @@ _EPS = 1e-16
 def faithfulness_loss(weight: Float[Tensor, "d_in d_out"], summed: Float[Tensor, "d_in d_out"]) -> Float[Tensor, ""]:
     """‖W − Σ_c P_c‖²: squared distance between one matrix and the sum of its components.
 
-    Summed over entries, in squared units of the weights. The caller adds the matrices up and divides.
+    The sum over entries, in squared units of the weights. The caller sums over matrices and divides.
 
     >>> faithfulness_loss(torch.eye(2), torch.zeros(2, 2))
     tensor(2.)
@@ -32,12 +32,12 @@ def simplicity_loss(
 ) -> Float[Tensor, ""]:
     """mean over data points Σ_c s_c Σ_m (‖A_c[:, m]‖² ‖B_c[m, :]‖²)^(p/2), for one matrix.
 
-    An upper bound of the active components' Schatten-p norms to the p, and equal to them where the m parts are
-    orthogonal. A mask enters only by how often each component was active. The caller adds the matrices up and
+    This bounds the Schatten-p norms to the p of the active components from above, and equals them where the m parts are
+    orthogonal. The mask enters only through how often each component was active. The caller sums over matrices and
     divides.
 
     Args:
-        mask: s_c, or what has its place: A_c^p in the Lp form.
+        mask: s_c, or A_c^p in the Lp form.
         floor: added to how often each component was active, as a share of the mean over components.
     """
     return _simplicity(_squared_norms(A.mT), _squared_norms(B), mask, p, floor)

@@ -28,18 +28,18 @@ class Lp:
     """No selection in the training: minimality is the mean over data points of Σ_c A_c^p, and A_c^p has the place of
     the mask in simplicity.
 
-    Gradients go through the attributions, there is no sparse pass, and so `Losses` must ask for nothing that needs
-    one: no path, hidden or distance. With `Losses(normalization="relative")` attributions are in units of the target
-    output's standard deviation.
+    Gradients go through the attributions and there is no sparse pass. So `Losses` may not have path, hidden or a
+    distance, which need one. With `Losses(normalization="relative")` attributions are in units of the standard
+    deviation of the target's output.
 
-    What is active is up to whoever asks. Either `select(batch, k=...)` takes the batch's largest attributions, as
-    `BatchTopK` does; or `threshold` says it once and for all, for `StepInfo`, `ClusterMoves` and `summary` too.
+    You say afterwards which components are active. `select(batch, k=...)` takes the largest attributions of the batch,
+    as `BatchTopK` does. Or `threshold` says it once, for `StepInfo`, `ClusterMoves` and `summary` too.
     Source: Braun et al. 2025, arXiv 2501.14926, "Lp" form of minimality.
 
     Attributes:
-        p: the power; below 1 it presses towards few components. A `Ramp` changes it during the training.
+        p: the power; below 1 it favours few components. A `Ramp` changes it during training.
         granularity: whether a data point is an "example" or a "position".
-        threshold: a component is active where its attribution, in units of the outputs, is above this.
+        threshold: a component is active where its attribution exceeds this, in units of the outputs.
         attribution: has gradients.
     """
 

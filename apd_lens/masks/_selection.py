@@ -95,7 +95,7 @@ class Selection(Protocol):
 @saved
 @dataclass(frozen=True)
 class BatchTopK:
-    """The k·n largest of all n·C attributions of a batch of n data points (padding is none).
+    """Selects the k·n largest of all n·C attributions of a batch of n data points. Padding is not counted.
 
     Attributes:
         k: mean number of active components a data point; need not be whole. A `Ramp` changes it during the training;
@@ -170,10 +170,10 @@ class BatchTopK:
 @saved
 @dataclass(frozen=True)
 class TopK:
-    """The k largest attributions of each data point (padding is none).
+    """Selects the k largest attributions of each data point. Padding is not counted.
 
     Attributes:
-        k: number of active components a data point.
+        k: number of active components on each data point.
         granularity: whether a data point is an "example" or a "position".
     """
 

@@ -1,4 +1,4 @@
-"""What can be measured of a decomposition. Pure functions; what they take from the truth, the caller gives.
+"""Measures of a decomposition. All are pure functions; the caller gives the truth where a measure needs it.
 
 Weights are `d_in d_out`, so what the paper calls columns are rows here. Source of all definitions unless another is
 named: Braun et al. 2025, arXiv 2501.14926. Arguments of another type or shape raise ShapeMismatch.

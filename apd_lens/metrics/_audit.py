@@ -25,11 +25,12 @@ from apd_lens.passes._watch import check_finite_output, sparse_pass, watched_pas
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two outputs agree.
+    """How well two outputs agree.
 
     Attributes:
         mse: mean over data points and outputs of the squared difference.
-        kl: mean over data points of KL(softmax(target) ‖ softmax(other)), in nats; means something for logits only.
+        kl: mean over data points of KL(softmax(target) ‖ softmax(other)), in nats; meaningful only if outputs are
+            logits.
         top1: share of data points on which both have the same largest output.
     """
 
@@ -58,8 +59,8 @@ class AblationPath:
         amount: t, from 0 (all components on) to 1 (inactive ones may be off).
         together: error with all inactive components at γ = 1 − t.
         random: with each at γ ~ U[1 − t, 1] on its own; mean over draws. At t = 1 this is the path loss.
-        worst: with each where it does most harm in [1 − t, 1], found by projected gradient, so a lower bound of the
-            worst; never below the other two.
+        worst: with each where it does most harm in [1 − t, 1]. It is found by projected gradient ascent, so the true
+            worst may be larger; never below the other two.
 
     Errors are means over examples of the decomposition's own distance; "mse" is the mean over outputs.
     """
@@ -82,19 +83,19 @@ def ablation_path_audit(
     ascent_steps: int = 20,
     seed: int = 0,
 ) -> AblationPath:
-    """Are inactive components inactive in the strict sense: does no partial ablation of them change the output?
+    """Are inactive components inactive in the strict sense, so that no partial ablation of them changes the output?
 
-    γ_c, how far component c is on, is 1 − t (1 − s_c) u_c: all on at t = 0, and at t = 1 as far down as direction u
-    says, active ones always on. The output on Σ_c γ_c P_c is compared with the target's; at t = 0 this is what the
-    components leave unexplained.
+    Component c is on by γ_c = 1 − t (1 − s_c) u_c, for a direction u. At t = 0 all components are on; at t = 1 inactive
+    ones are down by u_c. Active ones are always on. The output on Σ_c γ_c P_c is compared with the target's, so the
+    error at t = 0 is what the components leave unexplained.
 
     Args:
         batch: as for `decomposition.attributions`.
         mask: s, the active components, `batch C` or `batch pos C`; default `decomposition.select(batch)`.
         amounts: values of t, in rising order.
         n_draws: number of random directions.
-        ascent_steps: steps of signed gradient ascent on γ for each t, of size 2.5 t / ascent_steps and clamped to
-            [1 − t (1 − s), 1]. It starts where the error was largest so far, for each example on its own.
+        ascent_steps: steps of signed gradient ascent on γ for each t, of size 2.5 t / ascent_steps, clamped to [1 − t
+            (1 − s), 1]. For each example the ascent starts where the error was largest so far.
 
     Raises:
         InvalidSetting: amounts that do not rise or leave [0, 1], no draws or steps; or a loaded decomposition that
@@ -102,8 +103,8 @@ def ablation_path_audit(
         ShapeMismatch: a mask of another number of components, or of another batch.
         NonFinite: the batch, or the output, holds NaN or infinity.
 
-    Source: the appendix on "inactive" asks for every partial ablation; the search for the worst is projected gradient
-    ascent, Madry et al. 2018.
+    Source: the paper's appendix on "inactive" asks for every partial ablation. The worst one is sought by projected
+    gradient ascent, Madry et al. 2018.
     """
     _check_audit(amounts, n_draws, ascent_steps)
     s = decomposition.select(batch) if mask is None else mask

@@ -15,7 +15,7 @@ def best_components(
 ) -> Int[Tensor, " n_features"]:
     """For each feature, the component whose row for it has the largest cosine with the true row.
 
-    Features that share a component were not separated: `len(set(best.tolist()))` features were.
+    Features with the same best component were not separated; `len(set(best.tolist()))` counts the distinct ones.
     """
     return F.cosine_similarity(components, rows, dim=-1).argmax(0)
 
@@ -24,11 +24,12 @@ def best_components(
 def mmcs(rows: Float[Tensor, "n_features d"], components: Float[Tensor, "C n_features d"]) -> Float[Tensor, ""]:
     """Mean max cosine similarity: mean over features i of max_c cos(W_i, P_c,i), between -1 and 1; 1 is perfect.
 
-    Only directions count, and a component may be the best one of several features (see `best_components`). To compare
-    whole mechanisms, flatten them: `mmcs(mechanisms.flatten(1), components.flatten(1)[:, None].expand(-1, n, -1))`.
+    It compares directions only, and one component may be the best of several features (see `best_components`). To
+    compare whole mechanisms, flatten them: `mmcs(mechanisms.flatten(1), components.flatten(1)[:, None].expand(-1, n,
+    -1))`.
 
     Args:
-        rows: row i of the target's matrix, what it has of feature i.
+        rows: the target's matrix; row i belongs to feature i.
         components: the components' weights in that matrix, as of `ParameterComponents.component_weights`.
 
     Source: Sharkey, Braun and Millidge 2022; for components, Braun et al. 2025.
@@ -56,8 +57,8 @@ def ml2r(rows: Float[Tensor, "n_features d"], components: Float[Tensor, "C n_fea
 def features_alone(
     rows: Float[Tensor, "n_features d"], components: Float[Tensor, "C n_features d"], share: float = 0.9
 ) -> int:
-    """Number of features whose best component is no other feature's, and has at least `share` of its squared norm in
-    the feature's row. Arguments as of `mmcs`.
+    """Number of features with a component of their own. The component is the best one of that feature alone, and has at
+    least `share` of its squared norm in the feature's row. Arguments as of `mmcs`.
 
     >>> features_alone(torch.eye(2), torch.tensor([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 2.0], [0.0, 4.0]]]))
     1
@@ -78,8 +79,8 @@ def neuron_contributions(
 ) -> Float[Tensor, "*C n_features neurons"]:
     """(W_E W_in)[i, j] · (W_out W_U)[j, i]: how much neuron j does for feature i, from its input to its own output.
 
-    Of the target, or of every component with a leading axis. One layer; join several along the neurons. For a relu
-    neuron it is the slope of output i in input i through j where j is on.
+    The matrices are the target's, or those of every component with a leading axis, in one layer. Join several layers
+    along the neurons. For a relu neuron that is on, this is the slope of output i in input i through neuron j.
 
     Source: section 3.2, neuron contributions.
     """

@@ -24,7 +24,7 @@ def alive_count(mask: Bool[Tensor, "batch *pos C"]) -> int:
 
 @checked
 def layer_share(components: ParameterComponents) -> Float[Tensor, "C matrices"]:
-    """‖P_c,l‖² / Σ_l ‖P_c,l‖²: which share of a component's squared norm lies in which matrix.
+    """‖P_c,l‖² / Σ_l ‖P_c,l‖²: the share of each component's squared norm in each matrix.
 
     Matrices in the order of `components.names`. Rows sum to 1; a component of norm 0 has zeros.
     """
@@ -34,13 +34,13 @@ def layer_share(components: ParameterComponents) -> Float[Tensor, "C matrices"]:
 
 @checked
 def ranks(components: ParameterComponents, tolerance: float = 0.01) -> Float[Tensor, "C matrices"]:
-    """rank P_c,l: number of singular values of a component in each matrix that are not as good as zero.
+    """rank P_c,l: the number of singular values above a tolerance, of each component in each matrix.
 
     Matrices in the order of `components.names`.
 
     Args:
-        tolerance: a singular value counts if it is above this share of the largest that any component has in the
-            matrix, so that noise in a component that does nothing there is not counted.
+        tolerance: a singular value counts if it exceeds this share of the largest one that any component has in the
+            matrix. So noise in a component that does nothing there is not counted.
     """
     spectra = [singular_values(components, name) for name in components.names]
     return torch.stack([(spectrum > tolerance * spectrum.max()).sum(1) for spectrum in spectra], 1).to(spectra[0].dtype)
@@ -54,7 +54,7 @@ def total_rank(components: ParameterComponents, tolerance: float = 0.01) -> Floa
 
 @dataclass(frozen=True)
 class DescriptionLength:
-    """Bits that tell which components are active on a data point, and what these are; mean over data points.
+    """Bits that say which components are active on a data point, and what these components are; mean over data points.
 
     Attributes:
         selection: Σ_c s_c log2 C.
@@ -85,8 +85,9 @@ def description_length(
     """Σ_c s_c (log2 C + α Σ_l rank P_c,l) bits, mean over data points.
 
     Args:
-        rank: of each component over all matrices, such as `total_rank(components)`, or the sum of effective ranks.
-        alpha: α, bits for each rank-one part; the paper leaves it open, so both terms are given.
+        rank: the rank of each component over all matrices, such as `total_rank(components)` or the sum of effective
+            ranks.
+        alpha: α, bits for each rank-one part. The paper leaves it open, so both terms are given.
 
     Source: the minimal mechanistic description length that the paper starts from.
 

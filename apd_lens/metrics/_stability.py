@@ -17,10 +17,10 @@ from apd_lens.decomposition._decomposition import Decomposition
 
 @dataclass(frozen=True, eq=False)
 class Stability:
-    """How alike the components of several seeds are; `print` shows the means over pairs of seeds.
+    """How similar the components of several seeds are. `print` shows the means over pairs of seeds.
 
-    Entry [i, j] is the mean over the components of seed i of the best cosine with one of seed j. The null control is
-    the same with `random_components` of seed j in their place.
+    Entry [i, j] is the mean, over the components of seed i, of the best cosine with a component of seed j. The null
+    control replaces those of seed j by `random_components` of them.
 
     Attributes:
         whole, whole_null: with components as vectors over all matrices, each matrix in units of ‖W_l‖.

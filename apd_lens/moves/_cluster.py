@@ -37,13 +37,13 @@ _RIDGE = 0.1
 @saved
 @dataclass(frozen=True)
 class ClusterMoves:
-    """When to make cluster moves, and how.
+    """Settings of cluster moves, which split, merge and revive components.
 
     Attributes:
         every: steps between moves.
         until: share of the steps after which no more are made. A component may still take another's mechanism when
             simplicity decays and k grows; and what was moved needs steps to settle.
-        noise: standard deviation of the noise added to the factors of all that were touched.
+        noise: standard deviation of the noise that is added to the factors of the changed components.
         merge_above: two components are merged if the cosine between them, in parameter space, is above this; 1 for
             no merges.
         split_below: a component is split if what it writes falls into two clusters whose mean directions have a cosine

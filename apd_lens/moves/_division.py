@@ -46,16 +46,17 @@ _MOST_ROWS = 1024
 @saved
 @dataclass(frozen=True)
 class DivisionMoves:
-    """When to make division moves, and how. Component 0 starts as the whole weights, as far as its rank can hold them.
+    """Settings of division moves. Component 0 starts as the whole weights, as far as its rank can hold them, and is
+    divided.
 
     Attributes:
         every: steps between moves.
-        until: share of the steps after which no more are made.
-        noise: standard deviation of the noise added to the factors of all that were touched.
+        until: share of the steps after which no more moves are made.
+        noise: standard deviation of the noise that is added to the factors of the changed components.
         divide_above: a component is divided if the second eigenvalue of the likeness of its data points, normalised to
             1 for the first, is above this: 1 for two groups with nothing in common, less the more they overlap.
-        smallest: share of the data points that the smaller group must have.
-        projections: number of random projections of the outputs whose gradients are looked at.
+        smallest: least share of the data points in the smaller group.
+        projections: number of random projections of the outputs whose gradients are used.
     """
 
     every: int = 25

@@ -42,7 +42,7 @@ class Moves(Protocol):
 
     Attributes:
         every: steps between moves.
-        until: share of the steps after which no more are made.
+        until: share of the steps after which no more moves are made.
         needs_active: whether `MoveContext.active` is looked at.
         has_start: whether `start` does anything.
     """

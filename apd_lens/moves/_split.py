@@ -25,12 +25,12 @@ from apd_lens.moves._surgery import Split, inputs_of_data_points, settle, split_
 @saved
 @dataclass(frozen=True)
 class SplitMoves:
-    """When to make split moves, and how.
+    """Settings of split moves: a component that serves different inputs gives a part of itself to a dead one.
 
     Attributes:
         every: steps between moves.
-        until: share of the steps after which no more are made.
-        noise: standard deviation of the noise added to the factors of both parts, so that spare rank can grow.
+        until: share of the steps after which no more moves are made.
+        noise: standard deviation of the noise that is added to the factors of both parts, so that spare rank can grow.
     """
 
     every: int = 100

@@ -1,7 +1,8 @@
-"""Figures of decompositions. Functions of tensors, on any device and of any dtype, that return a matplotlib figure.
+"""Figures of decompositions. Each function takes tensors, on any device and of any dtype, and returns a matplotlib
+figure.
 
-Where a figure is one plot, it is drawn on `ax` if that is given, else on a new figure. Tensors of another shape or type
-raise ShapeMismatch. Colours can be told apart with any form of colour blindness.
+A figure with one plot is drawn on `ax` if you give it, and on a new figure otherwise. Tensors of the wrong shape or
+type raise ShapeMismatch. The colours are distinct with any form of colour blindness.
 
 Needs matplotlib: pip install 'apd-lens[plots]'.
 """

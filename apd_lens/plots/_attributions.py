@@ -12,8 +12,8 @@ from apd_lens.plots._draw import axes, image, plain
 
 @checked
 def sorted_components(attributions: Float[Tensor, "data C"]) -> list[int]:
-    """Components by the first data point for which each is the top one; those that never are come last, strongest
-    first."""
+    """Components in the order of the first data point on which each is the top one. Those that never are come last,
+    strongest first."""
     top = attributions.argmax(1).tolist()
     first_held = {component: data_point for data_point, component in reversed(list(enumerate(top)))}
     peak = attributions.max(0).values.tolist()
@@ -27,10 +27,10 @@ def attribution_matrix(
     ax: Axes | None = None,
     data_name: str = "data point",
 ) -> Figure | SubFigure:
-    """Attributions as an image, data points down, components across in the order of `sorted_components`.
+    """Attributions as an image, with data points down and components across, in the order of `sorted_components`.
 
-    Each row is divided by its largest entry, so that a data point that one component serves alone has one dark cell.
-    Right of the dotted line are the components that are never the top one.
+    Each row is divided by its largest entry, so a data point that one component serves alone has one dark cell.
+    Components right of the dotted line are never the top one.
     """
     ax, attributions = axes(ax), plain(attributions)
     order = sorted_components(attributions)

@@ -40,15 +40,15 @@ def component_nodes(
     ax: Axes | None = None,
     measure: str = "weight",
 ) -> Figure | SubFigure:
-    """In which heads (or layers, matrices) the components lie, as an image: nodes down, components across.
+    """In which heads (or layers, or matrices) components lie, as an image with nodes down and components across.
 
     Args:
         shares: from `ArchitectureMap.shares`.
         nodes: their names, from `ArchitectureMap.nodes`.
-        known: nodes whose names are drawn bold, such as those of a known circuit.
+        known: nodes with bold names, such as those of a known circuit.
         order: the components to show, such as `Location.top`; default: all, sorted by the node in which most of each
             lies.
-        measure: what is shared out.
+        measure: what the shares are of.
     """
     check_names(nodes, shares.shape[1], "node")
     shares = plain(shares)
@@ -77,7 +77,7 @@ def faithfulness(
     unit: str = "component",
     ax: Axes | None = None,
 ) -> Figure | SubFigure:
-    """Metric recovered against the number of units kept, under three maskings; the dotted lines are none and all of it.
+    """Metric recovered against the number of units kept, under three maskings. Dotted lines mark none and all of it.
 
     Args:
         kept: numbers of units, from `FaithfulnessCurve.kept`.
@@ -113,7 +113,7 @@ def signed_by_position(
     ax: Axes | None = None,
     metric: str = "metric",
 ) -> Figure | SubFigure:
-    """What each component brings to a metric at each position, as an image: red raises it, blue lowers it.
+    """Effect of each component on a metric at each position, as an image: red raises it, blue lowers it.
 
     Args:
         by_position: from `SignedAttributions.by_position`.

@@ -22,14 +22,14 @@ def match_matrix(
     ax: Axes | None = None,
     label: str = "cosine",
 ) -> Figure | SubFigure:
-    """How alike every component and latent are, as an image; pairs of the one-to-one assignment lie on the diagonal.
+    """Similarity of every component and latent, as an image with the one-to-one pairs on the diagonal.
 
-    Pairs come first, the most alike ones on top; then the components and latents that are left over.
+    Pairs come first, with the most similar on top. Unpaired components and latents follow.
 
     Args:
         partner: the latent that each component is assigned, −1 for none, as of `compare.Matching`; default each
             component's best latent as long as it is free.
-        label: what the likeness is.
+        label: name of the similarity.
 
     Raises:
         InvalidSetting: a latent that does not exist, or that two components have.
@@ -83,14 +83,14 @@ def best_matches(
     label: str = "cosine",
     of: str = "component",
 ) -> Figure | SubFigure:
-    """Histograms of the best likeness of each component, or latent: what was found, and its nulls in grey.
+    """Histograms of the best similarity of each component, or latent, with nulls in grey.
 
     Args:
-        best: name -> best likenesses, such as `compare.Matching.best_of_component`; NaN is left out. Means stand in
-            the legend.
-        nulls: names of those that are nulls.
-        label: what the likeness is.
-        of: what there is one of for each value.
+        best: name -> best similarities, such as `compare.Matching.best_of_component`. NaN is left out. The legend has
+            the means.
+        nulls: names of the curves that are nulls.
+        label: name of the similarity.
+        of: what has one value each.
 
     Raises:
         InvalidSetting: nothing to draw, or more of a kind than there are colours.
@@ -126,14 +126,14 @@ def loss_against_sparsity(
     label: str = "active units a data point",
     loss_name: str = "loss",
 ) -> Figure | SubFigure:
-    """Curves of loss against sparsity on log axes, lower and further left is better; nulls in grey.
+    """Curves of loss against sparsity on log axes, with nulls in grey. Lower and further left is better.
 
-    Points at which nothing is active, or no loss is left (less than 1e-7 of the largest), have no place on log axes and
-    are not drawn.
+    Log axes have no place for points without active units or without loss (below 1e-7 of the largest), so these are not
+    drawn.
 
     Args:
         sparsity, loss: name of a curve -> its points, such as `compare.Sparsity.of("active")` and `of("loss")`.
-        nulls: names of those that are nulls.
+        nulls: names of the curves that are nulls.
         target_loss: of the target itself, a dotted line where it is above 0.
         label: what the sparsity counts.
 

@@ -38,10 +38,10 @@ _NOT_LOSSES = ("step", "alive", "moves")
 
 @checked
 def ablation_path(path: AblationPath, *, ax: Axes | None = None) -> Figure | SubFigure:
-    """Output error as inactive components are ablated: together, each at random, and where it does most harm.
+    """Output error as inactive components are ablated: together, each at random, and where each does most harm.
 
     Args:
-        path: from `apd_lens.metrics.ablation_path_audit`.
+        path: a result of `apd_lens.metrics.ablation_path_audit`.
     """
     ax, amount = axes(ax, 7.0), plain(path.amount).numpy()
     looks: tuple[tuple[str, Tensor, dict[str, Any]], ...] = (
@@ -64,9 +64,9 @@ def ablation_path(path: AblationPath, *, ax: Axes | None = None) -> Figure | Sub
 
 @checked
 def loss_curves(history: History, *, ax: Axes | None = None) -> Figure | SubFigure:
-    """Every loss term against the step, on a log axis, without its coefficient.
+    """Every loss term, without its coefficient, against the step on a log axis.
 
-    Faint: as it was; strong: the mean of so many steps at a time that 100 points remain. A term that was not computed
+    Faint lines are the values, strong lines are means over windows of steps, 100 in all. A term that was not computed
     at a step, or was zero, has a gap there.
 
     Args:
@@ -100,7 +100,7 @@ def loss_curves(history: History, *, ax: Axes | None = None) -> Figure | SubFigu
 
 @checked
 def alive_components(history: History, *, ax: Axes | None = None) -> Figure | SubFigure:
-    """Number of components that were active in the last 100 steps, against the step; moves are marked.
+    """Number of components that were active in the last 100 steps, against the step, with moves marked.
 
     Args:
         history: `StepInfo`s, of which at least all with moves should be there; or dicts with "alive", and if you like
@@ -155,13 +155,13 @@ def seed_stability(
     *,
     names: Sequence[str] | None = None,
 ) -> Figure:
-    """How alike the components of several seeds are: an image for each matrix, seeds by seeds, the null control below.
+    """Similarity of the components of several seeds: one image for each matrix, seeds by seeds, above the null control.
 
     Args:
         similarity: [l, i, j] is how well seed j's components have those of seed i in matrix l, such as the MMCS.
             A further "matrix" may be all of them as one.
         null: [l, j] is the same of seed j with random components.
-        names: of the matrices; default their numbers.
+        names: names of the matrices; default their indices.
     """
     n_matrices, n_seeds, _ = similarity.shape
     names = [f"matrix {i}" for i in range(n_matrices)] if names is None else names

@@ -1,4 +1,4 @@
-"""What edits do, and how well unusual inputs are told from usual ones."""
+"""What edits do, and how well scores separate unusual inputs from usual ones."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -68,7 +68,7 @@ def edit_effects(
 def roc(
     scores: Mapping[str, Float[Tensor, " data"]], anomalous: Bool[Tensor, " data"], *, ax: Axes | None = None
 ) -> Figure | SubFigure:
-    """Share of anomalous data points found against share of false alarms, as the threshold of each score falls.
+    """Share of anomalous data points found against the share of false alarms, as the threshold of each score falls.
 
     Args:
         scores: name -> score of each data point, larger where it is more unusual; the AUROC stands in the legend.
@@ -126,7 +126,7 @@ def score_histogram(
     score_name: str = "surprise, nats",
     ax: Axes | None = None,
 ) -> Figure | SubFigure:
-    """Histograms of a score, of normal and of anomalous data points, each summing to 1.
+    """Histograms of a score for normal and for anomalous data points; each sums to 1.
 
     Raises:
         InvalidSetting: no normal or no anomalous data points, or n_bins < 1.

@@ -1,4 +1,4 @@
-"""What the components are: their rows, neurons, connections, ranks and layers."""
+"""The components themselves: their rows, neurons, connections, ranks and layers."""
 
 from collections.abc import Sequence
 
@@ -24,11 +24,11 @@ def unit_share(
     ax: Axes | None = None,
     unit_name: str = "unit",
 ) -> Figure | SubFigure:
-    """Which component holds which share of each unit's weight, as an image: units down, components across.
+    """Each component's share of every unit's weight, as an image with units down and components across.
 
     Args:
         share: from `output_share` or `input_share`, or a mean of such.
-        order: of the components; default as they are numbered.
+        order: order of the components; default by index.
     """
     ax, share = axes(ax), plain(share)
     image(ax, (share if order is None else share[order]).T, "share")
@@ -44,15 +44,15 @@ def rank_and_share(
     names: Sequence[str] | None = None,
     order: list[int] | None = None,
 ) -> Figure:
-    """Effective rank of every component in each matrix, and which share of its squared norm lies there.
+    """Effective rank of every component in each matrix, and the share of its squared norm there.
 
     Ranks are drawn where the share is at least 1 %; elsewhere they are of noise. A dot is as large as the share.
 
     Args:
         rank: `effective_rank(singular_values(components, name))` for each matrix, stacked.
         share: from `apd_lens.metrics.layer_share`.
-        names: of the matrices; default their numbers.
-        order: of the components; default as they are numbered.
+        names: names of the matrices; default their indices.
+        order: order of the components; default by index.
     """
     order = list(range(len(share))) if order is None else order
     names = [f"matrix {i}" for i in range(share.shape[1])] if names is None else names

@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class TopExamples:
-    """For every component the n examples on which its attribution is largest, the largest first.
+    """For every component, the n examples on which its attribution is largest, the largest first.
 
     Where data points are positions, the attribution of an example is that of its largest position. n is smaller than
     what was asked for where fewer examples were seen.
 
     Attributes:
-        example: numbers of the examples, counted from 0 through all batches.
-        attribution: of the component on them, in units of the output.
-        active: whether the component was active on them, at some position.
+        example: indices of the examples, counted from 0 through all batches.
+        attribution: attribution of the component on each example, in units of the output.
+        active: whether the component was active on each example, at some position.
         positions: attribution of every position (all position axes in one), NaN behind the end of shorter examples.
             Where data points are examples, of the same attribution with the sum over positions left out. None where
             the matrices are used without positions, on different ones, or attributions are by ablation.
@@ -54,7 +54,7 @@ class TopExamples:
         return {number: inputs.batch for number, inputs in self.read.items()}
 
     def of(self, component: int) -> list[int]:
-        """The examples of one component."""
+        """Indices of the top examples of one component."""
         return self.example[component].tolist()
 
     def table(self) -> "DataFrame":
@@ -74,22 +74,22 @@ class TopExamples:
 
 @dataclass(frozen=True, eq=False)
 class Effects:
-    """What components add to the output: f(x, W) − f(x, W − P_c), each component taken out of the whole model.
+    """What components add to the output: f(x, W) − f(x, W − P_c), with each component taken out of the whole model.
 
-    On the top examples on which a component was active (on all its top examples, if it was on none of them).
+    Measured on the top examples on which a component was active, or on all its top examples if it was active on none.
 
     Attributes:
-        promoted: the output units that the component raises most, the largest first.
+        promoted: the outputs that the component raises most, the largest first.
         promoted_by: mean by which it raises them: over the examples, and over the positions at which it was active
             where data points are positions and the output has the same, else over all positions.
-        suppressed, suppressed_by: the same of those that it lowers most; negative numbers.
+        suppressed, suppressed_by: the same for the outputs that it lowers most; the numbers are negative.
         change: root mean square over outputs (of all positions) of the effect, mean over the examples.
         distance: the decomposition's own distance between the output with and without the component ("mse", "kl" in
             nats, or the user's; "mse" where a loaded decomposition lacks it), mean over the examples.
-        loss: by how much the loss that was given rises without the component, mean over the examples; None without.
-        n_examples: number of examples that these are means over.
+        loss: by how much the given loss rises without the component, mean over the examples; None if no loss was given.
+        n_examples: number of examples in these means.
         n_outputs: number of output units.
-        centred: whether the mean over outputs was taken off each effect, as softmax does not see it.
+        centred: whether the mean over outputs was subtracted from each effect, since softmax does not see it.
     """
 
     promoted: Int[Tensor, "C n"]
@@ -119,11 +119,11 @@ class Effects:
 
 @dataclass(frozen=True, eq=False)
 class CoActivation:
-    """Which components fire together.
+    """Which components are active together.
 
     Attributes:
-        counts: data points on which both are active; on the diagonal, on which the one is.
-        n_data_points: that were seen.
+        counts: number of data points on which both are active; on the diagonal, on which one is.
+        n_data_points: number of data points that were seen.
     """
 
     counts: Int[Tensor, "C C"]
@@ -131,25 +131,25 @@ class CoActivation:
 
     @property
     def lift(self) -> Float[Tensor, "C C"]:
-        """n_ij n / (n_i n_j): how many times more often than if they fired independently, which is 1. 0 where one never
-        fires."""
+        """n_ij n / (n_i n_j): how often both are active, relative to independent components, for which it is 1. It is 0
+        where one is never active."""
         alone = self.counts.diagonal().double()
         return (self.counts * self.n_data_points / (alone[:, None] * alone).clamp_min(1)).float()
 
     @property
     def jaccard(self) -> Float[Tensor, "C C"]:
-        """n_ij / (n_i + n_j − n_ij): of the data points on which one of them fires, the share on which both do."""
+        """n_ij / (n_i + n_j − n_ij): the share of data points with either active on which both are."""
         alone = self.counts.diagonal()
         return self.counts / (alone[:, None] + alone - self.counts).clamp_min(1)
 
     def strongest(self, n: int) -> Int[Tensor, "C n"]:
-        """For each component the n others with the largest Jaccard; −1 where it ever fires with fewer."""
+        """For each component, the n others with the largest Jaccard index; −1 where fewer are ever active with it."""
         jaccard = self.jaccard.fill_diagonal_(0)
         values, others = jaccard.sort(dim=1, descending=True, stable=True)
         return others[:, :n].masked_fill(values[:, :n] == 0, -1)
 
     def table(self) -> "DataFrame":
-        """One row for each pair that ever fires together, the largest Jaccard first."""
+        """One row for each pair that is ever active together, the largest Jaccard index first."""
         first, second = self.counts.triu(1).nonzero(as_tuple=True)
         columns = {
             "component": first,
@@ -163,14 +163,14 @@ class CoActivation:
 
 @dataclass(frozen=True, eq=False)
 class Responses:
-    """What every component responds to; `table()` has one row a component, the parts have tables of their own.
+    """What every component responds to. `table()` has one row for each component, and the parts have their own tables.
 
     Attributes:
-        n_examples, n_data_points: that were seen, padding not counted.
-        attribution: mean over data points.
-        top: the examples on which each matters most.
-        effects: what each does to the output there.
-        together: which fire together.
+        n_examples, n_data_points: numbers of examples and data points that were seen, without padding.
+        attribution: mean attribution over data points.
+        top: the examples on which each component matters most.
+        effects: what each component does to the output on them.
+        together: which components are active together.
     """
 
     n_examples: int

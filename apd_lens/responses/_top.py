@@ -32,12 +32,12 @@ def responses(
     loss: LossFn | None = None,
     memory: int = BUDGET,
 ) -> Responses:
-    """What every component responds to, in one pass over the data and one more over the examples that were kept.
+    """Finds what every component responds to, in one pass over the data and one more over the examples that were kept.
 
     Args:
-        batches: gone through once; as many as are to be seen.
+        batches: all batches to look at; iterated once.
         examples: n, how many examples are kept for each component.
-        outputs: how many output units are named that it promotes, and as many that it suppresses.
+        outputs: how many outputs are named that a component promotes, and how many that it suppresses.
         k: how many components are active, as in `Decomposition.select`.
         centred: whether outputs are logits, whose mean over units says nothing and is taken off every effect. None: if
             the decomposition's distance is "kl".

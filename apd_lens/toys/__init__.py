@@ -1,4 +1,4 @@
-"""The paper's systems: small models whose mechanisms are known, their data, and how they are trained or coded.
+"""The paper's systems: small models with known mechanisms, their data, and functions that train or build them.
 
 Source: Braun et al. 2025, arXiv 2501.14926. Batches are drawn on the CPU from a seeded generator, models are made
 there, and the same seed gives the same model and the same batches.

@@ -43,7 +43,7 @@ def gated_data(
 def piecewise_linear(
     x: Float[Tensor, " batch"], values: Float[Tensor, "n_functions knots"]
 ) -> Float[Tensor, "batch n_functions"]:
-    """The functions that go straight through the given values at knots spread evenly from 0 to 5.
+    """Piecewise-linear functions through the given values, at knots spread evenly from 0 to 5.
 
     >>> piecewise_linear(torch.tensor([1.25, 5.0]), torch.tensor([[0.0, 1.0, 4.0]]))
     tensor([[0.5000],
@@ -71,10 +71,10 @@ class GatedTarget:
         model: frozen.
         weights: the matrices to decompose. Biases are not among them.
         data: number of data points, generator -> data points.
-        loss: mean squared error against `gated_labels` on fresh data, which is rounding.
-        values: of the coded functions at their knots.
-        owned: name -> `n_functions d_in d_out`, which weights belong to which function; a weight that is zero belongs
-            to none.
+        loss: mean squared error against `gated_labels` on fresh data; it comes from rounding alone.
+        values: values of the coded functions at their knots.
+        owned: name -> `n_functions d_in d_out`, True where a weight belongs to a function. A zero weight belongs to
+            none.
         mechanisms: name -> `n_functions d_in d_out`, the weights that each function owns; they sum to the matrix.
     """
 
@@ -99,7 +99,7 @@ def make_gated_functions(
     probability: float = 0.05,
     seed: int = 0,
 ) -> GatedTarget:
-    """Codes gated functions by hand, each a piecewise-linear fit of a random cosine and sine.
+    """Builds gated functions by hand. Each is a piecewise-linear fit of a random cosine plus sine.
 
     f(x) = a cos(b x + c) + d sin(e x + g) with a, d ~ U[-1, 1], b, e ~ U[0.5, 2] and c, g ~ U[0, 2π], fitted at knots
     t_j spread evenly from 0 to 5. A function has one neuron relu(bit), which writes f(0), and for every piece a neuron

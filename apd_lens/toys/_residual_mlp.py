@@ -30,7 +30,7 @@ class ResidualMLP(nn.Module):
                 mlp_out.normal_(std=n_neurons**-0.5)
 
     def matrices(self) -> list[tuple[Tensor, Tensor]]:
-        """W_in `d_resid n_neurons` and W_out `n_neurons d_resid` of every layer, as views of the parameters."""
+        """W_in `d_resid n_neurons` and W_out `n_neurons d_resid` of each layer, as views of the parameters."""
         mlps = [layer for layer in self.layers if isinstance(layer, MLP)]
         return [(mlp.mlp_in.weight.mT, mlp.mlp_out.weight.mT) for mlp in mlps]
 
@@ -41,8 +41,8 @@ class ResidualMLP(nn.Module):
         return self.W_U(r)
 
     def folded(self, x: Float[Tensor, "batch n_features"]) -> Float[Tensor, "batch n_features"]:
-        """The same output by products of matrices first: no tensor of size batch × d_resid, which makes it fast where
-        d_resid is much larger than the number of features and neurons."""
+        """The same output, with the products of matrices computed first. No tensor has size batch × d_resid, so this is
+        fast where d_resid is much larger than the number of features and neurons."""
         W_E, W_U = self.W_E.weight.mT, self.W_U.weight.mT
         y = x @ (W_E @ W_U)
         written: list[tuple[Tensor, Tensor]] = []  # post-ReLU activations and W_out of the layers so far
@@ -66,7 +66,7 @@ def residual_mlp_data(
 
 
 def residual_mlp_labels(x: Float[Tensor, "batch n_features"]) -> Float[Tensor, "batch n_features"]:
-    """What the residual MLP is trained to give: x + relu(x)."""
+    """The labels that the residual MLP is trained on: x + relu(x)."""
     return x + torch.relu(x)
 
 
@@ -79,8 +79,8 @@ class ResidualMLPTarget:
         weights: the matrices to decompose, those of the MLPs.
         data: number of data points, generator -> data points.
         loss: mean squared error on fresh data.
-        contributions: how much each neuron, those of all layers side by side, does for each feature; see
-            `apd_lens.metrics.neuron_contributions`. What a later layer reads of an earlier one is not in it.
+        contributions: how much each neuron does for each feature, with the neurons of all layers side by side; see
+            `apd_lens.metrics.neuron_contributions`. It leaves out what a later layer reads from an earlier one.
     """
 
     model: ResidualMLP
@@ -106,10 +106,11 @@ def train_residual_mlp(
     lr: float = 3e-3,
     seed: int = 0,
 ) -> ResidualMLPTarget:
-    """Trains a residual MLP to give x + relu(x), by AdamW with lr·cos(π/2 · progress) as in the paper.
+    """Trains a residual MLP to compute x + relu(x), with AdamW and learning rate lr·cos(π/2 · progress), as in the
+    paper.
 
     Args:
-        n_neurons: of all layers together.
+        n_neurons: number of neurons of all layers together.
 
     Raises:
         InvalidSetting: the layers cannot have the same number of neurons.

@@ -14,7 +14,7 @@ Data = Callable[[int, torch.Generator], Tensor]
 
 
 class MLP(nn.Module):
-    """mlp_out(relu(mlp_in(r))); `act` is the place of the post-ReLU activations."""
+    """mlp_out(relu(mlp_in(r))). The submodule `act` gives the post-ReLU activations."""
 
     def __init__(self, d_resid: int, n_neurons: int, bias: bool):
         super().__init__()

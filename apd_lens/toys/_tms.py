@@ -16,8 +16,8 @@ from apd_lens.toys._shared import Data, batch_of_step, fresh_data, group_size, t
 class TMS(nn.Module):
     """Toy model of superposition: relu(x W Wᵀ + b), or relu(x W I Wᵀ + b) with an identity layer.
 
-    W, `n_features d_hidden`, is truly tied: the weights of `linear1` and `linear2` are one place in memory, one the
-    transpose of the other. They stay so in `to`; a deepcopy has two matrices.
+    W, `n_features d_hidden`, is tied: the weights of `linear1` and `linear2` share memory, one as the transpose of the
+    other. `to` keeps the tie; a deepcopy has two separate matrices.
     """
 
     def __init__(self, n_features: int, d_hidden: int, identity_layer: bool = False):
@@ -59,7 +59,7 @@ def tms_data(
     """x_i ~ U[0, 1] with the given probability, else 0.
 
     Args:
-        co_occurring: features 0 and 1, 2 and 3, ... are always active together, each with a value of its own.
+        co_occurring: features 0 and 1, 2 and 3, ... are always active together, each with its own value.
 
     Raises:
         InvalidSetting: an odd number of features cannot be paired.
@@ -80,9 +80,10 @@ class TMSTarget:
         weights: the matrices to decompose.
         data: number of data points, generator -> data points.
         loss: mean squared error on fresh data.
-        rows: W, whose row i is what the model has of feature i.
-        mechanisms: name -> `n_mechanisms d_in d_out`, which sum to the matrix: for each feature its row alone, or its
-            two rows where features come in pairs; last, where there is one, the identity layer, which all features use.
+        rows: W; row i belongs to feature i.
+        mechanisms: name -> `n_mechanisms d_in d_out`, which sum to the matrix. A mechanism is the row of one feature,
+            or the two rows of a pair of features. The identity layer, if there is one, comes last, since all features
+            use it.
     """
 
     model: TMS
@@ -109,12 +110,12 @@ def train_tms(
     lr: float = 5e-3,
     seed: int = 0,
 ) -> TMSTarget:
-    """Trains a TMS to give back its input, by AdamW with a constant learning rate as in the paper.
+    """Trains a TMS to reproduce its input, with AdamW at a constant learning rate, as in the paper.
 
     Args:
-        identity_layer: a fixed identity between W and Wᵀ, decomposed too.
+        identity_layer: put a fixed identity between W and Wᵀ, which is decomposed too.
         co_occurring: features come in pairs that are always active together.
-        probability: of each feature, or pair of features, to be active.
+        probability: probability that a feature, or a pair of features, is active.
 
     Raises:
         InvalidSetting: an odd number of features cannot be paired.

@@ -18,10 +18,11 @@ import apd_lens as apd
 FILE = Path(__file__).parents[2] / "docs" / "coverage.md"
 HEAD = """# What can be decomposed
 
-Made by the tests (`make coverage-table`). Every row is a small model on which the whole contract of
-[tests/adapter_contract.py](../tests/adapter_contract.py) passes: listed matrices, pass-through bit for bit, the sparse
-forward pass equal to the model with each data point's summed weights really put into it, attributions equal to finite
-differences, removal, copies, errors, clean-up. `*` stands for every layer, head of a group or expert.
+The tests make this page (`make coverage-table`). Every row is a small model on which the whole contract of
+`tests/support/adapter_contract.py` passes. The contract checks the listed matrices, and that a pass through an empty
+context is the target bit for bit. It checks the sparse pass against the model with each data point's summed weights
+really put into it, and attributions against finite differences. It also covers removal, copies, errors and clean-up.
+`*` stands for every layer, head of a group or expert.
 """
 
 

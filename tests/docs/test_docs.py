@@ -1,0 +1,50 @@
+"""The pages under docs/: their code runs, with few steps; their links lead somewhere; the reference is complete."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import apd_lens as apd
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+def code_of(page: Path) -> str:
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    return "\n".join(blocks)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": page.stem}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other libraries
+        exec(compile(re.sub(r"steps=\d{3,}", "steps=10", code_of(page)), page.name, "exec"), names)
+
+
+def slug(heading: str) -> str:
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted(DOCS.glob("api/*.md"))], ids=lambda page: page.stem)
+def test_what_a_page_points_to_is_there(page: Path):
+    for link in re.findall(r"\]\((?!http)([^)]*)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.is_file(), link
+        if anchor and not anchor.startswith("apd_lens."):
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in map(slug, headings), link
+
+
+def test_every_public_name_is_in_the_reference():
+    listed = set(re.findall(r"^::: apd_lens\.(\w+)$", (DOCS / "api/apd_lens.md").read_text(), re.MULTILINE))
+    pages = {page.stem for page in DOCS.glob("api/*.md")}
+    ours = {name for name, value in vars(apd).items() if getattr(value, "__module__", "").startswith("apd_lens")}
+    assert {name for name in ours if not name.startswith("_")} <= listed <= set(vars(apd))
+    assert {"compare", "metrics", "plots", "toys", "monitor"} <= pages
