@@ -43,6 +43,9 @@ class AboveHalf:
     def at(self, progress: float, batch: Any) -> "AboveHalf":
         return self
 
+    def after(self, minimality: Tensor, progress: float, steps: int) -> "AboveHalf":
+        return self
+
     def with_k(self, k: Any) -> apd.BatchTopK:
         return apd.BatchTopK(k)
 
@@ -61,6 +64,9 @@ class FirstHalf:
     says_what_is_active: ClassVar[bool] = True
 
     def check(self, n_components: int, losses: apd.Losses) -> None: ...
+
+    def after(self, minimality: Tensor, progress: float, steps: int) -> "FirstHalf":
+        return self
 
     def masks(self, watched, components, progress, scale, generator=None) -> Masks:
         attributions = self.attribution(watched, components, "example")

@@ -129,12 +129,14 @@ class Decomposition:
         selection = self._selection(batch, k)
         return selection(*self._attributed(batch))
 
-    def sparse(self, mask: Mask) -> AbstractContextManager[None]:
-        """Inside, every forward of the user's model runs on Σ_c mask_c P_c in the place of its weights.
+    def sparse(self, mask: Mask, rest: float = 0.0) -> AbstractContextManager[None]:
+        """Inside, every forward of the user's model runs on Σ_c mask_c P_c in the place of its weights; with a rest r, on
+        r W + Σ_c (mask_c − r) P_c.
 
         Args:
             mask: `batch C` for whole examples, or `batch pos C`; bool, or floats that scale each component. To
                 generate with a cache, whose forwards have the new tokens only, it takes `batch C`.
+            rest: how much of W − Σ_c P_c is on, which is what the components leave unexplained.
 
         Raises:
             ShapeMismatch: no such mask, or in a forward: of another batch.
@@ -153,7 +155,7 @@ class Decomposition:
                 "if its entries are 0 and 1."
             )
         mask = mask.to(next(self.components.parameters()).device)
-        return self._context(Mixture(self.components, mask), partial(check_examples, mask))
+        return self._context(Mixture(self.components, mask, rest), partial(check_examples, mask))
 
     def ablate(self, components: Chosen) -> AbstractContextManager[None]:
         """Inside, the user's model runs on W − Σ P_c of the given components; with none, it is bit for bit the target.

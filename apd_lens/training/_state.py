@@ -45,9 +45,11 @@ class Seen:
     Jacobian need not be computed again.
 
     Attributes:
+        stream: the name of the stream that it is of.
         readings: of the batch and the target's output; looked at already where checks are not late.
     """
 
+    stream: str
     kept: Kept
     watched: WatchedPass
     readings: list[Reading]
@@ -63,7 +65,8 @@ class State:
         scales: what the sums of squared errors and of Schatten norms are divided by.
         last_active: for every component the step in which it was last active.
         late: on a GPU, checks for NaN and infinity that are looked at a step later; None where they are made at once.
-        seen: the last batch, and what the target made of it.
+        seen: the last batch of each stream, and what the target made of it.
+        others: streams beside that of the settings.
     """
 
     target: TargetModel
@@ -77,12 +80,13 @@ class State:
     last_active: Tensor
     late: LateChecks | None = None
     step: int = 0
-    seen: Seen | None = None
+    seen: tuple[Seen, ...] = ()
+    others: tuple[Stream, ...] = ()
 
     @property
     def streams(self) -> tuple[Stream, ...]:
-        """What is asked on each kind of data; a step takes a batch of each."""
-        return (Stream(self.settings.masking, self.settings.losses),)
+        """What is asked on each kind of data; a step takes a batch of each. Moves look at the first one."""
+        return (Stream(self.settings.masking, self.settings.losses), *self.others)
 
     def draws(self, what: str) -> torch.Generator:
         """A generator for one purpose in the next step, on the CPU."""
@@ -119,7 +123,7 @@ class State:
         if selection != encode_settings(settings.selection):
             settings = replace(settings, selection=decode_settings(selection))
         last_active = tensors["last_active"].to(self.last_active).clone()
-        return replace(self, settings=settings, last_active=last_active, step=int(tensors["step"]), seen=None)
+        return replace(self, settings=settings, last_active=last_active, step=int(tensors["step"]), seen=())
 
     def decomposition(self) -> Decomposition:
         """The decomposition as it is now: a copy that further steps do not change.

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from apd_lens._errors import InvalidBatches
 from apd_lens.components._factors import full_precision
 from apd_lens.data._batch import Batch, Kept, tensors
 from apd_lens.data._finite import Reading, raise_first, reading_of_attributions
@@ -26,41 +27,52 @@ from apd_lens.training._streams import Stream
 from apd_lens.training._unit_norm import normalize_columns
 
 
-def step(state: State, batch: Batch) -> tuple[State, StepInfo]:
-    """One training step on one batch. The model is only looked at: afterwards it is as it was. Steps beyond
-    `Optimization(steps=...)` go on with the learning rate of the last one, and with all schedules at their end.
+def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
+    """One training step on a batch of each stream (`State.streams`; by default there is one). The model is only looked
+    at: afterwards it is as it was. Steps beyond `Optimization(steps=...)` go on with the learning rate of the last one,
+    and with all schedules at their end.
 
     Raises:
-        NonFinite: NaN or infinity in the batch, the target's output or a loss term; the components are as they were
+        InvalidBatches: not one batch for each stream.
+        NonFinite: NaN or infinity in a batch, the target's output or a loss term; the components are as they were
             before the step. On a GPU, which is not waited for, the next step raises it at its end, or
             `state.decomposition()` does, or moves that are due; no step since then has changed the components.
         WeightsChanged: a decomposed matrix was changed since `init`, by training the model meanwhile perhaps.
     """
-    settings = state.settings
+    settings, streams = state.settings, state.streams
+    if len(batches) != len(streams):
+        raise InvalidBatches(f"Expected a batch for each of the {len(streams)} streams, got {len(batches)}.")
     progress = min(1.0, state.step / settings.optimization.steps)
     check_unchanged(state.target, state.fingerprints, thorough=False)
 
     with evaluating(state.target.model):
-        seen = watch(state, batch)
-        (stream,) = state.streams
-        terms, masks = stream_terms(state, stream, seen.watched, progress)
-        loss = weighted_sum(stream.losses, terms, progress)
-        where = f"step {state.step}"
-        readings = [reading_of_attributions(masks.attributions, where), *readings_of_terms(terms, where)]
+        seen = tuple(watch(state, stream, batch) for stream, batch in zip(streams, batches, strict=True))
+        terms, losses, readings, masks = {}, [], [], None
+        for stream, one in zip(streams, seen, strict=True):
+            of_stream, stream_masks = stream_terms(state, stream, one.watched, progress)
+            losses.append(weighted_sum(stream.losses, of_stream, progress))
+            named = {stream.named(name): term for name, term in of_stream.items()}
+            where = f"step {state.step}"
+            readings += [reading_of_attributions(stream_masks.attributions, where), *readings_of_terms(named, where)]
+            terms |= named
+            masks = masks or stream_masks
+        assert masks is not None
+        loss = torch.stack(losses).sum()
         if state.late is None:
             raise_first(readings)
         else:
-            state.late.add([*seen.readings, *readings, *seen.kept.changes(batch)])
+            changed = [kept for one, batch in zip(seen, batches, strict=True) for kept in one.kept.changes(batch)]
+            state.late.add([*(reading for one in seen for reading in one.readings), *readings, *changed])
         rate = update(state.optimizer, state.components, loss, settings.optimization, state.step, state.target.model)
 
-    last_active, mean_active = state.last_active, None
+    last_active, mean_active, watched = state.last_active, None, seen[0].watched
     if masks.active is not None:
         last_active = torch.where(masks.active.flatten(0, -2).any(0), state.step, last_active)
-        mean_active = without_padding(masks.active, seen.watched.real).sum(-1).float().mean()
+        mean_active = without_padding(masks.active, watched.real).sum(-1).float().mean()
     due = are_due(settings.moves, state.step, settings.optimization.steps)
     if state.late is not None:
         state.late.read(but=0 if due else 1)
-    n_moves = make_moves(state, seen.watched, masks) if due else 0
+    n_moves = make_moves(state, watched, masks) if due else 0
     info = StepInfo(
         step=state.step,
         loss=loss.detach(),
@@ -102,28 +114,24 @@ def stream_terms(
     return {name: terms[name] for name in LOSS_TERMS if name in terms}, masks
 
 
-def watch(state: State, batch: Batch) -> Seen:
-    """The target's pass over the batch: the last one, if this is the same batch again."""
-    last = state.seen
-    if (
-        last is not None
-        and tensors(batch)
-        and last.kept.is_same(batch)
-        and not (last.watched.spent and last.watched.jacobians is None)
-    ):
-        return last
+def watch(state: State, stream: Stream, batch: Batch) -> Seen:
+    """The target's pass over the batch: that of the last step, if this is the same batch again."""
+    for last in state.seen if tensors(batch) else ():
+        is_good = not last.watched.spent or last.watched.jacobians is not None
+        if last.stream == stream.name and is_good and last.kept.is_same(batch):
+            return last
     where = f"step {state.step}"
     kept = Kept.of(batch)
     inputs = state.target.read(batch, state.last_active.device)
     readings = readings_of_inputs(inputs, where)
     if state.late is None:
         raise_first(readings)
-    hidden = state.settings.losses.hidden_at
+    hidden = stream.losses.hidden_at
     watched = watched_pass(state.target, state.components.names, inputs, state.output, hidden=hidden)
     readings.append(reading_of_output(watched.output, where, watched))
     if state.late is None:
         raise_first(readings[-1:])
-    return Seen(kept, watched, readings)
+    return Seen(stream.name, kept, watched, readings)
 
 
 @full_precision()

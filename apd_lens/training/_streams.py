@@ -19,3 +19,7 @@ class Stream:
     masking: Masking
     losses: Losses
     name: str = ""
+
+    def named(self, term: str) -> str:
+        """The name of a loss term of this stream."""
+        return f"{self.name} {term}".lstrip()

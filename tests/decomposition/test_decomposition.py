@@ -1,5 +1,7 @@
 """What can be done with a result; the adapter contract has the passes themselves."""
 
+import copy
+
 import pytest
 import torch
 from support import outside
@@ -129,3 +131,21 @@ def test_residuals_of_zero_matrices():
     model.weight.data.zero_()
     decomposition = decomposition_of(model)
     assert decomposition.residuals() == {"weight": float("inf"), "all": float("inf")}
+
+
+@pytest.mark.parametrize("rest", [0.0, 0.25, 1.0])
+def test_the_rest_can_be_on_in_part(rest: float):
+    """r W + Σ_c (s_c − r) P_c, really substituted for each example."""
+    model, x = ResidualMLP(4, 6, 5, 1), torch.randn(3, 4)
+    decomposition = decomposition_of(model, n_components=3)
+    for mask in (torch.rand(3, 3) > 0.5, torch.rand(3, 3)):
+        with torch.no_grad(), decomposition.sparse(mask, rest=rest):
+            mixed = model(x)
+        for example in range(3):
+            copied = copy.deepcopy(model)
+            with torch.no_grad():
+                for name, parameter in copied.named_parameters():
+                    P = decomposition.components.component_weights(name).mT
+                    s = mask[example].float()[:, None, None]
+                    parameter.copy_(rest * parameter + ((s - rest) * P).sum(0))
+                assert_close(mixed[example], copied(x[example : example + 1])[0], rtol=1e-4, atol=1e-5)
