@@ -1,7 +1,7 @@
 """apd_lens for nnsight: the module behind an `NNsight` model, whatever host it is of.
 
-Interception goes to the forward that nnsight's controller runs (see `apd_lens.host._patch`), so a decomposition works the
-same on the module, on an envoy made of it before or after, and inside a trace of the user's.
+Interception goes to the forward that nnsight's controller runs (see `apd_lens.host._patch`), so a decomposition works
+the same on the module, on an envoy made of it before or after, and inside a trace of the user's.
 """
 
 from functools import partial

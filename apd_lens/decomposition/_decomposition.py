@@ -130,8 +130,8 @@ class Decomposition:
         return selection(*self._attributed(batch))
 
     def sparse(self, mask: Mask, rest: float = 0.0) -> AbstractContextManager[None]:
-        """Inside, every forward of the user's model runs on Σ_c mask_c P_c in the place of its weights; with a rest r, on
-        r W + Σ_c (mask_c − r) P_c.
+        """Inside, every forward of the user's model runs on Σ_c mask_c P_c in the place of its weights; with a rest r
+        on r W + Σ_c (mask_c − r) P_c.
 
         Args:
             mask: `batch C` for whole examples, or `batch pos C`; bool, or floats that scale each component. To

@@ -144,7 +144,8 @@ def test_the_rest_can_be_on_in_part(rest: float):
         for example in range(3):
             copied = copy.deepcopy(model)
             with torch.no_grad():
-                for name, parameter in copied.named_parameters():
+                for name in decomposition.components.names:
+                    parameter = copied.get_parameter(name)
                     P = decomposition.components.component_weights(name).mT
                     s = mask[example].float()[:, None, None]
                     parameter.copy_(rest * parameter + ((s - rest) * P).sum(0))
