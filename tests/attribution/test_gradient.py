@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import apd_lens as apd
-from apd_lens.attribution import _gradient as _attribution
 from apd_lens.attribution._effects import _OneMap as one_map
 from apd_lens.attribution._effects import component_effects
 from apd_lens.attribution._linearity import Readout, Stage, find_readout, in_front_of_nonlinearity, readout_of_graph
@@ -178,11 +177,11 @@ def test_readouts_are_found_and_change_nothing(name, granularity):
 @pytest.mark.parametrize("per_inner", [-math.inf, math.inf], ids=["one by one", "as one map"])
 @pytest.mark.parametrize("name", ["two matrices", "residual MLP", "two layers", "nothing linear", "positions"])
 def test_gradients_that_all_examples_share_are_multiplied_either_way(name, per_inner, monkeypatch):
-    monkeypatch.setattr(_attribution, "_PER_INNER", per_inner)
+    monkeypatch.setattr("apd_lens.attribution._effects._PER_INNER", per_inner)
     model, x, weights, _ = models()[name]
     decomposition = decomposition_of(model, weights, n_components=MORE_THAN_OUTPUTS, selection=apd.TopK(1))
     made = []
-    monkeypatch.setattr(_attribution, "_OneMap", lambda *args: made.append(args) or one_map(*args))
+    monkeypatch.setattr("apd_lens.attribution._effects._OneMap", lambda *args: made.append(args) or one_map(*args))
     assert_close(decomposition.attributions(x), by_brute_force(decomposition, x), rtol=1e-4, atol=1e-6)
     assert bool(made) == (per_inner > 0 and name != "positions")
 

@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 from torch.testing import assert_close
 
 import apd_lens as apd
-from apd_lens.attribution import _gradient as _attribution
 from apd_lens.attribution._pushforward import pushforward
 from apd_lens.masks._error import AttributionError
 
@@ -122,7 +121,7 @@ def test_bf16_autocast_and_the_model_unchanged(monkeypatch):
 
 def test_the_fewer_products_are_taken(monkeypatch):
     taken = []
-    monkeypatch.setattr(_attribution, "pushforward", lambda watched: taken.append("jvps") or pushforward(watched))
+    monkeypatch.setattr(_gradient, "pushforward", lambda watched: taken.append("jvps") or pushforward(watched))
     x = torch.randn(3, 5)
 
     def asked(n_outputs: int, n_components: int, projections: Any = "auto") -> list[str]:

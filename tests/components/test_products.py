@@ -126,7 +126,7 @@ def test_a_context_takes_the_cheap_way_and_gives_the_same(monkeypatch):
     mask[torch.arange(512), torch.randint(40, (512,))] = True
     ways = []
     monkeypatch.setattr(
-        "apd_lens.components._pairs.cheapest_way", lambda *args: ways.append(cheapest_way(*args)) or ways[-1]
+        "apd_lens.components._products.cheapest_way", lambda *args: ways.append(cheapest_way(*args)) or ways[-1]
     )  # fmt: skip
     with decomposition.sparse(mask):
         sparse = model(x)

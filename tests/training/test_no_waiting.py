@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import apd_lens as apd
 from apd_lens.attribution import _pullback as _jacobian
 from apd_lens.attribution._linearity import find_readout, readout_of_graph
-from apd_lens.components import _pairs
 from apd_lens.components import _products as _product
 from apd_lens.data import _batch as _batches
 from apd_lens.passes._watch import watched_pass
@@ -185,7 +184,7 @@ def test_no_step_waits_on_a_gpu(name):
 
 @pytest.mark.parametrize("way", ["grouped", "gathered"])
 def test_no_pairwise_product_waits_on_a_gpu(way: str, monkeypatch):
-    monkeypatch.setattr(_pairs, "cheapest_way", lambda *arguments: way)
+    monkeypatch.setattr("apd_lens.components._products.cheapest_way", lambda *arguments: way)
     case = (residual_mlp, batch, {"weights": "layers.*", "rank": 1})
     at_once = waits_of_steps(case)
     assert all(("_pairs._groups: tolist" in places) == (way == "grouped") for places in at_once)
