@@ -53,7 +53,7 @@ class Mixture:
         if not isinstance(self.on, Tensor):
             return (self.on - self.rest) * masked_product(x, A, B)
         if self._pairs is None:
-            return masked_product(x, A, B, self.on - self.rest)
+            return masked_product(x, A, B, self.on.to(A.dtype) - self.rest)
         mask, pairs = self._pairs
         product = masked_product(x, A, B, mask, pairs)
         return -product if self.rest else product
