@@ -38,7 +38,7 @@ import paper  # noqa: E402
 OUT = Path("out/defaults")
 # Settings were chosen on seeds 0 and 1.
 SEEDS = (2, 3, 4)
-SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {"defaults": dict}
+SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {"defaults": dict, "paper": apd.paper}
 
 Numbers = dict[str, float]
 Batches = Callable[[int], Any] | list[Any]
@@ -191,15 +191,15 @@ def measure_addition(target: Addition, decomposition: apd.Decomposition) -> Numb
 
 
 def measure_facts(target: evidence.Target, decomposition: apd.Decomposition) -> Numbers:
-    """A fact is found if its component serves no fact with another answer: two subjects with one answer may be one
-    mechanism. "alone" are those whose component serves nothing else at all."""
+    """A fact is found if it has a component of its own, as in the examples. A weaker measure beside it: facts whose
+    component serves none with another answer, since two subjects with one answer may be one mechanism."""
     component = evidence.top_components(decomposition, target)
     forgotten = evidence.forgetting(decomposition, component, target)
     served = [set(target.answers[torch.tensor(component) == c].tolist()) for c in component]
     return {
-        "found": float(sum(len(answers) == 1 for answers in served)),
+        "found": float(evidence.n_alone(component)),
         "of": float(len(target.answers)),
-        "alone": float(evidence.n_alone(component)),
+        "apart by answer": float(sum(len(answers) == 1 for answers in served)),
         "own fact forgotten": forgotten.own_share,
         "others forgotten": forgotten.others_share,
         **sparse_accuracies(decomposition, target.prompts, target.accuracy),

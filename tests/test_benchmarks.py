@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.examples import run
 from support.golden import EXACT, residual_mlp, tms
 from torch import nn
 from torch.testing import assert_close
@@ -49,3 +50,15 @@ def test_what_is_timed_is_the_same_work(case):
     textbook_step, ours = case.runner("textbook"), case.runner("exact")
     for _ in range(2):
         assert_close(ours(), textbook_step(), rtol=1e-4, atol=0)
+
+
+def test_the_defaults_are_measured_beside_random_components(tmp_path):
+    """A few steps; what is there is not run again."""
+    few = ["--quick", "--systems", "circuit", "addition", "--seeds", "0", "1", "--out", str(tmp_path)]
+    printed = run("../benchmarks/defaults.py", *few)
+    assert printed.count(" seed ") == 4
+    assert "| Boolean circuit, new | 0 of 2 |" in printed
+    assert " of 49 |" in printed
+    again = run("../benchmarks/defaults.py", *few)
+    assert " seed " not in again
+    assert again.splitlines() == printed.splitlines()[-len(again.splitlines()) :]

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import torch
 from support import outside
 
 import apd_lens as apd
@@ -16,7 +17,7 @@ WRONG = {
     "apd.TopK(1.5)": "TopK(k=...) takes int, got 1.5.",
     "apd.TopK(1, granularity='token')": "TopK(granularity=...) takes Literal['example', 'position'], got 'token'.",
     "apd.BatchTopK('1')": "BatchTopK(k=...) takes float | Ramp | Needed | Callable[[Any], float], got '1'.",
-    "apd.Needed(0.5)": "Needed takes 0 < lowest <= now, and a growth of at least 1",
+    "apd.Needed(0.05)": "Needed takes 0 < lowest <= now, and a growth of at least 1",
     "apd.BatchTopK(apd.Needed())": "BatchTopK(k=Needed()) needs least > 0",
     "apd.BatchTopK(1.0, least=1.0)": "least is a share of the largest attribution, 0 <= least < 1, got 1.0.",
     "apd.Lp(0.0)": "Lp needs a positive p, got p=0.0.",
@@ -54,3 +55,33 @@ def test_learning_rate(schedule, at_half: float):
     warm = apd.Optimization(steps=100, lr=2.0, schedule=schedule, warmup=0.1)
     assert [learning_rate(warm, step) for step in (0, 4, 9, 10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
     assert learning_rate(warm, 55) == pytest.approx(2.0 * at_half)
+
+
+def test_nothing_said_is_the_default_settings_and_none_switches_moves_off():
+    model = torch.nn.Linear(30, 20)
+    state = apd.init(model, n_components=2)
+    assert state.settings == apd.Settings()
+    assert state.settings.moves == apd.ClusterMoves()
+    assert state.components.A["weight"].shape == (2, 30, 4)
+    assert apd.init(model, n_components=2, moves=None).settings.moves is None
+
+
+def test_the_papers_own_form_is_asked_for_by_name():
+    state = apd.init(torch.nn.Linear(30, 20), n_components=2, **apd.paper())
+    settings, losses = state.settings, state.settings.losses
+    assert (settings.selection, settings.moves) == (apd.BatchTopK(1.0), None)
+    assert (losses.path, losses.simplicity_floor, losses.normalization) == (0.0, 0.0, "paper")
+    assert state.components.A["weight"].shape == (2, 30, 20)
+    assert state.components.A["weight"].std().item() == pytest.approx((2 / 50) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(("scaled", "of_A", "of_B"), [(False, 0.1, 0.1), (True, 0.1 * (2 / 44) ** 0.5, 0.1 * 0.5)])
+def test_a_scaled_learning_rate_is_in_units_of_xaviers_start(scaled: bool, of_A: float, of_B: float):
+    """Adam's first step has the size of the learning rate."""
+    optimization = apd.Optimization(steps=9, lr=0.1, scaled=scaled, schedule="constant", warmup=0.0)
+    state = apd.init(torch.nn.Linear(40, 4), n_components=3, rank=4, optimization=optimization)
+    A, B = (factors["weight"].detach().clone() for factors in (state.components.A, state.components.B))
+    state, info = apd.step(state, torch.randn(50, 40))
+    assert info.learning_rate == 0.1
+    assert (state.components.A["weight"] - A).abs().max().item() == pytest.approx(of_A, rel=1e-3)
+    assert (state.components.B["weight"] - B).abs().max().item() == pytest.approx(of_B, rel=1e-3)

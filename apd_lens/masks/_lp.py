@@ -112,6 +112,6 @@ class Lp:
         if losses is not None and (losses.path or losses.hidden or losses.distance != "mse"):
             raise InvalidSetting(
                 "Lp has no mask and no sparse pass, so its losses are faithfulness, minimality and simplicity alone; "
-                f"got Losses(path={losses.path}, hidden={losses.hidden}, distance={losses.distance!r}). Leave these "
-                "out, or use BatchTopK or TopK."
+                f"got Losses(path={losses.path}, hidden={losses.hidden}, distance={losses.distance!r}). Give "
+                "Losses(path=0), or use BatchTopK or TopK."
             )

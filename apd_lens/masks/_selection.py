@@ -36,13 +36,15 @@ class Needed:
             of the output's variance that may be missing.
         growth: the factor by which k grows or shrinks in a tenth of the steps.
         hold: share of the steps in which k stays, since nothing is given back well at the start.
+        release: share of the steps after which k only grows, so that what does little is given back too.
     """
 
     now: float = 1.0
-    lowest: float = 1.0
+    lowest: float = 0.1
     minimality: float = 0.02
     growth: float = 2.0
     hold: float = 0.1
+    release: float = 0.8
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -54,8 +56,8 @@ class Needed:
         if progress < self.hold:
             return self
         factor = self.growth ** (10 / steps)
-        grown = self.now * factor if minimality > self.minimality else self.now / factor
-        return replace(self, now=max(self.lowest, grown))
+        grows = minimality > self.minimality or progress >= self.release
+        return replace(self, now=max(self.lowest, self.now * factor if grows else self.now / factor))
 
 
 @runtime_checkable

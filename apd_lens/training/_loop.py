@@ -56,8 +56,8 @@ def decompose(
         n_components: number of components C.
         rank: m, the rank that a component may have in each matrix, or what the matrix has if that is less; None for
             min(d_in, d_out).
-        selection: which components are active on a data point; the default finds their number, see `Settings` and
-            `BatchTopK`. `Lp()` is the form without a selection, which needs `losses=Losses(path=0)` and `moves=None`.
+        selection: which components are active on a data point; the default, `BatchTopK(k=Needed(), least=0.15)`, finds
+            their number. `Lp()` is the form without a selection, which needs `losses=Losses(path=0)` and `moves=None`.
         attribution: how much a component matters on a data point; default `GradientAttribution()`.
         losses: default `Losses()`.
         optimization: default `Optimization()`.

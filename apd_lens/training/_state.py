@@ -272,7 +272,7 @@ def _check(settings: Settings, n_components: int) -> None:
     if settings.moves is not None and settings.moves.needs_active and not settings.masking.says_what_is_active:
         raise InvalidSetting(
             f"{type(settings.moves).__name__} look at which components are active, which {settings.selection} does not "
-            "say. Give Lp(threshold=...), or use SplitMoves."
+            "say. Give Lp(threshold=...), or use SplitMoves or moves=None."
         )
 
 

@@ -265,7 +265,7 @@ def test_training_is_that_without_padding(granularity):
             n_components=4,
             rank=2,
             selection=apd.BatchTopK(1.5, granularity=granularity),
-            losses=apd.Losses(hidden=1.0, hidden_at=("blocks.0.hook_resid_post",), normalization="relative"),
+            losses=apd.Losses(hidden=1.0, hidden_at=("blocks.0.hook_resid_post",), path=0.0),
         )
         state, _ = apd.step(state, some_batch)
         infos.append(apd.step(state, some_batch)[1])

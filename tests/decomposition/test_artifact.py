@@ -178,7 +178,9 @@ OTHER_MODELS = {
 def test_another_model_is_refused_and_left_alone(saved, make, message: str):
     model = make()
     before = Snapshot.of(model)
-    with pytest.raises(apd.ArtifactError, match=f"another model: .*{message}.*made from a support.toy_models.ResidualMLP"):
+    with pytest.raises(
+        apd.ArtifactError, match=f"another model: .*{message}.*made from a support.toy_models.ResidualMLP"
+    ):
         apd.load(saved, model)
     before.assert_unchanged(model)
 

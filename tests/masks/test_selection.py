@@ -71,15 +71,16 @@ def test_least_does_not_count_padding_and_may_take_nothing():
 
 
 def test_needed_grows_while_too_little_is_given_back_and_shrinks_while_enough_is():
-    """By the factor 2 in a tenth of the steps, from the first tenth on, and not below the lowest."""
-    needed, found = apd.Needed(now=2.0, minimality=0.1, hold=0.2), []
-    for step, minimality in enumerate([0.5] * 20 + [0.5] * 10 + [0.05] * 40):
+    """By the factor 2 in a tenth of the steps, not before `hold` and not below the lowest; at the end it only grows."""
+    needed, found = apd.Needed(now=2.0, lowest=1.0, minimality=0.1, hold=0.2, release=0.7), []
+    for step, minimality in enumerate([0.5] * 20 + [0.5] * 10 + [0.05] * 50):
         needed = needed.after(minimality, progress=step / 100, steps=100)
         found.append(needed.now)
     assert found[:20] == [2.0] * 20
     assert found[29] == pytest.approx(4.0)
     assert found[39] == pytest.approx(2.0)
-    assert found[49:] == pytest.approx([1.0] * 21)
+    assert found[49:70] == pytest.approx([1.0] * 21)
+    assert found[79] == pytest.approx(2.0)
 
 
 def test_training_with_needed_keeps_the_k_that_it_found():
