@@ -326,7 +326,7 @@ def run(name: str, seed: int, settings: dict[str, Any], share: float = 1.0) -> d
     return {
         "numbers": {**numbers, "active": mask.sum(-1).float().mean().item()},
         "null": null,
-        "succeeded": numbers["found"] >= system.least * numbers["of"],
+        "succeeded": numbers["found"] >= system.least * numbers["of"] and numbers.get("identity", 1.0) >= system.least,
         "seconds": seconds,
     }
 
