@@ -14,6 +14,7 @@ from contextlib import ContextDecorator
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch.utils.hooks import RemovableHandle
 
 from apd_lens._errors import AlreadyActive, ApdError
@@ -82,8 +83,33 @@ class Handles(Part):
             handle.remove()
 
 
+class _InferenceModeOff(Part):
+    """Inference mode is off, and gradients are on."""
+
+    def __init__(self) -> None:
+        self._guard = torch._C._InferenceMode(False)
+
+    def do(self) -> None:
+        self._guard.__enter__()
+
+    def undo(self) -> None:
+        self._guard.__exit__(None, None, None)
+
+
+class _GradientsOff(Part):
+    def __init__(self) -> None:
+        self._enabled = torch.is_grad_enabled()
+
+    def do(self) -> None:
+        torch.set_grad_enabled(False)
+
+    def undo(self) -> None:
+        torch.set_grad_enabled(self._enabled)
+
+
 class Block(io.IOBase, ContextDecorator):
-    """The context in which a part is done. It can be entered again when it was left.
+    """The context in which a part is done. It can be entered again when it was left. Also a decorator, of which each
+    call enters a block of its own.
 
     Args:
         make: makes the part, each time that the block is entered.
@@ -114,6 +140,19 @@ class Block(io.IOBase, ContextDecorator):
 
     def __enter__(self) -> Any:
         return self.start()
+
+    def _recreate_cm(self) -> "Block":  # what ContextDecorator enters
+        return Block(self.make)
+
+
+def no_inference_mode() -> Block:
+    """`torch.inference_mode(False)`, left at whatever line an interrupt comes."""
+    return Block(_InferenceModeOff)
+
+
+def no_grad() -> Block:
+    """`torch.no_grad()`, left at whatever line an interrupt comes."""
+    return Block(_GradientsOff)
 
 
 def _lifetime(part: Part) -> Generator[Any, None, None]:

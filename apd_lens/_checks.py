@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from jaxtyping import TypeCheckError, jaxtyped
 
+from apd_lens._block import Block, Part
 from apd_lens._errors import ApdError, InvalidSetting, ShapeMismatch
 
 
@@ -47,14 +48,17 @@ _R = TypeVar("_R")
 _CONF = BeartypeConf(is_pep484_tower=True)
 
 
-@contextmanager
-def _undrawn() -> Iterator[None]:
+def _undrawn() -> Block:
     """Python's global random state stays as it is: beartype draws which item of a list it looks at."""
-    state = random.getstate()
-    try:
-        yield
-    finally:
-        random.setstate(state)
+    return Block(_RandomState)
+
+
+class _RandomState(Part):
+    def __init__(self) -> None:
+        self._state = random.getstate()
+
+    def undo(self) -> None:
+        random.setstate(self._state)
 
 
 def checked(function: Callable[_P, _R], error: type[ApdError] = ShapeMismatch) -> Callable[_P, _R]:

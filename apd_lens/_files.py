@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from apd_lens._block import Block, Part
 from apd_lens._errors import ArtifactError
 
 try:
@@ -87,8 +88,7 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+def locked(folder: Path, *, shared: bool = False) -> Block:
     """Inside, no other process saves to the folder. The system gives the lock back when a process ends or is killed.
 
     Where the folder cannot be locked (Windows, some network file systems), it changes nothing.
@@ -99,22 +99,43 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     Raises:
         ArtifactError: another process has kept the lock for longer than `PATIENCE`.
     """
-    handle = None
-    if fcntl is not None:
-        with contextlib.suppress(OSError):
-            handle = os.open(folder, os.O_RDONLY)
-    if fcntl is None or handle is None:
-        yield
-        return
-    try:
-        _lock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, folder)
+    return _Locked(folder, shared)
+
+
+class _Locked(Block):
+    def __init__(self, folder: Path, shared: bool):
+        super().__init__(lambda: _Open(folder))
+        self._folder, self._shared = folder, shared
+
+    def start(self) -> None:
         try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_UN)  # also for a process that was forked meanwhile
-    finally:
-        os.close(handle)
+            handle = super().start()
+            if fcntl is not None and handle is not None:  # in here, since other threads may enter blocks meanwhile
+                _lock(handle, fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX, self._folder)
+        except BaseException:
+            self.close()
+            raise
+
+
+class _Open(Part):
+    """A folder is open, so that it can be locked, where that is possible."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._handle: int | None = None
+
+    def do(self) -> int | None:
+        with contextlib.suppress(OSError):
+            self._handle = None if fcntl is None else os.open(self._folder, os.O_RDONLY)
+        return self._handle
+
+    def undo(self) -> None:
+        if fcntl is None or self._handle is None:
+            return
+        with contextlib.suppress(OSError):  # closed already, before an interrupt
+            fcntl.flock(self._handle, fcntl.LOCK_UN)  # also for a process that was forked meanwhile
+            os.close(self._handle)
+        self._handle = None
 
 
 def _lock(handle: int, kind: int, folder: Path) -> None:

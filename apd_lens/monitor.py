@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apd_lens._block import no_grad
 from apd_lens._checks import checked
 from apd_lens._codec import decode_settings, encode_settings
 from apd_lens._errors import ArtifactError, InvalidBatches, NonFinite
@@ -296,7 +297,7 @@ def _attributed(decomposition: Decomposition, batch: Batch) -> tuple[Float[Tenso
     return decomposition._attributed(batch)
 
 
-@torch.no_grad()
+@no_grad()
 def _distances(
     decomposition: Decomposition, batch: Batch, mask: Bool[Tensor, "batch *pos C"], real: Real
 ) -> Float[Tensor, "batch *pos"]:

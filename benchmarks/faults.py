@@ -3,13 +3,14 @@
     python benchmarks/faults.py                                       two minutes
     python benchmarks/faults.py --lines 900 --moments 1000 --decompose-lines 1400 --decompose-moments 4700
 
-An interrupt at a line is raised by a trace function in front of a line of apd_lens, its adapters or contextlib. One at
-a moment is raised by the handler of a signal, KeyboardInterrupt or SystemExit by turns. It prints a row for each host
-and use of the library:
+An interrupt at a line is raised by a trace function in front of a line of apd_lens, its adapters, contextlib, or
+torch's own contexts (grad mode, inference mode, autocast, dispatch modes). One at a moment is raised by the handler of
+a signal, KeyboardInterrupt or SystemExit by turns. Every third comes while the user's own code is in inference mode and
+autocast. It prints a row for each host and use of the library:
 
     interrupted   runs that an interrupt came into; the others had ended
-    changed       models of which anything was not as before: weights, modes, hooks, attributes of modules, grad mode,
-                  inference mode, or the output
+    changed       models of which anything was not as before: weights, modes, hooks, attributes of modules, or the
+                  output; or modes of torch: gradients, inference, autocast, dispatch
     next fails    the next attributions or the next context raised, or gave other numbers
     other error   something else than the interrupt was raised, or nothing
 
@@ -32,13 +33,21 @@ from typing import Any
 import torch
 from nnsight import NNsight
 from torch import Tensor, nn
+from torch.utils import _python_dispatch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import apd_lens as apd
+from apd_lens.host._sites import rewriting
 from apd_lens.passes._output import default_output
 
 ROOT = Path(apd.__file__).parent.parent
-TRACED = (str(ROOT / "apd_lens"), str(ROOT / "adapters"), contextlib.__file__)
+TORCH = Path(torch.__file__).parent
+TRACED = (
+    *(str(ROOT / folder) for folder in ("apd_lens", "adapters")),
+    contextlib.__file__,
+    *(str(TORCH / file) for file in ("utils/_contextlib.py", "utils/_python_dispatch.py", "autograd/grad_mode.py")),
+    str(TORCH / "amp" / "autocast_mode.py"),
+)
 COLUMNS = ("interrupted", "changed", "next fails", "other error")
 CHOSEN = [0, 1]
 
@@ -68,7 +77,7 @@ class Host:
 
     def look(self) -> dict[str, Any]:
         """All of a model that must be as before."""
-        seen = {"grad mode": torch.is_grad_enabled(), "inference mode": torch.is_inference_mode_enabled()}
+        seen: dict[str, Any] = {}
         for name, module in self.module.named_modules():
             for key, value in module.__dict__.items():
                 comparable = (bool, int, float, str, tuple)
@@ -83,6 +92,10 @@ class Host:
                     seen[f"{name}.{key}.state"] = type(value.state)
         return seen | {name: value.detach().clone() for name, value in self.module.state_dict().items()}
 
+    def forget_looks(self) -> None:
+        """The next forward in a context is looked at for bypasses, as the first one is."""
+        self.decomposition.target._looked_at.clear()
+
     def use_again(self) -> dict[str, Tensor]:
         """What the model and the library make of the batch."""
         with torch.no_grad():
@@ -90,6 +103,17 @@ class Host:
             with self.decomposition.ablate(CHOSEN):
                 seen["ablated"] = self.output()
         return seen | {"attributions": self.decomposition.attributions(self.batch)}
+
+
+def modes_of_torch() -> dict[str, Any]:
+    return {
+        "gradients": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "autocast cache": torch.is_autocast_cache_enabled(),
+        "dispatch modes": len(_python_dispatch._get_current_dispatch_mode_stack()),
+        **{name: flag for name, flag in vars(_python_dispatch).items() if name.startswith("_is_in_")},
+    }
 
 
 def hosts() -> dict[str, Callable[[], Host]]:
@@ -143,6 +167,16 @@ def apply_edit(host: Host) -> None:
         host.module(host.batch)
 
 
+def others(host: Host) -> None:
+    """Calls that make no context of their own for the user, and the hooks that compare/ reads and writes with."""
+    host.decomposition.edited_state_dict(CHOSEN)
+    host.decomposition.summary(host.batch)
+    modules = dict(host.module.named_modules())
+    site = next(name for name in ("0", "ln_final", "transformer.ln_f") if name in modules)
+    with rewriting(host.module, {site: lambda x: x * 2.0}):
+        host.module(host.batch)
+
+
 def decompose(host: Host) -> None:
     apd.decompose(
         host.model,
@@ -151,13 +185,13 @@ def decompose(host: Host) -> None:
         rank=2,
         selection=apd.BatchTopK(2.0),
         losses=apd.Losses(path=1.0),
-        moves=apd.SplitMoves(every=2),
-        optimization=apd.Optimization(steps=4, lr=1e-2),
+        moves=apd.SplitMoves(every=1),
+        optimization=apd.Optimization(steps=2, lr=1e-2),
         progress=False,
     )
 
 
-USES = (sparse, ablate, only, attributions, apply_edit)
+USES = (sparse, ablate, only, attributions, apply_edit, others)
 
 
 def at_line(use: Callable[[Host], None], host: Host, line: int) -> tuple[BaseException | None, int]:
@@ -214,12 +248,15 @@ def _equal(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
 
 
-def verdict(host: Host, error: BaseException | None, kind: type[BaseException]) -> Iterator[tuple[str, str]]:
-    """Faults after an interrupt, and what they are."""
+def verdict(
+    host: Host, error: BaseException | None, kind: type[BaseException], modes: list[dict[str, Any]]
+) -> Iterator[tuple[str, str]]:
+    """Faults after an interrupt, and what they are, given the modes of torch before and after."""
+    if modes[0] != modes[1]:
+        yield "changed", str([name for name, mode in modes[0].items() if modes[1][name] != mode])
     if type(error) is not kind:
         yield "other error", repr(error)
     now = host.look()
-    torch.set_grad_enabled(True)
     changed = [name for name, value in host.seen.items() if name in now and not _equal(value, now[name])]
     changed += now.keys() - host.seen.keys()
     changed += [name for name in host.seen.keys() - now.keys() if name not in ("plain", "ablated", "attributions")]
@@ -243,7 +280,9 @@ def trials(
     chance = random.Random(seed)
     host, counts, faults = make(), Counter(), []
     use(host)
+    host.forget_looks()
     _, n_lines = at_line(use, host, -1)
+    host.forget_looks()
     start = time.perf_counter()
     use(host)
     duration = time.perf_counter() - start
@@ -251,15 +290,23 @@ def trials(
     at += [("moment", chance.uniform(0, duration)) for _ in range(moments)]
     for number, (how, where) in enumerate(at):
         kind = SystemExit if how == "moment" and number % 2 else KeyboardInterrupt
-        if how == "line":
-            error, ran = at_line(use, host, int(where))
-            came = ran > where
-        else:
-            error, came = at_moment(use, host, where, kind)
+        host.forget_looks()
+        with contextlib.ExitStack() as of_user:
+            if number % 3 == 0:
+                of_user.enter_context(torch.inference_mode())
+                of_user.enter_context(torch.autocast("cpu", torch.bfloat16))
+            modes = [modes_of_torch()]
+            if how == "line":
+                error, ran = at_line(use, host, int(where))
+                came = ran > where
+            else:
+                error, came = at_moment(use, host, where, kind)
+            modes.append(modes_of_torch())
+        torch.set_grad_enabled(True)
         if not came:
             continue
         counts["interrupted"] += 1
-        found = list(verdict(host, error, kind))
+        found = list(verdict(host, error, kind, modes))
         if found:
             counts.update({fault for fault, _ in found})
             faults.append(f"{how} {where:.4g}: " + "; ".join(f"{fault} ({what})" for fault, what in found))

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from apd_lens._block import no_grad
 from apd_lens._checks import check_fields
 from apd_lens._codec import saved
 from apd_lens._errors import InvalidSetting
@@ -97,7 +98,7 @@ class IntegratedGradients:
         return total.div_(self.steps)
 
 
-@torch.no_grad()
+@no_grad()
 def sum_as_one_component(components: ParameterComponents) -> ParameterComponents:
     """Σ_c P_c as a single component, the smaller of its two factors the identity."""
     A, B = {}, {}

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from apd_lens._block import no_grad, no_inference_mode
 from apd_lens._errors import InvalidBatches, InvalidSetting, ShapeMismatch
 from apd_lens.compare._dictionaries import Dictionary, Latents, moved
 from apd_lens.compare._matching import Matching, matching, side_by_side, with_null
@@ -139,8 +140,8 @@ def activation_measures(sums: ActivationSums) -> dict[str, Float[Tensor, "C late
     }
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
+@no_inference_mode()
+@no_grad()
 def activation_match(
     decomposition: Decomposition,
     batches: Iterable[Batch],

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from apd_lens._block import no_grad
 from apd_lens._errors import InvalidSetting
 from apd_lens.compare._nodes import Level, layer_of, node_name, unit_numbers, units_by_name
 from apd_lens.components._factors import column_squares
@@ -149,7 +150,7 @@ def weight_map(decomposition: Decomposition, units: Mapping[str, Units] | None =
     )
 
 
-@torch.no_grad()
+@no_grad()
 def _weight_amounts(decomposition: Decomposition, name: str, units: Units | None) -> MatrixAmounts:
     A, B = decomposition.components.A[name], decomposition.components.B[name]
     if units is None:

@@ -8,6 +8,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from apd_lens._block import no_inference_mode
 from apd_lens._memory import chunks, fitting
 from apd_lens.attribution._effects import effects_of_calls
 from apd_lens.attribution._gradient import GradientAttribution
@@ -72,7 +73,7 @@ def attribution_map(
     return ArchitectureMap("attribution", tuple(matrices))
 
 
-@torch.inference_mode(False)
+@no_inference_mode()
 def _squared_attributions(
     decomposition: Decomposition,
     batch: Batch,

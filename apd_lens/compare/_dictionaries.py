@@ -14,6 +14,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
+from apd_lens._block import no_grad
 from apd_lens._errors import InvalidSetting, ShapeMismatch
 from apd_lens._files import user_path
 
@@ -264,7 +265,7 @@ class Dictionary:
     __repr__ = __str__
 
 
-@torch.no_grad()
+@no_grad()
 def random_dictionary(dictionary: Dictionary, seed: int = 0) -> Dictionary:
     """A null control: random directions with the norms of the decoder's; each latent reads and writes the same one.
 

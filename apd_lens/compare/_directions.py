@@ -22,6 +22,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from apd_lens._block import no_grad, no_inference_mode
 from apd_lens._errors import InvalidSetting, ShapeMismatch, UnknownWeight
 from apd_lens._memory import fitting
 from apd_lens.compare._dictionaries import Dictionary
@@ -76,7 +77,7 @@ class DirectionMatch:
     __repr__ = __str__
 
 
-@torch.no_grad()
+@no_grad()
 @full_precision()
 def direction_cosines(
     A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"], directions: Float[Tensor, "n d_out"]
@@ -101,8 +102,8 @@ def direction_cosines(
     return torch.cat(parts) / largest.clamp_min(torch.finfo(largest.dtype).tiny)[:, None]
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
+@no_inference_mode()
+@no_grad()
 def direction_match(
     decomposition: Decomposition,
     dictionary: Dictionary,

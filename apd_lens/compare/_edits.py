@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from apd_lens._block import no_grad
 from apd_lens._checks import checked
 from apd_lens._errors import InvalidSetting
 from apd_lens._table import table
@@ -107,7 +108,7 @@ def percentile(values: Float[Tensor, "edits data"], share: float) -> Float[Tenso
 
 
 @checked
-@torch.no_grad()
+@no_grad()
 def edit_effects(
     decomposition: Decomposition,
     ablate: Chosen,

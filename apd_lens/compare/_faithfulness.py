@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from apd_lens._block import no_inference_mode
 from apd_lens._errors import InvalidSetting, ShapeMismatch
 from apd_lens._table import as_text
 from apd_lens.attribution._metric import Metric
@@ -102,7 +103,7 @@ def cmd(share: Float[Tensor, " sizes"], f: Float[Tensor, " sizes"]) -> float:
     return torch.trapezoid((1 - f).abs(), share).item()
 
 
-@torch.inference_mode(False)
+@no_inference_mode()
 def faithfulness_curve(
     decomposition: Decomposition,
     batches: Iterable[Batch],

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from apd_lens._block import no_grad
 from apd_lens._errors import InvalidSetting, UnsupportedModel
 from apd_lens.attribution._metric import Metric, metric_on, metric_scalars
 from apd_lens.compare._nodes import layer_of, node_name, unit_numbers, units_by_name
@@ -120,7 +121,7 @@ def _pass(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | No
     return original()
 
 
-@torch.no_grad()
+@no_grad()
 def _means(gates: _Gates, batches: Iterable[Batch]) -> dict[str, Float[Tensor, " d_in"]]:
     """Mean of what each matrix reads, over all real positions."""
     sums = {

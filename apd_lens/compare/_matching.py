@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from apd_lens._block import no_grad
 from apd_lens._errors import InvalidSetting, ShapeMismatch
 from apd_lens._table import table
 
@@ -94,7 +95,7 @@ class Matching:
         return _frame(columns, self.latent >= 0)
 
 
-@torch.no_grad()
+@no_grad()
 def matching(
     likeness: Float[Tensor, "C latents"],
     threshold: float = 0.7,

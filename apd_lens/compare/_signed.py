@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from apd_lens._block import no_grad, no_inference_mode
 from apd_lens._errors import InvalidSetting
 from apd_lens._table import as_text
 from apd_lens.attribution._integrated import sum_as_one_component
@@ -71,7 +72,7 @@ class SignedAttributions:
         )
 
 
-@torch.inference_mode(False)
+@no_inference_mode()
 def signed_attributions(
     decomposition: Decomposition,
     batches: Iterable[Batch],
@@ -176,7 +177,7 @@ def _integrated(
     return total / steps
 
 
-@torch.no_grad()
+@no_grad()
 def _lost(
     watched: WatchedPass, decomposition: Decomposition, metric: Callable[[Tensor], Tensor]
 ) -> tuple[Float[Tensor, " C"], float]:

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apd_lens import metrics
+from apd_lens._block import no_grad, no_inference_mode
 from apd_lens._errors import InvalidBatches, InvalidSetting, ShapeMismatch
 from apd_lens._memory import chunks
 from apd_lens.attribution._projections import AUTO_PROJECTIONS, are_exact
@@ -93,8 +94,8 @@ class Sparsity:
 _COLUMNS = ("k", "loss", "active", "parameters", "bits")
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
+@no_inference_mode()
+@no_grad()
 def sparsity(
     decomposition: Decomposition,
     batches: Iterable[Batch],

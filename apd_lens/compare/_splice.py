@@ -1,22 +1,21 @@
 """Dictionaries in the place of activations."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from apd_lens._block import Block
 from apd_lens._errors import InvalidSetting, ShapeMismatch
 from apd_lens.compare._dictionaries import Dictionary, Latents
 from apd_lens.host._sites import rewriting
 
 
-@contextmanager
 def spliced(
     model: nn.Module,
     dictionaries: Sequence[Dictionary],
     masks: Sequence[Shaped[Tensor, "..."] | None] | None = None,
-) -> Iterator[None]:
+) -> Block:
     """Inside, every forward pass of your model continues with the activations that the dictionaries reconstruct.
 
     What they do not reconstruct is lost. This holds for every call of a site in a forward pass.
@@ -36,17 +35,15 @@ def spliced(
     def cut(mask: Tensor | None) -> Callable[[Latents], Latents]:
         return lambda latents: latents if mask is None else latents * at_positions(mask, latents)
 
-    with rewritten_latents(model, dictionaries, [cut(mask) for mask in masks]):
-        yield
+    return rewritten_latents(model, dictionaries, [cut(mask) for mask in masks])
 
 
-@contextmanager
 def rewritten_latents(
     model: nn.Module,
     dictionaries: Sequence[Dictionary],
     changes: Sequence[Callable[[Latents], Latents]],
     keep_error: bool = False,
-) -> Iterator[None]:
+) -> Block:
     """Inside, the model goes on with what each dictionary decodes from its changed latents.
 
     Args:
@@ -61,8 +58,7 @@ def rewritten_latents(
             if place in functions:
                 raise InvalidSetting(f"Two dictionaries stand at {place!r}. Splice them in one at a time.")
             functions[place] = function
-    with rewriting(model, functions):
-        yield
+    return rewriting(model, functions)
 
 
 def _read_and_write(

@@ -1,29 +1,32 @@
 """Algebra on the factors A, B of one matrix: sums of components, inner products, norms."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apd_lens._block import Block, Part
 from apd_lens._memory import fitting
 
 MatrixInput = Float[Tensor, "batch *pos d_in"] | Int[Tensor, "batch *pos"]
 Mask = Float[Tensor, "examples *mask_pos C"] | Bool[Tensor, "examples *mask_pos C"]
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision() -> Block:
     """Inside, autocast is off: sums and products of weights are no pass of a model. Also a decorator."""
-    devices = [device for device in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(device)]
-    try:
-        for device in devices:
+    return Block(_FullPrecision)
+
+
+class _FullPrecision(Part):
+    def __init__(self) -> None:
+        self._devices = [device for device in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(device)]
+
+    def do(self) -> None:
+        for device in self._devices:
             torch.set_autocast_enabled(device, False)
-        yield
-    finally:
-        for device in devices:
+
+    def undo(self) -> None:
+        for device in self._devices:
             torch.set_autocast_enabled(device, True)
 
 

@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from apd_lens._block import no_grad
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import full_precision, share_of_units
 
 
-@torch.no_grad()
+@no_grad()
 @full_precision()
 def random_components(components: ParameterComponents, seed: int = 0) -> ParameterComponents:
     """A null control: random components, each with the singular values of its counterpart in every matrix.
@@ -31,7 +32,7 @@ def random_components(components: ParameterComponents, seed: int = 0) -> Paramet
     return ParameterComponents(A, B).requires_grad_(False)
 
 
-@torch.no_grad()
+@no_grad()
 @full_precision()
 def singular_values(components: ParameterComponents, name: str) -> Float[Tensor, "C m"]:
     """Singular values of every component in one matrix, largest first.
@@ -43,7 +44,7 @@ def singular_values(components: ParameterComponents, name: str) -> Float[Tensor,
     return torch.linalg.svdvals(R_A @ R_B.mT)
 
 
-@torch.no_grad()
+@no_grad()
 def output_share(components: ParameterComponents, name: str) -> Float[Tensor, "C d_out"]:
     """Each component's share of the squared weight of every output unit.
 
@@ -52,7 +53,7 @@ def output_share(components: ParameterComponents, name: str) -> Float[Tensor, "C
     return share_of_units(components.A[name], components.B[name])
 
 
-@torch.no_grad()
+@no_grad()
 def input_share(components: ParameterComponents, name: str) -> Float[Tensor, "C d_in"]:
     """Each component's share of the squared weight of every input unit: `output_share` for the rows P_c[i, :]."""
     return share_of_units(components.B[name].mT, components.A[name].mT)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from apd_lens._block import Block, Part
+from apd_lens._block import Block, Part, no_grad, no_inference_mode
 from apd_lens._codec import UserFunction, encode_settings
 from apd_lens._errors import ApdWarning, ArtifactError, InvalidSetting, ShapeMismatch
 from apd_lens._files import user_path
@@ -76,7 +76,7 @@ class Decomposition:
     output: OutputFn | None
     fingerprints: dict[str, str]
 
-    @torch.inference_mode(False)
+    @no_inference_mode()
     def attributions(
         self, batch: Batch, metric: Callable[[Tensor], Tensor] | None = None
     ) -> Float[Tensor, "batch *pos C"]:
@@ -97,7 +97,7 @@ class Decomposition:
             watched = self._watch(batch)
             return metric_effects(watched, self.components, self.settings.selection.granularity, metric)
 
-    @torch.inference_mode(False)
+    @no_inference_mode()
     def attribution_error(self, batch: Batch, k: K | None = None) -> AttributionError:
         """How far estimated attributions are off on a batch; all zero for exact ones. `k` as in `select`.
 
@@ -170,7 +170,7 @@ class Decomposition:
         """Inside, the user's model runs on Σ P_c of the given components alone. Raises as `ablate` does."""
         return self._context(Mixture(self._picked(components)))
 
-    @torch.no_grad()
+    @no_grad()
     def edited_state_dict(self, ablate: Chosen) -> dict[str, Tensor]:
         """A state dict of the user's model with W − Σ P_c of the given components, in the host's own layout.
 
@@ -192,7 +192,7 @@ class Decomposition:
             )
         return edited
 
-    @torch.no_grad()
+    @no_grad()
     def residuals(self) -> dict[str, float]:
         """Name -> ‖Δ‖ / ‖W‖ with Δ = W − Σ_c P_c, what the components leave unexplained; "all" for all together."""
         check_unchanged(self.target, self.fingerprints)
@@ -205,7 +205,7 @@ class Decomposition:
         errors["all"], norms["all"] = math.hypot(*errors.values()), math.hypot(*norms.values())
         return {name: errors[name] / norms[name] if norms[name] else math.inf * errors[name] for name in errors}
 
-    @torch.no_grad()
+    @no_grad()
     def summary(self, batch: Batch, k: K | None = None) -> "Summary":
         """A printable table of the components: how often active on the batch, attribution, norms, effective ranks.
 
@@ -283,7 +283,7 @@ class Decomposition:
             )
         return selection.at(1.0, batch)
 
-    @torch.inference_mode(False)
+    @no_inference_mode()
     def _attributed(self, batch: Batch | Inputs) -> tuple[Float[Tensor, "batch *pos C"], Real]:
         """Attributions, and which positions are no padding."""
         with evaluating(self.target.model):  # which an attribution may run again

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from apd_lens._block import no_inference_mode
 from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import Inputs
 from apd_lens.data._points import Real, without_padding
@@ -48,7 +49,7 @@ def observe(decomposition: Decomposition, batches: Iterable[Batch], k: K | None 
         yield observed(decomposition, batch, k)
 
 
-@torch.inference_mode(False)
+@no_inference_mode()
 def observed(decomposition: Decomposition, batch: Batch | Inputs, k: K | None = None) -> Observed:
     """One batch, with its attributions and its mask."""
     selection, settings = decomposition._selection(batch, k), decomposition.settings

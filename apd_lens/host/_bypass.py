@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 import jaxtyping
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils import _python_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from apd_lens._block import Block, Part, Together
+from apd_lens._block import Block, Part, Together, no_grad
 from apd_lens._errors import ApdError, SiteNotCalled, UnsupportedModel
 from apd_lens.host import _patch
 from apd_lens.host._fingerprints import mark, sums_of
@@ -88,8 +89,9 @@ class Bypasses:
         form = self._form(args, kwargs)
         if form in self._seen or self._look is not None or _in_functorch():
             return original(*args, **kwargs)
-        self._look = look = _Look(self._model, self._weights, self._matrices)
+        look = _Look(self._model, self._weights, self._matrices)
         try:
+            self._look = look
             with Block(partial(self._parts, look)):
                 output = original(*args, **kwargs)
         except Exception as error:
@@ -211,7 +213,7 @@ class _Look:
             return SiteNotCalled(f"The forward pass went past {', '.join(sites)}. {advice}")
         return UnsupportedModel(advice)
 
-    @torch.no_grad()
+    @no_grad()
     def compare(self, use: "Use", x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> None:
         """The host's own y with x W + b, on some rows. Without a graph, which checkpoints would find too large."""
         y = original()
@@ -240,16 +242,19 @@ class _Operators(Part):
     """Every operator is shown to a look."""
 
     def __init__(self, look: _Look):
-        self._mode, self._on = _Mode(look), False
+        self._mode = _Mode(look)
+        # Entering and leaving a mode are Python too, so they may be interrupted before torch puts its flags back.
+        self._flags = {name: flag for name, flag in vars(_python_dispatch).items() if name.startswith("_is_in_")}
 
     def do(self) -> None:
-        self._on = True
         self._mode.__enter__()
 
     def undo(self) -> None:
-        if self._on and self._mode in _get_current_dispatch_mode_stack():
-            self._mode.__exit__(None, None, None)
-        self._on = False
+        if self._mode in _python_dispatch._get_current_dispatch_mode_stack():
+            _python_dispatch._pop_mode()
+        vars(_python_dispatch).update(self._flags)
+        if set_flag := getattr(_python_dispatch, "set_is_in_mode_without_ignore_compile_internals", None):
+            set_flag(self._flags["_is_in_any_mode_without_ignore_compile_internals"])
 
 
 class _Mode(TorchDispatchMode):

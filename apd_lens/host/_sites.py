@@ -3,9 +3,8 @@
 import difflib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -31,29 +30,36 @@ def site_module(model: nn.Module, site: str) -> nn.Module:
         ) from None
 
 
-@contextmanager
-def reading(model: nn.Module, sites: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+class _Activations(dict[str, Tensor]):
+    def __missing__(self, site: str) -> NoReturn:
+        raise SiteNotCalled(
+            f"The forward pass did not call {site!r}. Choose a place that it goes through, or switch on the option "
+            "that does so."
+        )
+
+
+def reading(model: nn.Module, sites: Iterable[str]) -> Block:
     """Inside, the activations at the sites in the first forward are kept by name, copied, without a graph.
 
     Raises:
         InvalidSetting: no such submodule, or one that returns no tensor.
-        SiteNotCalled: at the end, a site that no forward came to.
+        SiteNotCalled: where one is asked for that no forward came to.
     """
-    kept: dict[str, Tensor] = {}
-    sites = list(dict.fromkeys(sites))
+    kept = _Activations()
 
     def keep(site: str, activation: Tensor) -> Tensor:
         if site not in kept:
             kept[site] = activation.detach().clone()
         return activation
 
-    with rewriting(model, {site: partial(keep, site) for site in sites}):
-        yield kept
-    _check_called(sites, kept)
+    return rewriting(model, {site: partial(keep, site) for site in sites}, kept)
 
 
-def rewriting(model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Block:
+def rewriting(model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]], entered: Any = None) -> Block:
     """Inside, every forward of the model goes on with what a site's function makes of the activation there.
+
+    Args:
+        entered: what entering the block gives.
 
     Raises:
         InvalidSetting: no such submodule, or one that returns no tensor (or tuple that begins with one).
@@ -73,19 +79,13 @@ def rewriting(model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]
 
     return Block(
         lambda: Handles(
-            site_module(model, site).register_forward_hook(partial(change, site, function))
-            for site, function in changes.items()
+            (
+                site_module(model, site).register_forward_hook(partial(change, site, function))
+                for site, function in changes.items()
+            ),
+            entered,
         )
     )
-
-
-def _check_called(sites: Iterable[str], called: Iterable[str]) -> None:
-    for site in sites:
-        if site not in called:
-            raise SiteNotCalled(
-                f"The forward pass did not call {site!r}. Choose a place that it goes through, or switch on the option "
-                "that does so."
-            )
 
 
 def activations_kept(model: nn.Module, names: Iterable[str]) -> Block:

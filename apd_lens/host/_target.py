@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from apd_lens._block import Block, Part, Together
+from apd_lens._block import Block, Part, Together, no_grad
 from apd_lens._errors import AlreadyActive, ApdError, ArtifactError, SiteNotCalled, UnknownWeight, UnsupportedModel
 from apd_lens._table import table
 from apd_lens.data._batch import Batch, call, on_device
@@ -172,7 +172,7 @@ class TargetModel:
         batch = batch if device is None else on_device(batch, device)
         return read_batch(batch, self.model, self.valid, self._outputs)
 
-    @torch.no_grad()
+    @no_grad()
     def _outputs(self, batch: Batch) -> Any:
         with evaluating(self.model), outside_traces(self.model):
             return call(self.model, batch)

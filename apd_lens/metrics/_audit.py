@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from apd_lens._block import no_inference_mode
 from apd_lens._checks import checked
 from apd_lens._errors import InvalidSetting, ShapeMismatch
 from apd_lens.components._factors import Mask
@@ -71,7 +72,7 @@ class AblationPath:
     worst: Float[Tensor, " amounts"]
 
 
-@torch.inference_mode(False)
+@no_inference_mode()
 @checked
 def ablation_path_audit(
     decomposition: Decomposition,

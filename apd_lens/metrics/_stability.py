@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from apd_lens._block import no_grad
 from apd_lens._errors import InvalidSetting, MissingExtra, ShapeMismatch
 from apd_lens._table import table
 from apd_lens.components._components import ParameterComponents
@@ -51,7 +52,7 @@ class Stability:
     __repr__ = __str__
 
 
-@torch.no_grad()
+@no_grad()
 @full_precision()
 def stability(
     decompositions: Sequence[Decomposition] | Sequence[ParameterComponents],

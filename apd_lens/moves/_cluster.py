@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from apd_lens._block import no_grad
 from apd_lens._checks import check_fields
 from apd_lens._codec import saved
 from apd_lens.components._components import ParameterComponents
@@ -77,7 +78,7 @@ class ClusterMoves:
     def start(self, components: ParameterComponents, weights: Mapping[str, Float[Tensor, "..."]]) -> None:
         """Changes nothing."""
 
-    @torch.no_grad()
+    @no_grad()
     def __call__(self, context: MoveContext) -> int:
         """Merges, splits and gives the residual away; returns how many moves were made."""
         components, weights, active = context.components, context.weights, context.active

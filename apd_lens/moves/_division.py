@@ -17,6 +17,7 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apd_lens._block import no_grad
 from apd_lens._checks import check_fields
 from apd_lens._codec import saved
 from apd_lens._errors import InvalidSetting
@@ -79,7 +80,7 @@ class DivisionMoves:
         """Component 0 becomes the whole weights; all others are made tiny."""
         start_as_a_whole(components, weights)
 
-    @torch.no_grad()
+    @no_grad()
     def __call__(self, context: MoveContext) -> int:
         """Divides components, and their parts again, while there are free ones; returns how often."""
         components, active = context.components, context.active

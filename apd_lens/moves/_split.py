@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from apd_lens._block import no_grad
 from apd_lens._checks import check_fields
 from apd_lens._codec import saved
 from apd_lens.components._components import ParameterComponents
@@ -47,7 +48,7 @@ class SplitMoves:
     def start(self, components: ParameterComponents, weights: Mapping[str, Float[Tensor, "..."]]) -> None:
         """Changes nothing."""
 
-    @torch.no_grad()
+    @no_grad()
     def __call__(self, context: MoveContext) -> int:
         """Splits what can be split; returns how many splits were made. Of several uses of a matrix the first counts."""
         components, attributions, real = context.components, context.attributions, context.watched.real

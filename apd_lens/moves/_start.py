@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from apd_lens._block import no_grad
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import full_precision
 from apd_lens.moves._surgery import refactor
@@ -14,7 +15,7 @@ from apd_lens.moves._surgery import refactor
 _TINY = 0.01
 
 
-@torch.no_grad()
+@no_grad()
 @full_precision()
 def start_as_a_whole(components: ParameterComponents, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
     """Component 0 becomes the weights, or their best approximation of its rank; all others are made tiny."""
@@ -25,7 +26,7 @@ def start_as_a_whole(components: ParameterComponents, weights: Mapping[str, Floa
         refactor(A, B, 0, weight, torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device))
 
 
-@torch.no_grad()
+@no_grad()
 @full_precision()
 def start_with_matrices(components: ParameterComponents, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
     """Component l becomes the whole l-th matrix, or its best approximation of its rank, and nothing in the others."""

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from apd_lens._block import no_inference_mode
 from apd_lens.components._measures import effective_rank, random_components, singular_values
 from apd_lens.data._batch import Batch
 from apd_lens.decomposition._decomposition import Decomposition
@@ -112,7 +113,7 @@ class _Running:
         self.n_data_points += len(mask)
         self.n_examples += len(some.mask)
 
-    @torch.inference_mode(False)
+    @no_inference_mode()
     def distance(self, some: Observed, mask: Tensor) -> float:
         """Of the output on these components alone from the target's, summed over examples."""
         target, output = self.decomposition.target, self.decomposition.output

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apd_lens._block import no_inference_mode
 from apd_lens._codec import UserFunction
 from apd_lens._errors import ShapeMismatch
 from apd_lens._memory import BUDGET, chunks, fitting
@@ -27,7 +28,7 @@ from apd_lens.responses._responses import Effects, TopExamples
 LossFn = Callable[[Batch, Tensor], Tensor]
 
 
-@torch.inference_mode(False)
+@no_inference_mode()
 def ablation_effects(
     decomposition: Decomposition,
     top: TopExamples,

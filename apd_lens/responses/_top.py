@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from apd_lens._block import no_inference_mode
 from apd_lens._errors import InvalidSetting
 from apd_lens._memory import BUDGET, chunks
 from apd_lens.attribution._ablation import AblationAttribution
@@ -144,7 +145,7 @@ def _merged(top: TopExamples, new: TopExamples, n: int) -> TopExamples:
     )
 
 
-@torch.inference_mode(False)
+@no_inference_mode()
 def _attributions_of_positions(
     decomposition: Decomposition, top: TopExamples, memory: int
 ) -> Float[Tensor, "C n pos"] | None:

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
+from apd_lens._block import no_inference_mode
 from apd_lens._errors import NonFinite
 from apd_lens._settings import DEFAULTS, RANK, Optimization
 from apd_lens.attribution._attribution import Attribution
@@ -22,7 +22,7 @@ from apd_lens.training._state import StepInfo, init
 from apd_lens.training._step import step
 
 
-@torch.inference_mode(False)
+@no_inference_mode()
 def decompose(
     model: Any,
     batches: Iterable[Batch] | Callable[[int], Batch],

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apd_lens._block import no_inference_mode
 from apd_lens._codec import decode_settings, encode_settings
 from apd_lens._draws import draws
 from apd_lens._errors import InvalidSetting, NonFinite
@@ -187,7 +188,7 @@ class StepInfo:
         return None if self.mean_active is None else int((self.last_active > self.step - ALIVE_WINDOW).sum())
 
 
-@torch.inference_mode(False)
+@no_inference_mode()
 def init(
     model: Any,
     *,

@@ -1,13 +1,13 @@
 """Columns of A at norm 1."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from apd_lens._block import no_grad
 from apd_lens.components._components import ParameterComponents
 
 
-@torch.no_grad()
+@no_grad()
 def normalize_columns(
     components: ParameterComponents, keep_products: bool = True, unless: Float[Tensor, ""] | None = None
 ) -> None:
@@ -26,7 +26,7 @@ def normalize_columns(
             B.mul_(norms.mT)
 
 
-@torch.no_grad()
+@no_grad()
 def remove_parallel_gradients(components: ParameterComponents) -> None:
     """Takes out of the gradient of every column a = A_c[:, i] what points along it: g − a <a, g> / ‖a‖²."""
     for columns in components._A_transposed:

@@ -19,7 +19,7 @@ from apd_lens.host._matrix import WeightMatrix
 from apd_lens.host._sites import activations_kept as _activations
 from apd_lens.host._target import evaluating
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import faults
 
