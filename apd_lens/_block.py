@@ -107,6 +107,19 @@ class _GradientsOff(Part):
         torch.set_grad_enabled(self._enabled)
 
 
+class _FullPrecision(Part):
+    def __init__(self) -> None:
+        self._devices = [device for device in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(device)]
+
+    def do(self) -> None:
+        for device in self._devices:
+            torch.set_autocast_enabled(device, False)
+
+    def undo(self) -> None:
+        for device in self._devices:
+            torch.set_autocast_enabled(device, True)
+
+
 class Block(io.IOBase, ContextDecorator):
     """The context in which a part is done. It can be entered again when it was left. Also a decorator, of which each
     call enters a block of its own.
@@ -153,6 +166,11 @@ def no_inference_mode() -> Block:
 def no_grad() -> Block:
     """`torch.no_grad()`, left at whatever line an interrupt comes."""
     return Block(_GradientsOff)
+
+
+def full_precision() -> Block:
+    """Inside, autocast is off: sums and products of weights are no pass of a model. Also a decorator."""
+    return Block(_FullPrecision)
 
 
 def _lifetime(part: Part) -> Generator[Any, None, None]:

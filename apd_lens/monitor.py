@@ -18,14 +18,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from apd_lens._block import no_grad
+from apd_lens._block import full_precision, no_grad
 from apd_lens._checks import checked
 from apd_lens._codec import decode_settings, encode_settings
 from apd_lens._errors import ArtifactError, InvalidBatches, NonFinite
 from apd_lens._files import user_path
 from apd_lens._memory import fitting
 from apd_lens.components._components import ParameterComponents
-from apd_lens.components._factors import full_precision
 from apd_lens.data._batch import Batch
 from apd_lens.data._points import Real, mean_over_positions, one_row, without_padding, zero_at_padding
 from apd_lens.data._stream import one_pass

@@ -92,9 +92,14 @@ class Host:
                     seen[f"{name}.{key}.state"] = type(value.state)
         return seen | {name: value.detach().clone() for name, value in self.module.state_dict().items()}
 
-    def forget_looks(self) -> None:
-        """The next forward in a context is looked at for bypasses, as the first one is."""
-        self.decomposition.target._looked_at.clear()
+    @contextlib.contextmanager
+    def looked_at(self) -> Iterator[None]:
+        """Inside, forwards in a context are looked at for bypasses, as the first one is."""
+        forms = self.decomposition.target._looked_at
+        before = {*forms}
+        forms.clear()
+        yield
+        forms.update(before)
 
     def use_again(self) -> dict[str, Tensor]:
         """What the model and the library make of the batch."""
@@ -280,18 +285,18 @@ def trials(
     chance = random.Random(seed)
     host, counts, faults = make(), Counter(), []
     use(host)
-    host.forget_looks()
-    _, n_lines = at_line(use, host, -1)
-    host.forget_looks()
-    start = time.perf_counter()
-    use(host)
-    duration = time.perf_counter() - start
+    with host.looked_at():
+        _, n_lines = at_line(use, host, -1)
+    with host.looked_at():
+        start = time.perf_counter()
+        use(host)
+        duration = time.perf_counter() - start
     at = [("line", chance.randrange(n_lines)) for _ in range(lines)]
     at += [("moment", chance.uniform(0, duration)) for _ in range(moments)]
     for number, (how, where) in enumerate(at):
         kind = SystemExit if how == "moment" and number % 2 else KeyboardInterrupt
-        host.forget_looks()
         with contextlib.ExitStack() as of_user:
+            of_user.enter_context(host.looked_at())
             if number % 3 == 0:
                 of_user.enter_context(torch.inference_mode())
                 of_user.enter_context(torch.autocast("cpu", torch.bfloat16))

@@ -22,14 +22,13 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from apd_lens._block import no_grad, no_inference_mode
+from apd_lens._block import full_precision, no_grad, no_inference_mode
 from apd_lens._errors import InvalidSetting, ShapeMismatch, UnknownWeight
 from apd_lens._memory import fitting
 from apd_lens.compare._dictionaries import Dictionary
 from apd_lens.compare._matching import Matching, matching, side_by_side, with_null
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import MatrixInput as Inputs
-from apd_lens.components._factors import full_precision
 from apd_lens.components._measures import random_components
 from apd_lens.data._batch import Batch
 from apd_lens.data._points import Real, zero_at_padding

@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from apd_lens._block import full_precision
 from apd_lens._errors import InvalidSetting
-from apd_lens.components._factors import full_precision, sum_of_components
+from apd_lens.components._factors import sum_of_components
 from apd_lens.host._matrix import Use, WeightMatrix
 
 

@@ -5,29 +5,11 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from apd_lens._block import Block, Part
+from apd_lens._block import full_precision
 from apd_lens._memory import fitting
 
 MatrixInput = Float[Tensor, "batch *pos d_in"] | Int[Tensor, "batch *pos"]
 Mask = Float[Tensor, "examples *mask_pos C"] | Bool[Tensor, "examples *mask_pos C"]
-
-
-def full_precision() -> Block:
-    """Inside, autocast is off: sums and products of weights are no pass of a model. Also a decorator."""
-    return Block(_FullPrecision)
-
-
-class _FullPrecision(Part):
-    def __init__(self) -> None:
-        self._devices = [device for device in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(device)]
-
-    def do(self) -> None:
-        for device in self._devices:
-            torch.set_autocast_enabled(device, False)
-
-    def undo(self) -> None:
-        for device in self._devices:
-            torch.set_autocast_enabled(device, True)
 
 
 @full_precision()

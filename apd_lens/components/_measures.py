@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apd_lens._block import no_grad
+from apd_lens._block import full_precision, no_grad
 from apd_lens.components._components import ParameterComponents
-from apd_lens.components._factors import full_precision, share_of_units
+from apd_lens.components._factors import share_of_units
 
 
 @no_grad()

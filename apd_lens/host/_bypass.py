@@ -29,7 +29,7 @@ from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from apd_lens._block import Block, Part, Together, no_grad
+from apd_lens._block import Block, Part, Together, full_precision, no_grad
 from apd_lens._errors import ApdError, SiteNotCalled, UnsupportedModel
 from apd_lens.host import _patch
 from apd_lens.host._fingerprints import mark, sums_of
@@ -226,7 +226,7 @@ class _Look:
                 "offloaded weights. Make its value a parameter that stays (load the model whole: for accelerate, "
                 "remove_hook_from_module(model, recurse=True) and move it to its device), or leave it out of `weights`."
             )
-        with torch.autocast(y.device.type, enabled=False):
+        with full_precision():
             error = _relative_error(use, matrix, x, y, bias)
         epsilon = max(torch.finfo(dtype).eps for dtype in _dtypes(y, matrix.parameter))
         if error > max(8 * epsilon, min(4 * epsilon**0.5, 2e-3)):

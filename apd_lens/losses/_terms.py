@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from apd_lens._block import full_precision
 from apd_lens._schedules import value_at
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import Mask
@@ -60,7 +61,7 @@ def weight_terms(
         importance: the mask, or what has its place in simplicity, without padding.
         share: what simplicity is divided by besides its scale.
     """
-    with torch.autocast(importance.device.type, enabled=False):  # sums of weights, not a pass of the model
+    with full_precision():  # sums of weights, not a pass of the model
         errors, norms = zip(
             *(
                 weight_losses(

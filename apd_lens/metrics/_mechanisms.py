@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from apd_lens._block import full_precision
 from apd_lens._checks import checked
-from apd_lens.components._factors import full_precision
 
 
 @checked

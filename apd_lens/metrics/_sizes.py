@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from apd_lens._block import full_precision
 from apd_lens._checks import checked
 from apd_lens.components._components import ParameterComponents
-from apd_lens.components._factors import full_precision
 from apd_lens.components._measures import singular_values
 
 

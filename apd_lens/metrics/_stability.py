@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from apd_lens._block import no_grad
+from apd_lens._block import full_precision, no_grad
 from apd_lens._errors import InvalidSetting, MissingExtra, ShapeMismatch
 from apd_lens._table import table
 from apd_lens.components._components import ParameterComponents
-from apd_lens.components._factors import full_precision, inner_products, sum_of_components
+from apd_lens.components._factors import inner_products, sum_of_components
 from apd_lens.components._measures import random_components
 from apd_lens.decomposition._decomposition import Decomposition
 

@@ -6,9 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apd_lens._block import no_grad
+from apd_lens._block import full_precision, no_grad
 from apd_lens.components._components import ParameterComponents
-from apd_lens.components._factors import full_precision
 from apd_lens.moves._surgery import refactor
 
 # At the start all factors but the first component's are this much smaller than they would be.

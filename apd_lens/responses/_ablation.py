@@ -7,12 +7,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from apd_lens._block import no_inference_mode
+from apd_lens._block import full_precision, no_inference_mode
 from apd_lens._codec import UserFunction
 from apd_lens._errors import ShapeMismatch
 from apd_lens._memory import BUDGET, chunks, fitting
 from apd_lens.components._components import ParameterComponents
-from apd_lens.components._factors import full_precision
 from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import Inputs
 from apd_lens.data._points import Real, mean_over_positions, padded

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
+from apd_lens._block import full_precision
 from apd_lens._table import frame
-from apd_lens.components._factors import full_precision
 from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import Inputs
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from apd_lens._block import full_precision
 from apd_lens._errors import InvalidBatches
-from apd_lens.components._factors import full_precision
 from apd_lens.data._batch import Batch, Kept, tensors
 from apd_lens.data._finite import Reading, raise_first, reading_of_attributions
 from apd_lens.data._inputs import readings_of_inputs
