@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from apd_lens._block import full_precision
+from apd_lens._block import full_precision, no_inference_mode
 from apd_lens._errors import InvalidBatches
 from apd_lens.data._batch import Batch, Kept, tensors
 from apd_lens.data._finite import Reading, raise_first, reading_of_attributions
@@ -27,6 +27,7 @@ from apd_lens.training._streams import Stream
 from apd_lens.training._unit_norm import normalize_columns
 
 
+@no_inference_mode()
 def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
     """One training step on a batch of each stream (`State.streams`; by default there is one). The model is only looked
     at: afterwards it is as it was. Steps beyond `Optimization(steps=...)` go on with the learning rate of the last one,

@@ -40,7 +40,7 @@ def test_at_lines(host: str, use: Callable[[faults.Host], None]):
     lines = 20 if host == "torch MLP" else 4
     counts, found = faults.trials(faults.hosts()[host], use, lines, moments=0, seed=0)
     assert found == []
-    assert counts["interrupted"] > lines // 2  # the first run, which is counted, may have more lines than others
+    assert counts["interrupted"] >= lines // 2  # the first run, which is counted, may have more lines than others
 
 
 def test_at_every_line_of_what_enters_and_leaves_a_context():
