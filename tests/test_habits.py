@@ -21,6 +21,7 @@ from apd_lens._settings import learning_rate
 
 FEW = {"n_components": 4, "rank": 3, "progress": False}
 STEPS = apd.Optimization(steps=6, lr=1e-2)
+LP = {"selection": apd.Lp(), "losses": apd.Losses(path=0.0), "moves": None}
 
 
 def small_model() -> nn.Sequential:
@@ -125,7 +126,7 @@ def test_steps_beyond_the_last_go_on_as_at_the_end(schedule):
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("options", [{}, {"selection": apd.Lp()}, {"moves": apd.SplitMoves(every=2)}])
+@pytest.mark.parametrize("options", [{}, LP, {"moves": apd.SplitMoves(every=2)}])
 def test_training_with_gradients_switched_off_outside(off, options):
     expected, model, other = trained(**options), small_model(), small_model()
     with off():
