@@ -12,7 +12,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from random_models import RIGHT, RIGHT_OR_REFUSED, Chain, Images, Spec, Substituted, Texts, Translation, batch_of, call
+from support.random_models import (
+    RIGHT,
+    RIGHT_OR_REFUSED,
+    Chain,
+    Images,
+    Spec,
+    Substituted,
+    Texts,
+    Translation,
+    batch_of,
+    call,
+)
 from support.toy_models import Snapshot
 from torch import Tensor, nn
 from torch.testing import assert_close
