@@ -26,16 +26,15 @@ from apd_lens._files import user_path
 from apd_lens._memory import fitting
 from apd_lens.components._components import ParameterComponents
 from apd_lens.data._batch import Batch
-from apd_lens.data._points import Real, mean_over_positions, one_row, without_padding, zero_at_padding
+from apd_lens.data._points import Real, mean_over_positions, one_row, zero_at_padding
 from apd_lens.data._stream import one_pass
 from apd_lens.decomposition._artifact import read_tensors, write_tensors
-from apd_lens.decomposition._decomposition import Decomposition, ready
-from apd_lens.host._target import evaluating
+from apd_lens.decomposition._decomposition import Decomposition, output_with
+from apd_lens.decomposition._observed import Observed
 from apd_lens.losses._outputs import distance_of_each
 from apd_lens.masks._lp import Lp
 from apd_lens.masks._selection import BatchTopK, K, Selection, TopK, with_k
 from apd_lens.passes._replace import Mixture
-from apd_lens.passes._watch import check_finite_output, replaced_pass, sparse_pass
 from apd_lens.responses._responses import add_coactivation
 
 _FORMAT = "apd_lens monitor 2"
@@ -92,9 +91,9 @@ class Monitor:
             NonFinite: the batch, or the output, holds NaN or infinity.
             AlreadyActive: the model is edited, or inside a context.
         """
-        attributions, real = _attributed(self.decomposition, batch)
-        mask = self.selection(attributions, real)
-        distance = _distances(self.decomposition, batch, mask, real)
+        some = self.decomposition.observe(batch)
+        mask = self.selection(some.attributions, some.valid)
+        distance = _distances(self.decomposition, some, mask)
         table = rarity(self.together, self.n_data_points)
         empty = (
             -torch.tensor((self.n_empty + 0.5) / (self.n_data_points + 1), dtype=torch.float32, device="cpu")
@@ -105,11 +104,11 @@ class Monitor:
         residual = ((distance + self.residual_floor).log() - self.residual_mean) / self.residual_std
         surprise = surprise.to(residual.dtype).view_as(residual)
         return Scores(
-            surprise=_without_padding(surprise, real),
+            surprise=_without_padding(surprise, some.valid),
             component=component.view_as(residual),
             given=given.view_as(residual),
             distance=distance,
-            residual=_without_padding(residual, real),
+            residual=_without_padding(residual, some.valid),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -161,17 +160,14 @@ def fit(decomposition: Decomposition, batches: Iterable[Batch], *, k: K | None =
     n_data_points, n_empty, thresholds, distances = 0, 0, [], []
     selection = with_k(decomposition.settings.selection, k)
     for batch in one_pass(batches):
-        at_batch = selection.at(1.0, decomposition.target.prepare(batch))
-        attributions, real = _attributed(decomposition, batch)
-        mask = at_batch(attributions, real)
-        distance = _distances(decomposition, batch, mask, real)
-        active = without_padding(mask, real).flatten(0, -2)
+        some = decomposition.observe(batch, k)
+        active = some.data(some.mask)
         n_data_points += len(active)
         n_empty += int((~active.any(1)).sum())
         add_coactivation(together, active)
-        if isinstance(at_batch, BatchTopK) and bool(mask.any()):
-            thresholds.append(attributions[mask].min().item())
-        distances.append(one_row(distance, real).cpu())
+        if isinstance(selection, BatchTopK) and bool(active.any()):
+            thresholds.append(some.attributions[some.mask].min().item())
+        distances.append(one_row(_distances(decomposition, some, some.mask), some.valid).cpu())
     if n_data_points < 2:
         raise InvalidBatches(f"A monitor needs at least 2 data points of reference, got {n_data_points}.")
     if isinstance(selection, BatchTopK):
@@ -292,27 +288,18 @@ def _rarest(
     return surprise, found, beside
 
 
-def _attributed(decomposition: Decomposition, batch: Batch) -> tuple[Float[Tensor, "batch *pos C"], Real]:
-    return decomposition._attributed(batch)
-
-
 @no_grad()
 def _distances(
-    decomposition: Decomposition, batch: Batch, mask: Bool[Tensor, "batch *pos C"], real: Real
+    decomposition: Decomposition, some: Observed, mask: Bool[Tensor, "batch *pos C"]
 ) -> Float[Tensor, "batch *pos"]:
     """Between the sparse output and the target's, for each data point of the mask."""
-    target, components = decomposition.target, decomposition.components
-    batch, output = ready(decomposition, batch, "watch")
-    with evaluating(target.model):
-        full, _ = replaced_pass(target, components.names, Mixture(components.picked(()), rest=1.0), batch, output)
-        sparse, _ = sparse_pass(target, components, batch, mask, output)
-    check_finite_output(full, "watch")
-    dtype = torch.promote_types(full.dtype, torch.float32)
-    distance = distance_of_each(full.to(dtype), sparse.to(dtype), decomposition.settings.losses.distance)
+    sparse = output_with(decomposition, some.inputs, Mixture(decomposition.components, mask))
+    dtype = torch.promote_types(sparse.dtype, torch.float32)
+    distance = distance_of_each(some.output.to(dtype), sparse.to(dtype), decomposition.settings.losses.distance)
     if not bool(distance.isfinite().all()):
         raise NonFinite("watch: the distance between the sparse output and the target's is NaN or infinite.")
     if distance.ndim > mask.ndim - 1:  # outputs at positions of examples that are one data point each
-        return mean_over_positions(distance, real)
+        return mean_over_positions(distance, some.valid)
     while distance.ndim < mask.ndim - 1:  # one output for all positions
         distance = distance[..., None]
     return distance.expand(mask.shape[:-1]).clone()

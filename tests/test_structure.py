@@ -71,3 +71,13 @@ def test_a_room_hands_out_no_library_of_others(name: str):
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and any(alias.asname == alias.name for alias in node.names):
             assert str(node.module).startswith("apd_lens")
+
+
+@pytest.mark.parametrize("folder", ["apd_lens", "adapters", "examples", "benchmarks", "tests"])
+def test_what_is_private_in_a_decomposition_is_used_in_its_room_alone(folder: str):
+    files = [file for file in (ROOT / folder).rglob("*.py") if file.parent != ROOT / "apd_lens" / "decomposition"]
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                assert not ast.unparse(node.value).endswith("decomposition"), f"{file}:{node.lineno}"

@@ -1,5 +1,6 @@
 """Integrated gradients: first-order effects averaged along a path from no component to all."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,8 @@ from apd_lens.data._points import Granularity
 from apd_lens.passes._cotangents import Cotangents
 from apd_lens.passes._replace import Mixture
 from apd_lens.passes._watch import WatchedPass
+
+Start = Literal["all", "zero"]
 
 
 @saved
@@ -43,7 +46,7 @@ class IntegratedGradients:
     """
 
     steps: int = 8
-    start: Literal["all", "zero"] = "all"
+    start: Start = "all"
     projections: int | Literal["auto", "exact"] = "auto"
     memory: int = BUDGET
 
@@ -86,16 +89,32 @@ class IntegratedGradients:
         examples: slice = slice(None),
     ) -> Float[Tensor, "v examples *data_pos C"]:
         """mean_t Σ_l Σ_uses <∂(v · f)/∂y_l(t) , x_l(t) P_c,l> of some examples, signed; see `start` for their sum."""
-        total, whole = None, sum_as_one_component(components)
-        for point in range(self.steps):
-            t = (point + 0.5) / self.steps
-            scaled = ParameterComponents({name: t * A for name, A in whole.A.items()}, whole.B).requires_grad_(False)
-            replaced = Mixture(scaled) if self.start == "zero" else Mixture(scaled, on=0.0, rest=1.0)
-            passed = watched.replacing(replaced, examples)
-            effects = effects_on_outputs(passed, cotangents, components, granularity, self.memory)
-            total = effects if total is None else total.add_(effects)
-        assert total is not None
-        return total.div_(self.steps)
+
+        def effects(at_t: WatchedPass) -> Tensor:
+            return effects_on_outputs(at_t, cotangents, components, granularity, self.memory)
+
+        return mean_on_path(watched, components, effects, self.steps, self.start, examples)
+
+
+def mean_on_path(
+    watched: WatchedPass,
+    components: ParameterComponents,
+    effects: Callable[[WatchedPass], Tensor],
+    steps: int,
+    start: Start = "all",
+    examples: slice = slice(None),
+) -> Tensor:
+    """The mean over t = (i + 1/2) / steps of the effects in the pass at t, of some examples; see `IntegratedGradients`
+    for the path."""
+    total, whole = None, sum_as_one_component(components)
+    for point in range(steps):
+        t = (point + 0.5) / steps
+        scaled = ParameterComponents({name: t * A for name, A in whole.A.items()}, whole.B).requires_grad_(False)
+        replaced = Mixture(scaled) if start == "zero" else Mixture(scaled, on=0.0, rest=1.0)
+        at_t = effects(watched.replacing(replaced, examples))
+        total = at_t if total is None else total.add_(at_t)
+    assert total is not None
+    return total.div_(steps)
 
 
 @no_grad()

@@ -14,7 +14,7 @@ from apd_lens._errors import InvalidBatches, InvalidSetting, ShapeMismatch
 from apd_lens.compare._dictionaries import Dictionary, Latents, moved
 from apd_lens.compare._matching import Matching, matching, side_by_side, with_null
 from apd_lens.data._batch import Batch
-from apd_lens.data._points import Real, padded, without_padding
+from apd_lens.data._points import Real, padded
 from apd_lens.data._stream import check_batches
 from apd_lens.decomposition._decomposition import Decomposition
 from apd_lens.host._sites import reading
@@ -221,15 +221,12 @@ def _data_points(
     decomposition: Decomposition, batch: Batch, dictionary: Dictionary, k: K | None, pool: Pool
 ) -> tuple[Bool[Tensor, "data C"], Float[Tensor, "data C"], Float[Tensor, "data latents"]]:
     """Mask, attributions and latents of the data points of a batch that are no padding."""
-    target = decomposition.target
-    inputs = decomposition.read(batch)
-    with reading(target.model, [dictionary.site]) as activations:
-        attributions, real = decomposition._attributed(inputs)
-    mask = decomposition._selection(inputs.batch, k)(attributions, real)
+    with reading(decomposition.target.model, [dictionary.site]) as activations:
+        some = decomposition.observe(batch, k)
     latents = dictionary.encode(activations[dictionary.site])
-    latents = of_data_points(latents, attributions, real, decomposition.settings.selection.granularity, pool)
-    mask, attributions, latents = (without_padding(each, real).flatten(0, -2) for each in (mask, attributions, latents))
-    return mask, attributions, latents
+    granularity = decomposition.settings.selection.granularity
+    latents = of_data_points(latents, some.attributions, some.valid, granularity, pool)
+    return some.data(some.mask), some.data(some.attributions), some.data(latents)
 
 
 def of_data_points(

@@ -97,7 +97,7 @@ def _squared_attributions(
         sums[name][index] = summed if before is None else before + summed
 
     with evaluating(decomposition.target.model):
-        watched = decomposition._watch(batch)
+        watched = decomposition.watch(batch)
         n_data = len(watched.output)
         if granularity == "position":
             n_data = int(watched.real.sum()) if watched.real is not None else watched.calls[0].y[..., 0].numel()

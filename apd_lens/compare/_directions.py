@@ -34,6 +34,7 @@ from apd_lens.data._batch import Batch
 from apd_lens.data._points import Real, zero_at_padding
 from apd_lens.data._stream import check_batches
 from apd_lens.decomposition._decomposition import Decomposition
+from apd_lens.decomposition._observed import observed
 from apd_lens.host._matrix import Use
 from apd_lens.host._target import evaluating
 
@@ -178,8 +179,8 @@ def _signed_directions(
     inputs = torch.zeros(A.shape[:2], dtype=torch.float32, device="cpu").to(A)
     for batch in batches:
         with evaluating(decomposition.target.model):
-            watched = decomposition._watch(batch)
-            mask = decomposition.select(batch).to(A)
+            watched = decomposition.watch(batch)
+            mask = observed(watched, decomposition.components, decomposition.settings).mask.to(A)
         for call in watched.calls:
             if call.use == use:
                 inputs += _summed_inputs(call.x, mask, watched.real, len(inputs[0]))

@@ -15,6 +15,7 @@ on-target data and of the other data. Both take as many directions out of a matr
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import pandas as pd
@@ -35,11 +36,10 @@ from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import Inputs
 from apd_lens.data._points import Real, one_row, without_padding
 from apd_lens.data._stream import one_pass
-from apd_lens.decomposition._decomposition import Chosen, Decomposition, check_fits, numbers_of, ready
+from apd_lens.decomposition._decomposition import Chosen, Decomposition, check_fits, numbers_of, output_with, ready
 from apd_lens.host._matrix import Use
 from apd_lens.host._target import evaluating
 from apd_lens.losses._outputs import Distance, distance_of_each
-from apd_lens.passes._output import OutputFn
 from apd_lens.passes._replace import Mixture
 from apd_lens.passes._watch import check_finite_output, replaced_pass
 
@@ -200,8 +200,8 @@ def _measured(
     before: list[Tensor] = []
     after: list[Tensor] = []
     for batch in one_pass(batches):
-        inputs, output_of = ready(decomposition, batch, "edit_effects")
-        run = _runner(decomposition, inputs, output_of)
+        inputs, _ = ready(decomposition, batch, "edit_effects")
+        run = partial(_run, decomposition, inputs)
         full, real = run(None), inputs.valid
         check_finite_output(full, "edit_effects")
         outputs = (run(edit) for edit in edits)
@@ -221,18 +221,11 @@ def _measured(
     )
 
 
-def _runner(decomposition: Decomposition, inputs: Inputs, output_of: OutputFn) -> Callable[[_Edit | None], Tensor]:
-    """A function edit -> the explained output on a batch, in float32 or better; of None the target's."""
-    target = decomposition.target
-
-    def run(edit: _Edit | None) -> Tensor:
-        components = decomposition.components if edit is None else edit.components
-        intercept = Mixture(components.picked([] if edit is None else edit.chosen), on=0.0, rest=1.0)
-        with evaluating(target.model):
-            output, _ = replaced_pass(target, components.names, intercept, inputs, output_of)
-        return output.to(torch.promote_types(output.dtype, torch.float32))
-
-    return run
+def _run(decomposition: Decomposition, inputs: Inputs, edit: _Edit | None) -> Tensor:
+    """The explained output of the edited model, in float32 or better; with None that of the target."""
+    components, chosen = (decomposition.components, []) if edit is None else (edit.components, edit.chosen)
+    output = output_with(decomposition, inputs, Mixture(components.picked(chosen), on=0.0, rest=1.0))
+    return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
 def _named(chosen: list[int]) -> str:

@@ -9,14 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from apd_lens._block import no_grad
-from apd_lens._errors import InvalidSetting, UnsupportedModel
+from apd_lens._errors import UnsupportedModel
 from apd_lens.attribution._metric import Metric, metric_on, metric_scalars
 from apd_lens.compare._nodes import layer_of, node_name, unit_numbers, units_by_name
 from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import Inputs, check_finite
 from apd_lens.data._points import without_padding
 from apd_lens.data._stream import one_pass
-from apd_lens.decomposition._decomposition import Decomposition, check_fits
+from apd_lens.decomposition._decomposition import Decomposition, output_function
 from apd_lens.host._adapter import Intercept
 from apd_lens.host._matrix import Units, Use
 from apd_lens.host._target import TargetModel, evaluating
@@ -143,19 +143,3 @@ def _means(gates: _Gates, batches: Iterable[Batch]) -> dict[str, Float[Tensor, "
         with evaluating(gates.target.model):
             replaced_pass(gates.target, gates.matrices, watch, inputs, gates.output)
     return {name: sums[name] / counts[name] for name in sums}
-
-
-def output_function(decomposition: Decomposition) -> OutputFn:
-    """Picks the explained tensor.
-
-    Raises:
-        AlreadyActive, WeightsChanged: the model is not what was decomposed.
-        InvalidSetting: a loaded decomposition that lacks its output function.
-    """
-    check_fits(decomposition)
-    if decomposition.output is None:
-        raise InvalidSetting(
-            "This decomposition was made with an output function of your own, which is not saved. Give it again: "
-            "apd_lens.load(path, model, output=...)."
-        )
-    return decomposition.output

@@ -11,11 +11,10 @@ from torch import Tensor
 from apd_lens._block import no_grad, no_inference_mode
 from apd_lens._errors import InvalidSetting
 from apd_lens._table import as_text
-from apd_lens.attribution._integrated import sum_as_one_component
+from apd_lens.attribution._integrated import mean_on_path
 from apd_lens.attribution._metric import Metric, metric_effects, metric_on, metric_scalars
-from apd_lens.components._components import ParameterComponents
 from apd_lens.data._batch import Batch
-from apd_lens.data._points import Valid, padded
+from apd_lens.data._points import Granularity, Valid, padded
 from apd_lens.data._stream import one_pass
 from apd_lens.decomposition._decomposition import Decomposition
 from apd_lens.host._target import evaluating
@@ -102,7 +101,8 @@ def signed_attributions(
     """
     if steps < 1:
         raise InvalidSetting(f"signed_attributions needs at least 1 step, got {steps}.")
-    n_components = decomposition.components.n_components
+    components = decomposition.components
+    n_components = components.n_components
     attribution = torch.zeros(n_components, dtype=torch.float64, device="cpu")
     ablation, change, n_data = torch.zeros(n_components, dtype=torch.float64, device="cpu"), 0.0, 0
     by_position, counts = (
@@ -112,10 +112,17 @@ def signed_attributions(
     has_positions = True
     for batch in one_pass(batches):
         with evaluating(decomposition.target.model):
-            watched = decomposition._watch(batch)
+            watched = decomposition.watch(batch)
             has_positions = has_positions and _on_positions(watched)
             of_output = metric_on(metric, watched.run.batch)
-            effects = _integrated(watched, decomposition.components, of_output, steps, has_positions).double().cpu()
+            granularity: Granularity = "position" if has_positions else "example"
+            effects = mean_on_path(
+                watched,
+                components,
+                lambda at_t: metric_effects(at_t, components, granularity, of_output),  # noqa: B023
+                steps,
+            )
+            effects = effects.double().cpu()
             lost, lost_with_all = _lost(watched, decomposition, of_output)
         ablation += lost
         change += lost_with_all
@@ -159,24 +166,6 @@ def _added(some: Float[Tensor, "pos n"], more: Float[Tensor, "more_pos n"]) -> F
     return total
 
 
-def _integrated(
-    watched: WatchedPass,
-    components: ParameterComponents,
-    metric: Callable[[Tensor], Tensor],
-    steps: int,
-    by_position: bool,
-) -> Float[Tensor, "batch *pos C"]:
-    whole, total = sum_as_one_component(components), None
-    for point in range(steps):
-        t = (point + 0.5) / steps
-        scaled = ParameterComponents({name: t * A for name, A in whole.A.items()}, whole.B).requires_grad_(False)
-        passed = watched.replacing(Mixture(scaled, on=0.0, rest=1.0), slice(None))
-        effects = metric_effects(passed, components, "position" if by_position else "example", metric)
-        total = effects if total is None else total + effects
-    assert total is not None
-    return total / steps
-
-
 @no_grad()
 def _lost(
     watched: WatchedPass, decomposition: Decomposition, metric: Callable[[Tensor], Tensor]
@@ -186,9 +175,11 @@ def _lost(
 
     def without(chosen: list[int]) -> Tensor:
         off = Mixture(components.picked(chosen), on=0.0, rest=1.0)
-        output, _ = replaced_pass(run.target, run.names, off, run.inputs, run.output)
+        return total(replaced_pass(run.target, run.names, off, run.inputs, run.output)[0])
+
+    def total(output: Tensor) -> Tensor:
         return metric_scalars(metric, output).double().sum().cpu()
 
-    model = without([])
+    model = total(watched.output)
     lost = [model - without([component]) for component in range(components.n_components)]
     return torch.stack(lost), (model - without(list(range(components.n_components)))).item()

@@ -25,10 +25,11 @@ from apd_lens.compare._dictionaries import Dictionary, Latents, moved, random_di
 from apd_lens.compare._splice import rewritten_latents, spliced
 from apd_lens.components._measures import random_components
 from apd_lens.data._batch import Batch, call
-from apd_lens.data._inputs import Inputs, check_finite
+from apd_lens.data._inputs import Inputs
 from apd_lens.data._points import Real, padded, without_padding, zero_at_padding
 from apd_lens.data._stream import check_batches
-from apd_lens.decomposition._decomposition import Decomposition
+from apd_lens.decomposition._decomposition import Decomposition, output_function, output_with
+from apd_lens.decomposition._observed import Observed
 from apd_lens.host._patch import outside_traces
 from apd_lens.host._sites import reading
 from apd_lens.host._target import evaluating
@@ -36,7 +37,7 @@ from apd_lens.losses._outputs import minimality_loss
 from apd_lens.masks._selection import Selection, TopK, with_k
 from apd_lens.passes._cotangents import one_hot_cotangents, random_cotangents
 from apd_lens.passes._output import explained_output
-from apd_lens.passes._watch import check_finite_output, sparse_pass
+from apd_lens.passes._replace import Mixture
 
 # Between the target's output and another; or "ce", of labels.
 Loss = Literal["mse", "kl", "ce"] | Callable[[Tensor, Tensor], Tensor]
@@ -148,26 +149,25 @@ def sparsity(
     models: dict[str, _Components | _Spliced] = {"components": _Components.of(decomposition)}
     if nulls:
         random = replace(decomposition, components=random_components(decomposition.components, seed))
-        models["random components"] = _Components.of(random)
+        models["random components"] = _Components.of(random, is_null=True)
     for name, given in dictionaries.items():
         some = [moved(each, device) for each in ([given] if isinstance(given, Dictionary) else given)]
         models[name] = _Spliced(decomposition, some, by, pool, projections, seed)
         if nulls:
             random = [random_dictionary(each, seed + index) for index, each in enumerate(some)]
             models[f"{name}, random"] = replace(models[name], dictionaries=random)
+    sites = [each.site for model in models.values() if isinstance(model, _Spliced) for each in model.dictionaries]
     sums: dict[tuple[str, float], Tensor] = {}
     of_target, weight = 0.0, 0.0
     for batch in batches:
-        inputs = decomposition.read(batch)
-        check_finite(inputs, "sparsity")
-        target_output, real = _output(decomposition, inputs), inputs.valid
-        check_finite_output(target_output, "sparsity")
-        expected = None if labels is None else labels(inputs.batch).to(device)
-        of_batch, n = _loss(target_output, target_output, loss, expected, real)
+        with reading(decomposition.target.model, sites) as activations:
+            some = decomposition.observe(batch)
+        expected = None if labels is None else labels(some.inputs.batch).to(device)
+        of_batch, n = _loss(some.output, some.output, loss, expected, some.valid)
         of_target, weight = of_target + n * of_batch, weight + n
         for name, model in models.items():
-            for point in model.points(inputs, real, ks, alpha):
-                of_point, _ = _loss(target_output, point.output, loss, expected, real)
+            for point in model.points(some, activations, ks, alpha):
+                of_point, _ = _loss(some.output, point.output, loss, expected, some.valid)
                 numbers = torch.tensor([of_point, *point.counted], dtype=torch.float64, device="cpu")
                 sums[name, point.k] = (
                     sums.get((name, point.k), torch.zeros((), dtype=torch.float32, device="cpu")) + n * numbers
@@ -192,29 +192,30 @@ class _Components:
     """The model on its active components.
 
     Attributes:
+        is_null: whether components are others than those that were observed.
         rank, parameters: of each component, over all matrices.
     """
 
     decomposition: Decomposition
+    is_null: bool
     rank: Float[Tensor, " C"]
     parameters: Float[Tensor, " C"]
 
     @staticmethod
-    def of(decomposition: Decomposition) -> "_Components":
+    def of(decomposition: Decomposition, is_null: bool = False) -> "_Components":
         components = decomposition.components
         ranks = metrics.ranks(components)
         sizes = [components.A[name].shape[1] + components.B[name].shape[2] for name in components.names]
-        return _Components(decomposition, ranks.sum(1), ranks @ torch.tensor(sizes, device="cpu").to(ranks))
+        return _Components(decomposition, is_null, ranks.sum(1), ranks @ torch.tensor(sizes, device="cpu").to(ranks))
 
-    def points(self, inputs: Inputs, real: Real, ks: Sequence[float], alpha: float) -> Iterator["_Point"]:
-        target, components, output = self.decomposition.target, self.decomposition.components, self.decomposition.output
-        assert output is not None
-        attributions, _ = self.decomposition._attributed(inputs)
+    def points(
+        self, some: Observed, activations: Mapping[str, Tensor], ks: Sequence[float], alpha: float
+    ) -> Iterator["_Point"]:
+        some = self.decomposition.observe(some.inputs) if self.is_null else some
         for k in ks:
-            mask = _selected(self.decomposition.settings.selection, k, attributions, real)
-            with evaluating(target.model):
-                sparse_output, _ = sparse_pass(target, components, inputs, mask, output)
-            yield _Point(k, _counted(mask, self.rank, self.parameters, alpha, real), sparse_output)
+            mask = _selected(self.decomposition.settings.selection, k, some.attributions, some.valid)
+            output = output_with(self.decomposition, some.inputs, Mixture(self.decomposition.components, mask))
+            yield _Point(k, _counted(mask, self.rank, self.parameters, alpha, some.valid), output)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,9 +229,12 @@ class _Spliced:
     projections: int | Literal["auto", "exact"]
     seed: int
 
-    def points(self, inputs: Inputs, real: Real, ks: Sequence[float], alpha: float) -> Iterator["_Point"]:
+    def points(
+        self, some: Observed, activations: Mapping[str, Tensor], ks: Sequence[float], alpha: float
+    ) -> Iterator["_Point"]:
         model, selection = self.decomposition.target.model, self.decomposition.settings.selection
-        latents = self._latents(inputs)
+        inputs, real = some.inputs, some.valid
+        latents = [dictionary.encode(activations[dictionary.site]) for dictionary in self.dictionaries]
         on = [self._pooled(each.ne(0).float(), real) > 0 for each in latents]
         if self.by == "gradient":
             scores = self._effects(inputs, real)
@@ -250,13 +254,6 @@ class _Spliced:
             ]
             active, parameters, bits = (sum(column) for column in zip(*counted, strict=True))
             yield _Point(k, (active, parameters, bits), output)
-
-    def _latents(self, inputs: Inputs) -> list[Latents]:
-        """On the target's own activations."""
-        sites = [dictionary.site for dictionary in self.dictionaries]
-        with reading(self.decomposition.target.model, sites) as activations:
-            _output(self.decomposition, inputs)
-        return [dictionary.encode(activations[dictionary.site]) for dictionary in self.dictionaries]
 
     def _pooled(self, values: Latents, real: Real) -> Float[Tensor, "batch *data_pos latents"]:
         return pooled(values, real, self.pool) if self._of_examples else zero_at_padding(values, real)
@@ -407,11 +404,7 @@ def _check(
     labels: Callable[[Batch], Tensor] | None,
     by: Scores,
 ) -> None:
-    if decomposition.output is None:
-        raise InvalidSetting(
-            "This decomposition was made with an output function of your own, which is not saved. Give it again: "
-            "apd_lens.load(path, model, output=...)."
-        )
+    output_function(decomposition)
     if not isinstance(ks, Sequence) or not ks or min(ks) < 0:
         raise InvalidSetting(f"ks are numbers of units a data point, from 0 on, such as (1, 2, 4); got {ks}.")
     if not isinstance(dictionaries, Mapping):

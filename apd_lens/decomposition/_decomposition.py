@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apd_lens._block import Block, Part, no_grad, no_inference_mode
-from apd_lens._codec import UserFunction, encode_settings
-from apd_lens._errors import ApdWarning, ArtifactError, InvalidSetting, ShapeMismatch
+from apd_lens._codec import encode_settings
+from apd_lens._errors import ApdWarning, InvalidSetting, ShapeMismatch
 from apd_lens._files import user_path
 from apd_lens._settings import Settings
 from apd_lens.attribution._gradient import GradientAttribution
@@ -26,11 +26,10 @@ from apd_lens.components._factors import Mask, sum_of_components
 from apd_lens.components._measures import effective_rank, singular_values
 from apd_lens.components._products import check_examples
 from apd_lens.data._batch import Batch
-from apd_lens.data._finite import raise_first, reading_of_attributions
 from apd_lens.data._inputs import Inputs, check_finite
-from apd_lens.data._points import Real, without_padding
 from apd_lens.decomposition._artifact import library_versions, write_artifact
 from apd_lens.decomposition._edited import check_unedited
+from apd_lens.decomposition._observed import Observed, observed, selection_of
 from apd_lens.decomposition._summary import Summary
 from apd_lens.host._adapter import Intercept
 from apd_lens.host._matrix import WeightMatrix
@@ -38,10 +37,10 @@ from apd_lens.host._target import TargetModel, evaluating
 from apd_lens.host._unchanged import check_unchanged, digests_of_others
 from apd_lens.host._wrap import wrap
 from apd_lens.masks._error import AttributionError, attribution_error
-from apd_lens.masks._selection import BatchTopK, K, Selection, with_k
+from apd_lens.masks._selection import K
 from apd_lens.passes._output import OutputFn, default_output
 from apd_lens.passes._replace import Mixture
-from apd_lens.passes._watch import WatchedPass, check_finite_output, watched_pass
+from apd_lens.passes._watch import WatchedPass, check_finite_output, replaced_pass, watched_pass
 
 # Dtypes that the weights of a model may be rounded to.
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -77,6 +76,35 @@ class Decomposition:
     fingerprints: dict[str, str]
 
     @no_inference_mode()
+    def observe(self, batch: Batch | Inputs, k: K | None = None) -> Observed:
+        """Output, attributions and mask of a batch, from one pass of the target. `k` as in `select`.
+
+        Raises:
+            AlreadyActive, WeightsChanged: the model is not what was decomposed.
+            InvalidSetting: a loaded decomposition that lacks its output function.
+            NonFinite: the batch, or the output, holds NaN or infinity.
+        """
+        with evaluating(self.target.model):  # which an attribution may run again
+            return observed(self.watch(batch), self.components, self.settings, k)
+
+    def watch(self, batch: Batch | Inputs, where: str = "attributions") -> WatchedPass:
+        """A pass of the target that keeps what attributions need. To be called with the model in eval mode.
+
+        Args:
+            where: what asks for it, for messages.
+
+        Raises as `observe` does.
+        """
+        inputs, output = ready(self, batch, where)
+        watched = watched_pass(self.target, self.components.names, inputs, output)
+        check_finite_output(watched.output, where, watched)
+        return watched
+
+    def read(self, batch: Batch | Inputs) -> Inputs:
+        """A batch as the model is called with it, on its device."""
+        return self.target.read(batch, next(self.components.parameters()).device)
+
+    @no_inference_mode()
     def attributions(
         self, batch: Batch, metric: Callable[[Tensor], Tensor] | None = None
     ) -> Float[Tensor, "batch *pos C"]:
@@ -92,9 +120,9 @@ class Decomposition:
             NonFinite: the batch, or the output, holds NaN or infinity.
         """
         if metric is None:
-            return self._attributed(batch)[0]
+            return self.observe(batch).attributions
         with evaluating(self.target.model):
-            watched = self._watch(batch)
+            watched = self.watch(batch)
             return metric_effects(watched, self.components, self.settings.selection.granularity, metric)
 
     @no_inference_mode()
@@ -104,17 +132,18 @@ class Decomposition:
         Raises:
             InvalidSetting: no `GradientAttribution`, or a single projection, which has no spread.
         """
-        attribution, selection = self.settings.attribution, self._selection(batch, k)
+        attribution, granularity = self.settings.attribution, self.settings.selection.granularity
         if not isinstance(attribution, GradientAttribution):
             raise InvalidSetting(f"The error is known of GradientAttribution only, not of {attribution}.")
         with evaluating(self.target.model):
-            watched = self._watch(batch)
-            if attribution.is_exact(watched, self.components, selection.granularity):
+            watched = self.watch(batch)
+            if attribution.is_exact(watched, self.components, granularity):
                 return AttributionError(0.0, 1.0)
             if attribution.projections == 1:
                 raise InvalidSetting("The spread over projections needs at least 2 of them, got projections=1.")
             generator = torch.Generator(watched.output.device).manual_seed(0)
-            samples = attribution.samples(watched, self.components, selection.granularity, generator)
+            samples = attribution.samples(watched, self.components, granularity, generator)
+        selection = selection_of(self.settings.selection, watched.run.batch, k)
         return attribution_error(samples, selection, watched.real)
 
     def select(self, batch: Batch, k: K | None = None) -> Bool[Tensor, "batch *pos C"]:
@@ -126,8 +155,7 @@ class Decomposition:
         Raises:
             InvalidSetting: trained with `Lp` without a threshold, and no k.
         """
-        selection = self._selection(batch, k)
-        return selection(*self._attributed(batch))
+        return self.observe(batch, k).mask
 
     def sparse(self, mask: Mask, rest: float = 0.0) -> AbstractContextManager[None]:
         """Inside, every forward of the user's model runs on Σ_c mask_c P_c in the place of its weights; with a rest r
@@ -211,18 +239,17 @@ class Decomposition:
 
         `k` as in `select`.
         """
-        selection = self._selection(batch, k)
-        attributions, real = self._attributed(batch)
-        mask = without_padding(selection(attributions, real), real)
+        some = self.observe(batch, k)
+        mask = some.data(some.mask)
         spectra = {name: singular_values(self.components, name) for name in self.components.names}
-        never_active = ~mask.flatten(0, -2).any(0)
+        never_active = ~mask.any(0)
         dead_share = {}
         for name in self.components.names:
             dead = self.components.summed(name, never_active)
             dead_share[name] = (dead.norm() / self.target.weights[name].value().to(dead).norm()).item()
         return Summary(
-            active=mask.flatten(0, -2).float().mean(0),
-            attribution=without_padding(attributions, real).flatten(0, -2).mean(0),
+            active=mask.float().mean(0),
+            attribution=some.data(some.attributions).mean(0),
             norm={name: spectrum.norm(dim=1) for name, spectrum in spectra.items()},
             effective_rank={name: effective_rank(spectrum) for name, spectrum in spectra.items()},
             dead_share=dead_share,
@@ -274,37 +301,6 @@ class Decomposition:
 
         return Block(make)
 
-    def _selection(self, batch: Batch, k: K | None) -> Selection:
-        selection = with_k(self.settings.selection, k)
-        if isinstance(selection, BatchTopK) and isinstance(selection.k, UserFunction):
-            raise ArtifactError(
-                f"k was the function {selection.k.name} of the batch, which was not saved. Give it again, or a number: "
-                "decomposition.select(batch, k=...)."
-            )
-        return selection.at(1.0, batch)
-
-    @no_inference_mode()
-    def _attributed(self, batch: Batch | Inputs) -> tuple[Float[Tensor, "batch *pos C"], Real]:
-        """Attributions, and which positions are no padding."""
-        with evaluating(self.target.model):  # which an attribution may run again
-            watched = self._watch(batch)
-            generator = torch.Generator(watched.output.device).manual_seed(0)
-            granularity = self.settings.selection.granularity
-            attributions = self.settings.attribution(watched, self.components, granularity, generator)
-        raise_first([reading_of_attributions(attributions, "attributions")])
-        return attributions, watched.real
-
-    def read(self, batch: Batch | Inputs) -> Inputs:
-        """A batch as the model is called with it, on its device."""
-        return self.target.read(batch, next(self.components.parameters()).device)
-
-    def _watch(self, batch: Batch | Inputs) -> WatchedPass:
-        """To be called with the model in eval mode."""
-        inputs, output = ready(self, batch, "attributions")
-        watched = watched_pass(self.target, self.components.names, inputs, output)
-        check_finite_output(watched.output, "attributions", watched)
-        return watched
-
 
 def check_fits(decomposition: Decomposition) -> None:
     """Checks that a decomposition's model is what was decomposed.
@@ -325,15 +321,29 @@ def ready(decomposition: Decomposition, batch: Batch | Inputs, where: str) -> tu
         InvalidSetting: a loaded decomposition that lacks its output function.
         NonFinite: the batch holds NaN or infinity; the message says where.
     """
+    output = output_function(decomposition)
+    inputs = decomposition.read(batch)
+    check_finite(inputs, where)
+    return inputs, output
+
+
+def output_function(decomposition: Decomposition) -> OutputFn:
+    """What picks the explained output, of a model that is what was decomposed. Raises as `ready` does."""
     check_fits(decomposition)
     if decomposition.output is None:
         raise InvalidSetting(
             "This decomposition was made with an output function of your own, which is not saved. Give it again: "
             "apd_lens.load(path, model, output=...)."
         )
-    inputs = decomposition.read(batch)
-    check_finite(inputs, where)
-    return inputs, decomposition.output
+    return decomposition.output
+
+
+def output_with(decomposition: Decomposition, inputs: Inputs, mixture: Mixture) -> Tensor:
+    """The explained output with a mixture in the place of the weights, of inputs that were observed or are `ready`."""
+    assert decomposition.output is not None
+    target = decomposition.target
+    with evaluating(target.model):
+        return replaced_pass(target, mixture.components.names, mixture, inputs, decomposition.output)[0]
 
 
 def numbers_of(chosen: Chosen, components: ParameterComponents) -> list[int]:

@@ -1,6 +1,6 @@
 """How well attributions agree with ablations, and paths of partial ablations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -16,12 +16,13 @@ from apd_lens._errors import InvalidSetting, ShapeMismatch
 from apd_lens.components._factors import Mask
 from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import Inputs
-from apd_lens.data._points import Real, mean_over_positions
-from apd_lens.decomposition._decomposition import Decomposition, ready
+from apd_lens.data._points import mean_over_positions
+from apd_lens.decomposition._decomposition import Decomposition, output_with
+from apd_lens.decomposition._observed import observed
 from apd_lens.host._target import evaluating
 from apd_lens.losses._outputs import distance_of_each, kl_divergence
 from apd_lens.masks._adversary import ascend, harder
-from apd_lens.passes._watch import check_finite_output, sparse_pass, watched_pass
+from apd_lens.passes._replace import Mixture
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,17 @@ def ablation_path_audit(
     gradient ascent, Madry et al. 2018.
     """
     _check_audit(amounts, n_draws, ascent_steps)
-    s = decomposition.select(batch) if mask is None else mask
-    errors_under = _errors_of(decomposition, batch, s)
+    with evaluating(decomposition.target.model):
+        watched = decomposition.watch(batch, "ablation_path_audit")
+        s = observed(watched, decomposition.components, decomposition.settings).mask if mask is None else mask
+    expected = len(watched.output), decomposition.components.n_components
+    if (len(s), s.shape[-1]) != expected:
+        raise ShapeMismatch(
+            f"Expected a mask of shape ({expected[0]}, {expected[1]}) or ({expected[0]}, pos, {expected[1]}) for this "
+            f"batch, got {tuple(s.shape)}."
+        )
+    errors_under = partial(_errors_under, decomposition, watched.run.inputs, watched.output.detach())
+    del watched
     off = 1 - s.to(next(decomposition.components.parameters()))
 
     generator = torch.Generator().manual_seed(seed)
@@ -136,35 +146,17 @@ def ablation_path_audit(
     )
 
 
-def _errors_of(decomposition: Decomposition, batch: Batch, mask: Mask) -> Callable[[Tensor], Tensor]:
-    """A function γ -> the error of each example, `batch`, of the output on Σ_c γ_c P_c."""
-    target, components = decomposition.target, decomposition.components
-    inputs, output = ready(decomposition, batch, "ablation_path_audit")
-    with evaluating(target.model):
-        watched = watched_pass(target, components.names, inputs, output)
-    check_finite_output(watched.output, "ablation_path_audit", watched)
-    examples, n_components = len(watched.output), components.n_components
-    if len(mask) != examples or mask.shape[-1] != n_components:
-        raise ShapeMismatch(
-            f"Expected a mask of shape ({examples}, {n_components}) or ({examples}, pos, {n_components}) for this "
-            f"batch, got {tuple(mask.shape)}."
-        )
-    return partial(_errors_under, decomposition, inputs, watched.output.detach(), watched.real)
-
-
 def _errors_under(
     decomposition: Decomposition,
     inputs: Inputs,
     target_output: Float[Tensor, "batch *pos n_outputs"],
-    real: Real,
     gamma: Float[Tensor, "batch *mask_pos C"],
 ) -> Float[Tensor, " batch"]:
-    target, distance = decomposition.target, decomposition.settings.losses.distance
-    assert decomposition.output is not None
-    with evaluating(target.model):
-        output, _ = sparse_pass(target, decomposition.components, inputs, gamma, decomposition.output)
+    """The error of each example of the output on Σ_c γ_c P_c."""
+    output = output_with(decomposition, inputs, Mixture(decomposition.components, gamma))
     output, target_output = output.to(gamma.dtype), target_output.to(gamma.dtype)  # float32 or better
-    return mean_over_positions(distance_of_each(target_output, output, distance), real)
+    distance = distance_of_each(target_output, output, decomposition.settings.losses.distance)
+    return mean_over_positions(distance, inputs.valid)
 
 
 def _check_audit(amounts: Sequence[float], n_draws: int, ascent_steps: int) -> None:

@@ -10,11 +10,11 @@ from torch import Tensor
 from apd_lens._block import no_inference_mode
 from apd_lens.components._measures import effective_rank, random_components, singular_values
 from apd_lens.data._batch import Batch
-from apd_lens.decomposition._decomposition import Decomposition
-from apd_lens.decomposition._observed import Observed, observe, observed
-from apd_lens.host._target import evaluating
-from apd_lens.masks._selection import K, with_k
-from apd_lens.passes._watch import sparse_pass
+from apd_lens.data._stream import one_pass
+from apd_lens.decomposition._decomposition import Decomposition, output_with
+from apd_lens.decomposition._observed import Observed
+from apd_lens.masks._selection import K
+from apd_lens.passes._replace import Mixture
 from apd_lens.responses._ablation import LossFn, ablation_effects, distances, known_distance
 from apd_lens.responses._responses import Effects, Responses
 from apd_lens.responses._top import respond
@@ -104,10 +104,8 @@ class _Running:
         if with_nothing:
             self.nothing += self.distance(some, torch.zeros_like(some.attributions))
         if self.points_in_curve < _IN_CURVE:
-            selection = self.decomposition.settings.selection
             for i, k in enumerate(self.ks):
-                mask_k = with_k(selection, k).at(1.0, some.batch)(some.attributions, some.real)
-                self.by_k[i] += self.distance(some, mask_k)
+                self.by_k[i] += self.distance(some, some.select(k))
             self.examples_in_curve += len(some.mask)
             self.points_in_curve += len(mask)
         self.n_data_points += len(mask)
@@ -116,12 +114,10 @@ class _Running:
     @no_inference_mode()
     def distance(self, some: Observed, mask: Tensor) -> float:
         """Of the output on these components alone from the target's, summed over examples."""
-        target, output = self.decomposition.target, self.decomposition.output
-        assert output is not None  # or nothing had been observed
-        with torch.no_grad(), evaluating(target.model):
-            sparse, _ = sparse_pass(target, self.decomposition.components, some.inputs, mask, output)
+        with torch.no_grad():
+            sparse = output_with(self.decomposition, some.inputs, Mixture(self.decomposition.components, mask))
         distance = known_distance(self.decomposition)
-        return distances(some.output.float(), sparse.float(), distance, some.real).sum().item()
+        return distances(some.output.float(), sparse.float(), distance, some.valid).sum().item()
 
     def run(self, effects: Effects) -> Run:
         return Run(
@@ -154,9 +150,10 @@ def collect(
     sample = _Sample(torch.Generator().manual_seed(seed))
 
     def watched() -> Iterator[Observed]:
-        for some in observe(decomposition, batches, k):
+        for batch in one_pass(batches):
+            some = decomposition.observe(batch, k)
             running.add(some, with_nothing=True)
-            running_null.add(observed(null, some.inputs, k))
+            running_null.add(null.observe(some.inputs, k))
             sample.add(some.data(some.attributions))
             yield some
 

@@ -15,11 +15,11 @@ from apd_lens.components._components import ParameterComponents
 from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import Inputs
 from apd_lens.data._points import Real, mean_over_positions, padded
-from apd_lens.decomposition._decomposition import Decomposition
+from apd_lens.decomposition._decomposition import Decomposition, output_with
 from apd_lens.host._target import evaluating
 from apd_lens.losses._outputs import Distance, distance_of_each
 from apd_lens.passes._replace import Mixture, all_but_one
-from apd_lens.passes._watch import WatchedPass, replaced_pass
+from apd_lens.passes._watch import WatchedPass
 from apd_lens.responses._groups import _Group, component_groups
 from apd_lens.responses._responses import Effects, TopExamples
 
@@ -110,7 +110,7 @@ class _Ablation:
         centred: bool,
         loss: LossFn | None,
     ) -> "_Ablation":
-        one: WatchedPass = decomposition._watch(group.inputs.some(slice(0, 1)))
+        one: WatchedPass = decomposition.watch(group.inputs.some(slice(0, 1)))
         factors = sum(factor[0].numel() * factor.element_size() for factor in components.parameters())
         return _Ablation(
             decomposition=decomposition,
@@ -155,12 +155,9 @@ class _Ablation:
 
     def output(self, inputs: Inputs, chosen: list[int]) -> Float[Tensor, "pairs *pos n_outputs"]:
         """The explained output without the chosen component of each example; with none chosen, of the target."""
-        components, output = self.components, self.decomposition.output
-        assert output is not None  # `_watch` has said so
-        of_pairs = components.picked(chosen)
-        on = all_but_one(len(chosen), 1, next(components.parameters()).device)
-        replaced = Mixture(of_pairs, on, rest=1.0)
-        return replaced_pass(self.decomposition.target, components.names, replaced, inputs, output)[0].float()
+        on = all_but_one(len(chosen), 1, next(self.components.parameters()).device)
+        replaced = Mixture(self.components.picked(chosen), on, rest=1.0)
+        return output_with(self.decomposition, inputs, replaced).float()
 
     def measured(self, inputs: Inputs, whole: Tensor, without: Tensor) -> list[Float[Tensor, " pairs"]]:
         """Root mean square of the change, the distance and the rise of the loss, of each pair."""

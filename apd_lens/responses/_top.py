@@ -13,8 +13,9 @@ from apd_lens._errors import InvalidSetting
 from apd_lens._memory import BUDGET, chunks
 from apd_lens.attribution._ablation import AblationAttribution
 from apd_lens.data._batch import Batch
+from apd_lens.data._stream import one_pass
 from apd_lens.decomposition._decomposition import Decomposition
-from apd_lens.decomposition._observed import Observed, observe
+from apd_lens.decomposition._observed import Observed
 from apd_lens.host._target import evaluating
 from apd_lens.masks._selection import K
 from apd_lens.responses._ablation import LossFn, ablation_effects
@@ -54,7 +55,7 @@ def responses(
     """
     return respond(
         decomposition,
-        observe(decomposition, batches, k),
+        (decomposition.observe(batch, k) for batch in one_pass(batches)),
         examples=examples,
         outputs=outputs,
         centred=centred,
@@ -156,13 +157,13 @@ def _attributions_of_positions(
     parts, width = [], 0
     with evaluating(decomposition.target.model):
         for group in component_groups(top):
-            one = decomposition._watch(group.inputs.some(slice(0, 1)))
+            one = decomposition.watch(group.inputs.some(slice(0, 1)))
             positions = {call.y.shape[1:-1] for call in one.calls}
             if len(positions) != 1 or not (n_positions := next(iter(positions)).numel()) or not len(*positions):
                 return None
             places = group.places(top.example)
             for some in chunks(group.inputs.n_examples, 8 * n_positions * components.n_components, memory):
-                first, watched = some.start, decomposition._watch(group.inputs.some(some))
+                first, watched = some.start, decomposition.watch(group.inputs.some(some))
                 generator = torch.Generator(watched.output.device).manual_seed(0)
                 found = attribution(watched, components, "position", generator).flatten(1, -2).cpu()
                 component, rank = ((places >= first) & (places < first + len(found))).nonzero(as_tuple=True)

@@ -34,7 +34,7 @@ def exact(monkeypatch: pytest.MonkeyPatch, by: str, decomposition: apd.Decomposi
 
 
 def has_jvps(decomposition: apd.Decomposition, batch: Any) -> bool:
-    return pushforward(decomposition._watch(batch)) is not None
+    return pushforward(decomposition.watch(batch)) is not None
 
 
 def in_float64(batch: Any) -> Any:
