@@ -10,6 +10,7 @@ of the decomposition's selection: examples, or positions.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -95,11 +96,7 @@ class Monitor:
         mask = self.selection(some.attributions, some.valid)
         distance = _distances(self.decomposition, some, mask)
         table = rarity(self.together, self.n_data_points)
-        empty = (
-            -torch.tensor((self.n_empty + 0.5) / (self.n_data_points + 1), dtype=torch.float32, device="cpu")
-            .log()
-            .item()
-        )
+        empty = -math.log((self.n_empty + 0.5) / (self.n_data_points + 1))
         surprise, component, given = _rarest(table.to(mask.device), mask.flatten(0, -2), empty)
         residual = ((distance + self.residual_floor).log() - self.residual_mean) / self.residual_std
         surprise = surprise.to(residual.dtype).view_as(residual)
@@ -172,7 +169,9 @@ def fit(decomposition: Decomposition, batches: Iterable[Batch], *, k: K | None =
         raise InvalidBatches(f"A monitor needs at least 2 data points of reference, got {n_data_points}.")
     if isinstance(selection, BatchTopK):
         # A little below, so that what is equal to it is active.
-        selection = Lp(granularity=selection.granularity, threshold=_below(sum(thresholds) / max(len(thresholds), 1)))
+        selection = Lp(
+            granularity=selection.granularity, threshold=sum(thresholds) / max(len(thresholds), 1) * (1 - 1e-6)
+        )
     distance = torch.cat(distances).double()
     floor = max(distance.mean().item() / 1000, torch.finfo(torch.float32).tiny)
     logarithms = (distance + floor).log()
@@ -309,10 +308,6 @@ def _without_padding(values: Float[Tensor, "batch *pos"], real: Real) -> Float[T
     return zero_at_padding(values[..., None], real)[..., 0]
 
 
-def _below(value: float) -> float:
-    return value * (1 - 1e-6)
-
-
 def _digest(components: ParameterComponents) -> str:
     digest = hashlib.sha256()
     for name in components.names:
@@ -350,17 +345,13 @@ def mahalanobis(activations: Iterable[Float[Tensor, "_ d"]], ridge: float = 1e-6
 
     Source: Lee et al. 2018, "A simple unified framework for detecting out-of-distribution samples", with one class.
     """
-    n, total, squares = (
-        0,
-        torch.tensor(0.0, dtype=torch.float64, device="cpu"),
-        torch.tensor(0.0, dtype=torch.float64, device="cpu"),
-    )
+    n = 0
+    total = squares = torch.zeros((), dtype=torch.float64, device="cpu")
     for some in one_pass(activations):
         rows = some.detach().double()
         n, total, squares = n + len(rows), total + rows.sum(0).cpu(), squares + (rows.mT @ rows).cpu()
     mean = total / n
     covariance = squares / n - mean[:, None] * mean
     variance = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
-    return Mahalanobis(
-        mean, torch.linalg.inv(covariance + ridge * variance * torch.eye(len(mean), dtype=torch.float32, device="cpu"))
-    )
+    covariance.diagonal().add_(ridge * variance)
+    return Mahalanobis(mean, torch.linalg.inv(covariance))

@@ -27,7 +27,6 @@ def metric_effects(
     components: ParameterComponents,
     granularity: Granularity,
     metric: Callable[[Tensor], Tensor],
-    memory: int = BUDGET,
 ) -> Float[Tensor, "batch *pos C"]:
     """Σ_l Σ_uses <∂metric/∂y_l , x_l P_c,l>: signed, positive where a component raises the metric.
 
@@ -39,7 +38,7 @@ def metric_effects(
     """
     jacobians = metric_gradients(watched, metric)
     with torch.no_grad():
-        return torch.cat(list(effects_of_calls(jacobians, watched.calls, components, granularity, memory)), 1)[0]
+        return torch.cat(list(effects_of_calls(jacobians, watched.calls, components, granularity, BUDGET)), 1)[0]
 
 
 def metric_gradients(watched: WatchedPass, metric: Callable[[Tensor], Tensor]) -> Jacobians:

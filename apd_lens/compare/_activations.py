@@ -15,7 +15,7 @@ from apd_lens.compare._dictionaries import Dictionary, Latents, moved
 from apd_lens.compare._matching import Matching, matching, side_by_side, with_null
 from apd_lens.data._batch import Batch
 from apd_lens.data._points import Real, padded
-from apd_lens.data._stream import check_batches
+from apd_lens.data._stream import one_pass
 from apd_lens.decomposition._decomposition import Decomposition
 from apd_lens.host._sites import reading
 from apd_lens.masks._selection import K
@@ -181,12 +181,11 @@ def activation_match(
     """
     if by not in _MEASURES:
         raise InvalidSetting(f"Matches can be looked for by one of {', '.join(_MEASURES)}, got {by!r}.")
-    check_batches(batches)
     dictionary = moved(dictionary, next(decomposition.components.parameters()).device)
     generator = torch.Generator().manual_seed(seed)
     sums: ActivationSums | None = None
     null: ActivationSums | None = None
-    for batch in batches:
+    for batch in one_pass(batches):
         mask, attributions, latents = _data_points(decomposition, batch, dictionary, k, pool)
         if len(mask) < 2:
             raise InvalidBatches("A batch with one data point cannot be shuffled. Give larger batches.")
@@ -196,8 +195,8 @@ def activation_match(
         others[order] = latents[order.roll(1)]  # one cycle, so that none stays in its place
         some, some_null = (activation_sums(mask, values, each > least, each.float()) for each in (latents, others))
         sums, null = (some, some_null) if sums is None or null is None else (sums + some, null + some_null)
-    if sums is None or null is None:
-        raise InvalidBatches("There are no batches: expected at least one.")
+    assert sums is not None  # there was a batch
+    assert null is not None
     alive, alive_latents = sums.component_active > 0, sums.latent_active > 0
     if not alive_latents.any():
         raise InvalidSetting(

@@ -51,21 +51,17 @@ def attribution_map(
         InvalidBatches: no batches, or a tensor in the place of a list of them.
     """
     known = units_by_name(decomposition.target, decomposition.components.names, units)
-    totals: dict[str, tuple[Tensor, Tensor | None]] = {}
+    like, n_components = next(decomposition.components.parameters()), decomposition.components.n_components
+    totals = {name: like.new_zeros(n_components) for name in known}
+    totals_of_units = {
+        name: like.new_zeros(n_components, some.number + 1) for name, some in known.items() if some is not None
+    }
     n_data = 0
     for batch in one_pass(batches):
-        n_some, some = _squared_attributions(decomposition, batch, metric, known)
-        n_data += n_some
-        for name, (total, of_units) in some.items():
-            if name in totals:
-                before, units_before = totals[name]
-                total = total + before
-                of_units = None if of_units is None or units_before is None else of_units + units_before
-            totals[name] = total, of_units
+        n_data += _add_squares(decomposition, batch, metric, known, totals, totals_of_units)
     matrices = []
     for name in decomposition.components.names:
-        total, of_units = totals[name]
-        total = total / n_data
+        total, of_units = totals[name] / n_data, totals_of_units.get(name)
         if of_units is not None:
             of_units = of_units * (total / of_units.sum(1).clamp_min(torch.finfo(total.dtype).tiny))[:, None]
             of_units = of_units[:, :-1]
@@ -74,27 +70,26 @@ def attribution_map(
 
 
 @no_inference_mode()
-def _squared_attributions(
+def _add_squares(
     decomposition: Decomposition,
     batch: Batch,
     metric: Metric | None,
     units: Mapping[str, Units | None],
-) -> tuple[int, dict[str, tuple[Float[Tensor, " C"], Float[Tensor, "C units_and_rest"] | None]]]:
-    """Number of data points; and for each matrix Σ a_l² over them, and Σ a_lu²."""
+    totals: Mapping[str, Float[Tensor, " C"]],
+    totals_of_units: Mapping[str, Float[Tensor, "C units_and_rest"]],
+) -> int:
+    """Adds Σ a_l² and Σ a_lu² over the data points of a batch to those of each matrix; returns their number."""
     settings = decomposition.settings
     attribution = (
         settings.attribution if isinstance(settings.attribution, GradientAttribution) else GradientAttribution()
     )
     granularity = settings.selection.granularity
-    sums: dict[str, list[Tensor | None]] = {name: [None, None] for name in units}
 
-    def add(watched: WatchedPass, name: str, index: int, squares: Tensor, scale: int) -> None:
-        """Σ over data points of squares that were summed over outputs."""
+    def add(total: Tensor, squares: Tensor, watched: WatchedPass, scale: int) -> None:
+        """Squares that were summed over outputs, of some examples."""
         if metric is None:
             squares = mean_over_outputs(squares / scale, watched)
-        summed = squares.flatten(0, -2).sum(0)
-        before = sums[name][index]
-        sums[name][index] = summed if before is None else before + summed
+        total += squares.flatten(0, -2).sum(0).view_as(total)
 
     with evaluating(decomposition.target.model):
         watched = decomposition.watch(batch)
@@ -117,20 +112,10 @@ def _squared_attributions(
                         total, of_units = _squares(
                             chosen, decomposition.components, granularity, of_matrix, attribution.memory
                         )
-                        add(part, name, 0, total, scale)
+                        add(totals[name], total, part, scale)
                         if of_units is not None:
-                            add(part, name, 1, of_units, scale)
-    like = next(decomposition.components.parameters())
-    n_components = decomposition.components.n_components
-    results: dict[str, tuple[Tensor, Tensor | None]] = {}
-    for name, of_matrix in units.items():
-        total, of_units = sums[name]
-        total = like.new_zeros(n_components) if total is None else total
-        if of_matrix is not None:
-            shape = n_components, of_matrix.number + 1
-            of_units = like.new_zeros(shape) if of_units is None else of_units.view(shape)
-        results[name] = total, of_units
-    return n_data, results
+                            add(totals_of_units[name], of_units, part, scale)
+    return n_data
 
 
 def _squares(

@@ -24,13 +24,11 @@ _HEAD = re.compile(
 _MLP = re.compile(
     r"m(?:lp)?[_ ]?(\d+)(?:\.(\d+))?|blocks\.(\d+)\.hook_mlp_(?:in|out)\s*(?:\[[^\d\]]*\])?", re.IGNORECASE
 )
-_END = {"input": "input", "embed": "input", "embeds": "input", "logits": "logits", "output": "logits"}
-
-
-_END |= {"resid start": "input", "resid end": "logits", "unembed": "logits"}
-
-
-_END |= {"hook_embed": "input", "hook_pos_embed": "input", "blocks.0.hook_resid_pre": "input"}
+_INPUTS = ("input", "embed", "embeds", "resid start", "hook_embed", "hook_pos_embed", "blocks.0.hook_resid_pre")
+_END: dict[str, str] = {
+    **dict.fromkeys(_INPUTS, "input"),
+    **dict.fromkeys(("logits", "output", "resid end", "unembed"), "logits"),
+}
 
 
 @dataclass(frozen=True, eq=False)

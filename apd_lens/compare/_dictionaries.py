@@ -298,18 +298,8 @@ def random_dictionary(dictionary: Dictionary, seed: int = 0) -> Dictionary:
 
 def moved(dictionary: Dictionary, device: torch.device) -> Dictionary:
     """The dictionary with its tensors on the device; an SAE stays where it is."""
-
-    def move(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.to(device)
-
-    return replace(
-        dictionary,
-        encoder=dictionary.encoder.to(device),
-        decoder=dictionary.decoder.to(device),
-        encoder_bias=move(dictionary.encoder_bias),
-        decoder_bias=move(dictionary.decoder_bias),
-        threshold=move(dictionary.threshold),
-    )
+    tensors = {name: value.to(device) for name, value in vars(dictionary).items() if isinstance(value, Tensor)}
+    return replace(dictionary, **tensors)
 
 
 def _own(sae: Any, name: str) -> Tensor | None:

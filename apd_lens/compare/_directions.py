@@ -32,7 +32,7 @@ from apd_lens.components._factors import MatrixInput as Inputs
 from apd_lens.components._measures import random_components
 from apd_lens.data._batch import Batch
 from apd_lens.data._points import Real, zero_at_padding
-from apd_lens.data._stream import check_batches
+from apd_lens.data._stream import check_again, one_pass
 from apd_lens.decomposition._decomposition import Decomposition
 from apd_lens.decomposition._observed import observed
 from apd_lens.host._matrix import Use
@@ -143,7 +143,7 @@ def direction_match(
     directions = dictionary.decoder if side == "write" else dictionary.encoder.mT
     use = _use(decomposition, matrix, side, directions.shape[1])
     if batches is not None:
-        check_batches(batches, times=2)
+        check_again(batches, times=2)
     generator = torch.Generator().manual_seed(seed)
     others = random_components(decomposition.components, seed) if untrained is None else untrained
     random = torch.randn(directions.shape, generator=generator, dtype=torch.float32, device="cpu")
@@ -177,7 +177,7 @@ def _signed_directions(
     """
     A, B = decomposition.components.factors(use)
     inputs = torch.zeros(A.shape[:2], dtype=torch.float32, device="cpu").to(A)
-    for batch in batches:
+    for batch in one_pass(batches):
         with evaluating(decomposition.target.model):
             watched = decomposition.watch(batch)
             mask = observed(watched, decomposition.components, decomposition.settings).mask.to(A)

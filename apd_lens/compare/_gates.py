@@ -18,6 +18,7 @@ from apd_lens.data._points import without_padding
 from apd_lens.data._stream import one_pass
 from apd_lens.decomposition._decomposition import Decomposition, output_function
 from apd_lens.host._adapter import Intercept
+from apd_lens.host._bypass import as_it_is
 from apd_lens.host._matrix import Units, Use
 from apd_lens.host._target import TargetModel, evaluating
 from apd_lens.passes._output import OutputFn
@@ -50,7 +51,7 @@ class _Gates:
 
     def metric(self, inputs: Inputs, metric: Metric, gamma: Tensor | None) -> Float[Tensor, " batch"]:
         """The metric of each example with the units on to γ; None for the model as it is."""
-        replaced = _pass if gamma is None else self.replaced(gamma)
+        replaced = as_it_is if gamma is None else self.replaced(gamma)
         with evaluating(self.target.model):
             output, _ = replaced_pass(self.target, self.matrices, replaced, inputs, self.output)
         return metric_scalars(metric_on(metric, inputs.batch), output)
@@ -99,7 +100,7 @@ def unit_gates(
     for name, units in read_by.items():
         places[name] = (len(names) + unit_numbers(units, target.weights[name].d_in)).to(device)
         names += [node_name(kind, layer_of(name), unit) for unit in range(units.number)]
-    gates = _Gates(target, output_function(decomposition), device, names, list(read_by), lambda gamma: _pass)
+    gates = _Gates(target, output_function(decomposition), device, names, list(read_by), lambda gamma: as_it_is)
     where = _means(gates, mean_over) if mean_over is not None else {}
     weights = {name: target.weights[name].value() for name in read_by}
 
@@ -114,11 +115,6 @@ def unit_gates(
         return gate
 
     return replace(gates, replaced=replaced)
-
-
-def _pass(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-    """Stands in the place of nothing."""
-    return original()
 
 
 @no_grad()

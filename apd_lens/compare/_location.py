@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from scipy import stats
 from torch import Tensor
 
 from apd_lens._errors import InvalidSetting
@@ -25,6 +24,7 @@ from apd_lens.data._points import without_padding
 from apd_lens.data._stream import one_pass
 from apd_lens.decomposition._decomposition import Decomposition, check_fits
 from apd_lens.host._matrix import Units
+from apd_lens.metrics._auroc import mean_ranks, share_above
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ def overlap(
     sizes = torch.tensor([abs(given[name]) for name in nodes], dtype=torch.float64, device="cpu")
     order = sizes.argsort(dim=0, descending=True, stable=True)
     found = torch.zeros(len(nodes), dtype=torch.bool, device="cpu").index_fill_(0, order[:k], True)
-    ranks = torch.from_numpy(stats.rankdata(sizes.numpy()))
+    ranks = mean_ranks(sizes)
     return Overlap(
         nodes=nodes,
         scores=torch.tensor([float(given[name]) for name in nodes], dtype=torch.float32, device="cpu"),
@@ -134,13 +134,11 @@ def _measures(
     found: Bool[Tensor, " nodes"], ranks: Float[Tensor, " nodes"], known: Bool[Tensor, "*sets nodes"]
 ) -> dict[str, Float[Tensor, "*sets"]]:
     both, n_known, n_found = (found & known).sum(-1).double(), known.sum(-1), found.sum()
-    # Mann and Whitney: the share of pairs of a known node and another in which the known one has the larger score.
-    above = (ranks * known).sum(-1) - n_known * (n_known + 1) / 2
     return {
         "precision": both / n_found,
         "recall": both / n_known,
         "IoU": both / (n_found + n_known - both),
-        "AUROC": above / (n_known * (len(found) - n_known)),
+        "AUROC": share_above(ranks, known),
     }
 
 

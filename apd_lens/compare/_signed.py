@@ -104,11 +104,9 @@ def signed_attributions(
     components = decomposition.components
     n_components = components.n_components
     attribution = torch.zeros(n_components, dtype=torch.float64, device="cpu")
-    ablation, change, n_data = torch.zeros(n_components, dtype=torch.float64, device="cpu"), 0.0, 0
-    by_position, counts = (
-        torch.zeros(0, n_components, dtype=torch.float64, device="cpu"),
-        torch.zeros(0, 1, dtype=torch.float32, device="cpu"),
-    )
+    ablation, change, n_data = torch.zeros_like(attribution), 0.0, 0
+    by_position = attribution.new_zeros(0, n_components)
+    counts = attribution.new_zeros(0, 1)
     has_positions = True
     for batch in one_pass(batches):
         with evaluating(decomposition.target.model):

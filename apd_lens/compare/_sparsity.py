@@ -17,7 +17,7 @@ from torch import Tensor
 
 from apd_lens import metrics
 from apd_lens._block import no_grad, no_inference_mode
-from apd_lens._errors import InvalidBatches, InvalidSetting, ShapeMismatch
+from apd_lens._errors import InvalidSetting, ShapeMismatch
 from apd_lens._memory import chunks
 from apd_lens.attribution._projections import AUTO_PROJECTIONS, are_exact
 from apd_lens.compare._activations import Pool, pooled
@@ -27,7 +27,7 @@ from apd_lens.components._measures import random_components
 from apd_lens.data._batch import Batch, call
 from apd_lens.data._inputs import Inputs
 from apd_lens.data._points import Real, padded, without_padding, zero_at_padding
-from apd_lens.data._stream import check_batches
+from apd_lens.data._stream import one_pass
 from apd_lens.decomposition._decomposition import Decomposition, output_function, output_with
 from apd_lens.decomposition._observed import Observed
 from apd_lens.host._patch import outside_traces
@@ -143,7 +143,6 @@ def sparsity(
         NonFinite: a batch, or the target's output, holds NaN or infinity.
     """
     loss = decomposition.settings.losses.distance if loss is None else loss
-    check_batches(batches)
     _check(decomposition, ks, dictionaries, loss, labels, by)
     device = next(decomposition.components.parameters()).device
     models: dict[str, _Components | _Spliced] = {"components": _Components.of(decomposition)}
@@ -159,7 +158,7 @@ def sparsity(
     sites = [each.site for model in models.values() if isinstance(model, _Spliced) for each in model.dictionaries]
     sums: dict[tuple[str, float], Tensor] = {}
     of_target, weight = 0.0, 0.0
-    for batch in batches:
+    for batch in one_pass(batches):
         with reading(decomposition.target.model, sites) as activations:
             some = decomposition.observe(batch)
         expected = None if labels is None else labels(some.inputs.batch).to(device)
@@ -169,11 +168,7 @@ def sparsity(
             for point in model.points(some, activations, ks, alpha):
                 of_point, _ = _loss(some.output, point.output, loss, expected, some.valid)
                 numbers = torch.tensor([of_point, *point.counted], dtype=torch.float64, device="cpu")
-                sums[name, point.k] = (
-                    sums.get((name, point.k), torch.zeros((), dtype=torch.float32, device="cpu")) + n * numbers
-                )
-    if not sums:
-        raise InvalidBatches("There are no batches: expected at least one.")
+                sums[name, point.k] = sums.get((name, point.k), 0) + n * numbers
     points = torch.stack(list(sums.values())).float() / weight
     return Sparsity(
         tuple(name for name, _ in sums),

@@ -22,8 +22,8 @@ def one_pass(batches: Iterable[Batch]) -> Iterator[Batch]:
         yield batch
     if empty:
         raise InvalidBatches(
-            "The stream of batches is empty, or was used up before: expected at least one batch. A generator can be "
-            "gone through once only; give a list of it, list(generator), or a DataLoader."
+            "The stream of batches is empty, or was used up before. There are no batches to look at: give at least "
+            "one. A generator can be gone through once only; give a list of it, list(generator), or a DataLoader."
         )
 
 
@@ -71,12 +71,9 @@ def _check_several(batches: Any, expected: str) -> None:
     )
 
 
-def check_batches(batches: Iterable[Batch], times: int = 1) -> None:
-    """Raises InvalidBatches if they cannot be gone through so many times, or are one tensor."""
-    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
-        came = f"one tensor of shape {tuple(batches.shape)}" if isinstance(batches, Tensor) else type(batches).__name__
-        raise InvalidBatches(f"Expected an iterable of batches, got {came}. For one batch, give [batch].")
-    if times > 1 and isinstance(batches, Iterator):
+def check_again(batches: Iterable[Batch], times: int) -> None:
+    """Raises InvalidBatches if batches cannot be gone through so many times."""
+    if isinstance(batches, Iterator):
         raise InvalidBatches(
             f"The batches are gone through {times} times, but this {type(batches).__name__} can be only once. Give a "
             "list or a DataLoader."

@@ -109,7 +109,7 @@ class Bypasses:
         """What is in place while a forward is looked at."""
         owner = self.owner
         assert owner is not None
-        untied = self._adapter.patches(self._model, look.untied(), _as_it_is)
+        untied = self._adapter.patches(self._model, look.untied(), as_it_is)
         patches = [Patch(module, self.around(module, forward), owner) for module, forward in untied]
         return Together([*patches, _WithoutAutocastCache(), _Operators(look)])
 
@@ -282,7 +282,8 @@ class _WithoutAutocastCache(Part):
             torch.set_autocast_cache_enabled(self._cached)
 
 
-def _as_it_is(use: "Use", x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+def as_it_is(use: "Use", x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+    """Stands in the place of nothing."""
     return original()
 
 

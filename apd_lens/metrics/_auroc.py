@@ -24,7 +24,16 @@ def auroc(scores: Float[Tensor, " data"], anomalous: Bool[Tensor, " data"]) -> f
         )
     if bool(scores.isnan().any()):
         raise NonFinite("auroc: the scores hold NaN.")
+    return share_above(mean_ranks(scores), anomalous).item()
+
+
+def mean_ranks(scores: Float[Tensor, " data"]) -> Float[Tensor, " data"]:
+    """Of each score from 1 on, the smallest first; equal ones share theirs."""
     _, place, counts = scores.unique(return_inverse=True, return_counts=True)
-    mean_rank = counts.cumsum(0) - (counts - 1) / 2  # from 1
-    above = mean_rank.double()[place][anomalous].sum() - n_anomalous * (n_anomalous + 1) / 2
-    return (above / n_anomalous / n_normal).item()
+    return (counts.cumsum(0) - (counts - 1) / 2).double()[place]
+
+
+def share_above(ranks: Float[Tensor, " data"], chosen: Bool[Tensor, "*sets data"]) -> Float[Tensor, "*sets"]:
+    """The share of pairs of a chosen one and another in which the chosen one has the larger rank (Mann and Whitney)."""
+    n = chosen.sum(-1)
+    return ((ranks * chosen).sum(-1) - n * (n + 1) / 2) / (n * (len(ranks) - n))

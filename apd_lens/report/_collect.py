@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +16,7 @@ from apd_lens.decomposition._decomposition import Decomposition, output_with
 from apd_lens.decomposition._observed import Observed
 from apd_lens.masks._selection import K
 from apd_lens.passes._replace import Mixture
-from apd_lens.responses._ablation import LossFn, ablation_effects, distances, known_distance
+from apd_lens.responses._ablation import ablation_effects, distances, known_distance
 from apd_lens.responses._responses import Effects, Responses
 from apd_lens.responses._top import respond
 
@@ -135,14 +136,11 @@ def collect(
     batches: Iterable[Batch],
     *,
     examples: int,
-    outputs: int,
     k: K | None,
-    centred: bool | None,
-    loss: LossFn | None,
-    memory: int,
     seed: int,
+    **measured: Any,
 ) -> Numbers:
-    """All numbers; arguments as of `apd_lens.responses`."""
+    """All numbers; arguments as of `apd_lens.responses`, `measured` being those of `ablation_effects`."""
     components = decomposition.components
     ks = _numbers_of_components(components.n_components)
     null = replace(decomposition, components=random_components(components, seed))
@@ -157,18 +155,8 @@ def collect(
             sample.add(some.data(some.attributions))
             yield some
 
-    found = respond(
-        decomposition, watched(), examples=examples, outputs=outputs, centred=centred, loss=loss, memory=memory
-    )
-    null_effects = ablation_effects(
-        decomposition,
-        found.top,
-        components=null.components,
-        outputs=outputs,
-        centred=centred,
-        loss=loss,
-        memory=memory,
-    )
+    found = respond(decomposition, watched(), examples, **measured)
+    null_effects = ablation_effects(decomposition, found.top, components=null.components, **measured)
     spectra = [singular_values(components, name).cpu() for name in components.names]
     norms = torch.stack([spectrum.norm(dim=1) for spectrum in spectra], 1)
     squares = norms.square()

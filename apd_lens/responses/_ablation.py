@@ -131,10 +131,7 @@ class _Ablation:
         component, rank = (counts & (places >= 0)).nonzero(as_tuple=True)
         device = next(self.components.parameters()).device
         numbers = torch.zeros(len(places), 3, device=device, dtype=torch.float32)
-        effects, weights = (
-            torch.zeros(len(places), self.n_outputs, device=device, dtype=torch.float32),
-            numbers[:, 0].clone(),
-        )
+        effects, weights = numbers.new_zeros(len(places), self.n_outputs), numbers.new_zeros(len(places))
         at_once = fitting(self.bytes_each, memory)
         for c, r in zip(component.split(at_once), rank.split(at_once), strict=True):
             distinct, which = places[c, r].unique(return_inverse=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,28 +54,20 @@ def responses(
         InvalidSetting: fewer than one example or output.
         NonFinite: a batch, or the output, holds NaN or infinity.
     """
-    return respond(
-        decomposition,
-        (decomposition.observe(batch, k) for batch in one_pass(batches)),
-        examples=examples,
-        outputs=outputs,
-        centred=centred,
-        loss=loss,
-        memory=memory,
-    )
+    seen = (decomposition.observe(batch, k) for batch in one_pass(batches))
+    return respond(decomposition, seen, examples, outputs=outputs, centred=centred, loss=loss, memory=memory)
 
 
 def respond(
     decomposition: Decomposition,
     observations: Iterable[Observed],
-    *,
     examples: int,
+    *,
     outputs: int,
-    centred: bool | None,
-    loss: LossFn | None,
     memory: int,
+    **measured: Any,
 ) -> Responses:
-    """`responses`, of batches that were observed already."""
+    """`responses`, of batches that were observed already; `measured` are other arguments of `ablation_effects`."""
     if examples < 1 or outputs < 1:
         raise InvalidSetting(f"Expected at least one example and one output, got examples={examples}, {outputs=}.")
     C = decomposition.components.n_components
@@ -96,7 +89,7 @@ def respond(
         n_data_points=n_data_points,
         attribution=(attribution / max(1, n_data_points)).float(),
         top=top,
-        effects=ablation_effects(decomposition, top, outputs=outputs, centred=centred, loss=loss, memory=memory),
+        effects=ablation_effects(decomposition, top, outputs=outputs, memory=memory, **measured),
         together=CoActivation(counts, n_data_points),
     )
 
