@@ -169,9 +169,8 @@ def fit(decomposition: Decomposition, batches: Iterable[Batch], *, k: K | None =
         raise InvalidBatches(f"A monitor needs at least 2 data points of reference, got {n_data_points}.")
     if isinstance(selection, BatchTopK):
         # A little below, so that what is equal to it is active.
-        selection = Lp(
-            granularity=selection.granularity, threshold=sum(thresholds) / max(len(thresholds), 1) * (1 - 1e-6)
-        )
+        threshold = sum(thresholds) / max(len(thresholds), 1) * (1 - 1e-6)
+        selection = Lp(granularity=selection.granularity, threshold=threshold)
     distance = torch.cat(distances).double()
     floor = max(distance.mean().item() / 1000, torch.finfo(torch.float32).tiny)
     logarithms = (distance + floor).log()

@@ -15,9 +15,8 @@ from apd_lens.plots._draw import (
     SPARSE,
     axes,
     check_names,
-    grid,
+    finished,
     image,
-    legend,
     plain,
     plain_curves,
 )
@@ -99,9 +98,7 @@ def faithfulness(
         title=f"How many {unit}s carry the metric?",
         xlim=(0, None),
     )
-    grid(ax)
-    legend(ax)
-    return ax.figure
+    return finished(ax)
 
 
 @checked

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apd_lens._checks import checked
 from apd_lens._errors import InvalidSetting, ShapeMismatch
-from apd_lens.plots._draw import NULL, PALETTE, POSITIVE, SIGNED, axes, grid, legend, plain, whole_numbers
+from apd_lens.plots._draw import NULL, PALETTE, POSITIVE, SIGNED, axes, finished, plain, whole_numbers
 
 
 @checked
@@ -110,9 +110,7 @@ def best_matches(
             ax.hist(values.numpy(), edges, color=colour, alpha=0.15)
     ax.set(xlabel=f"best {label}", ylabel=f"{of}s", title=f"Best match of each {of}", xlim=(low, 1.02))
     whole_numbers(ax.yaxis)
-    grid(ax)
-    legend(ax)
-    return ax.figure
+    return finished(ax)
 
 
 @checked
@@ -154,9 +152,7 @@ def loss_against_sparsity(
     if target_loss is not None and target_loss > 0:
         ax.axhline(target_loss, color="0.1", linestyle=":", linewidth=1, label="target")
     ax.set(xscale="log", yscale="log", xlabel=label, ylabel=loss_name, title="Loss against sparsity")
-    grid(ax)
-    legend(ax)
-    return ax.figure
+    return finished(ax)
 
 
 def _styles(names: Collection[str], nulls: Collection[str]) -> dict[str, tuple[str, Any]]:

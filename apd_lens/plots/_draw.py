@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -104,3 +104,10 @@ def grid(ax: Axes) -> None:
     ax.grid(color="0.92", linewidth=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def finished(ax: Axes) -> Figure | SubFigure:
+    """The figure, with lines behind the data and a legend."""
+    grid(ax)
+    legend(ax)
+    return ax.figure

@@ -23,8 +23,8 @@ from apd_lens.plots._draw import (
     axes,
     check_names,
     colours,
+    finished,
     from_zero,
-    grid,
     legend,
     plain,
     whole_numbers,
@@ -57,9 +57,7 @@ def ablation_path(path: AblationPath, *, ax: Axes | None = None) -> Figure | Sub
         ylabel="output error",
         title="Do inactive components matter?",
     )
-    grid(ax)
-    legend(ax)
-    return ax.figure
+    return finished(ax)
 
 
 @checked
@@ -93,9 +91,7 @@ def loss_curves(history: History, *, ax: Axes | None = None) -> Figure | SubFigu
         )
         ax.plot(middle.numpy(), means.numpy(), color=colour, linewidth=1.6, label=name)
     ax.set(yscale="log", xlabel="step", ylabel="loss term, without its coefficient", title="Loss terms in training")
-    grid(ax)
-    legend(ax)
-    return ax.figure
+    return finished(ax)
 
 
 @checked

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
@@ -12,7 +13,7 @@ from torch import Tensor
 from apd_lens._checks import checked
 from apd_lens._errors import InvalidSetting
 from apd_lens.metrics._auroc import auroc
-from apd_lens.plots._draw import NULL, PALETTE, axes, check_names, colours, grid, legend, plain, plain_curves
+from apd_lens.plots._draw import NULL, PALETTE, axes, check_names, colours, finished, plain, plain_curves
 
 
 @checked
@@ -59,9 +60,7 @@ def edit_effects(
         ylabel=f"{distance} on target",
         title="What edits do, where they should and elsewhere",
     )
-    grid(ax)
-    legend(ax)
-    return ax.figure
+    return finished(ax)
 
 
 @checked
@@ -89,13 +88,7 @@ def roc(
         n = int(ranks.max()) + 1
         # From the highest score down: how many of each lie at or above it.
         found, alarms = (
-            torch.cat(
-                [
-                    torch.zeros(1, dtype=torch.float32, device="cpu"),
-                    ranks[some].bincount(minlength=n).flip(0).cumsum(0) / some.sum(),
-                ]
-            )
-            for some in (odd, ~odd)
+            F.pad(ranks[some].bincount(minlength=n).flip(0).cumsum(0) / some.sum(), (1, 0)) for some in (odd, ~odd)
         )
         ax.plot(
             alarms.numpy(),
@@ -112,9 +105,7 @@ def roc(
         xlim=(-0.01, 1.01),
         ylim=(-0.01, 1.02),
     )
-    grid(ax)
-    legend(ax)
-    return ax.figure
+    return finished(ax)
 
 
 @checked
@@ -146,6 +137,4 @@ def score_histogram(
         ax.hist(values[some].numpy(), edges, weights=shares, color=colour, alpha=0.2)
         ax.hist(values[some].numpy(), edges, weights=shares, color=colour, histtype="step", lw=1.6, label=name)
     ax.set(xlabel=score_name, ylabel="share of data points", title="Normal and anomalous data points")
-    grid(ax)
-    legend(ax)
-    return ax.figure
+    return finished(ax)

@@ -79,12 +79,12 @@ def write_report(
         decomposition,
         batches,
         examples=examples,
-        outputs=outputs,
         k=k,
+        seed=seed,
+        outputs=outputs,
         centred=centred,
         loss=loss,
         memory=memory,
-        seed=seed,
     )
     decode = own_decode(decomposition.target) if decode is None else decode
     shower = Shower(decomposition.target, decode, input_names, before=context, after=context // 2)
