@@ -45,6 +45,7 @@ from apd_lens.decomposition._decomposition import Decomposition as Decomposition
 from apd_lens.decomposition._editing import Edit as Edit
 from apd_lens.decomposition._editing import apply_edit as apply_edit
 from apd_lens.decomposition._load import load as load
+from apd_lens.decomposition._observed import Observed as Observed
 from apd_lens.decomposition._summary import Summary as Summary
 from apd_lens.host._matrix import WeightMatrix as WeightMatrix
 from apd_lens.host._target import TargetModel as TargetModel
