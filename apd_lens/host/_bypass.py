@@ -5,7 +5,8 @@ The first forward of each form inside a context is looked at, operator by operat
 - an operator that reads a decomposed parameter's memory outside the modules where its use is intercepted is a bypass:
   components would not stand in for the matrix there;
 - at each use, the host's own y must be x W + b, with W as it is stored. It is not where the host masks, scales,
-  quantises or swaps the weight on the way.
+  quantises or swaps the weight on the way;
+- uses whose x all examples share are found, see `_shared`.
 
 A later forward of the same form (names, shapes, dtypes and flags of the arguments, modes, places of the weights in
 memory, hooks of their modules) is not looked at, and costs nothing.
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import jaxtyping
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,6 +37,7 @@ from apd_lens.host import _patch
 from apd_lens.host._fingerprints import mark, sums_of
 from apd_lens.host._owner import Owner
 from apd_lens.host._patch import Patch, PatchedForward
+from apd_lens.host._shared import Constants, Place, Separation, SharedUses, lacks_batch_axis
 
 if TYPE_CHECKING:
     from apd_lens.host._adapter import Adapter
@@ -43,7 +46,8 @@ if TYPE_CHECKING:
 # So many rows of y are compared at each use.
 _ROWS = 512
 # Code that is not the model's.
-_OF_LIBRARIES = (*(os.path.dirname(file) for file in (torch.__file__, jaxtyping.__file__, __file__)), "<@beartype")
+_OURS = os.path.dirname(os.path.dirname(__file__))
+_OF_LIBRARIES = (*(os.path.dirname(file) for file in (torch.__file__, jaxtyping.__file__)), _OURS, "<@beartype")
 
 
 class Bypasses:
@@ -51,7 +55,7 @@ class Bypasses:
 
     Args:
         weights: all matrices of the model.
-        seen: the forms of forwards that were looked at; those of this context are added.
+        seen: the forms of forwards that were looked at, and their shared uses; those of this context are added.
     """
 
     def __init__(
@@ -60,7 +64,7 @@ class Bypasses:
         adapter: "Adapter",
         weights: Mapping[str, "WeightMatrix"],
         names: Sequence[str],
-        seen: set[Any],
+        seen: dict[Any, SharedUses],
     ):
         self._model, self._adapter, self._weights = model, adapter, weights
         self._matrices = {name: weights[name] for name in names}
@@ -79,17 +83,28 @@ class Bypasses:
 
         return inside
 
-    def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def run(
+        self,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        start: Callable[[SharedUses], None],
+    ) -> Any:
         """A forward of the whole model, looked at if it is the first of its form.
+
+        Args:
+            start: called before it with its shared uses, which are found on the way if it is looked at.
 
         Raises:
             UnsupportedModel: a bypass; says which matrix, and where.
             SiteNotCalled: one of a matrix none of whose uses was reached.
         """
         form = self._form(args, kwargs)
+        uses = self._seen.get(form, SharedUses())
+        start(uses)
         if form in self._seen or self._look is not None or _in_functorch():
             return original(*args, **kwargs)
-        look = _Look(self._model, self._weights, self._matrices)
+        look = _Look(self._model, self._weights, self._matrices, uses)
         try:
             self._look = look
             with Block(partial(self._parts, look)):
@@ -102,7 +117,7 @@ class Bypasses:
             self._look = None
         if look.reads:
             raise look.bypass()
-        self._seen.add(form)
+        self._seen[form] = uses
         return output
 
     def _parts(self, look: "_Look") -> Together:
@@ -117,6 +132,29 @@ class Bypasses:
         """At a use: the host's own y with x W + b. Raises as `run` does."""
         if self._look is not None and use.matrix in self._matrices:
             self._look.compare(use, x, original, bias)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, what runs is not the host's code."""
+        look = self._look
+        if look is None:
+            yield
+            return
+        look.separation.aside = True
+        try:
+            yield
+        finally:
+            look.separation.aside = False
+
+    def find_shared(self, place: Place, x: Tensor, n_examples: int) -> None:
+        """At a use: whether all examples share x, and it has no batch axis. Raises as `run` does."""
+        if self._look is not None:
+            self._look.find_shared(place, x, n_examples)
+
+    def follow(self, place: Place, x: Tensor, y: Tensor, given: Tensor, is_shared: bool, n_examples: int) -> None:
+        """What the host makes of y, at a use of x; `given` is y as the host gets it."""
+        if self._look is not None:
+            self._look.follow(place, x, y, given, is_shared, n_examples)
 
     def _form(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         matrices = self._matrices.values()
@@ -150,10 +188,21 @@ class _Look:
 
     Attributes:
         reads: bare reads: the matrix, and where it is read.
+        constants: what does not depend on the batch.
+        separation: whether each example can get its own of what all share.
     """
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, "WeightMatrix"], matrices: Mapping[str, "WeightMatrix"]):
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, "WeightMatrix"],
+        matrices: Mapping[str, "WeightMatrix"],
+        uses: SharedUses,
+    ):
         self.reads: list[tuple[Any, str]] = []
+        self.constants, self.separation = Constants(model), Separation(uses)
+        self._uses = uses
+        self._places_of_examples: set[Place] = set()
         self._model, self._weights = model, weights
         self._matrices = matrices
         self._called: set[str] = set()
@@ -200,6 +249,24 @@ class _Look:
                 if any(_storage(result) != _storage(tensor) for result in results):  # else a view, read later if at all
                     self.reads.append((matrix, f"{_where(self._root)} by {operator}"))
 
+    def find_shared(self, place: Place, x: Tensor, n_examples: int) -> None:
+        shared = self._uses.without_batch_axis
+        (shared if x in self.constants and lacks_batch_axis(x, n_examples) else self._places_of_examples).add(place)
+        if place in shared & self._places_of_examples:
+            site, shape = place
+            raise UnsupportedModel(
+                f"{site} is called on {tuple(shape)} both of the {n_examples} examples and of what they share, and these "
+                "calls cannot be told apart. Give another number of examples."
+            )
+
+    def follow(self, place: Place, x: Tensor, y: Tensor, given: Tensor, is_shared: bool, n_examples: int) -> None:
+        self.constants.found([given], is_shared and len(y) == 1 and x in self.constants)
+        places = self.separation.places(x)
+        if n_examples == 1 or not (is_shared or places):
+            return
+        has_axis = place not in self._uses.without_batch_axis if is_shared else self.separation.has_batch_axis(x)
+        self.separation.follow(given, places | {place} if is_shared else places, y, has_axis, n_examples)
+
     def bypass(self) -> ApdError:
         """What to raise of the first bare read."""
         matrix, where = self.reads[0]
@@ -242,11 +309,12 @@ class _Operators(Part):
     """Every operator is shown to a look."""
 
     def __init__(self, look: _Look):
-        self._mode = _Mode(look)
+        self._separation, self._mode = look.separation, _Mode(look)
         # Entering and leaving a mode are Python too, so they may be interrupted before torch puts its flags back.
         self._flags = {name: flag for name, flag in vars(_python_dispatch).items() if name.startswith("_is_in_")}
 
     def do(self) -> None:
+        self._separation.__enter__()
         self._mode.__enter__()
 
     def undo(self) -> None:
@@ -255,6 +323,8 @@ class _Operators(Part):
         vars(_python_dispatch).update(self._flags)
         if set_flag := getattr(_python_dispatch, "set_is_in_mode_without_ignore_compile_internals", None):
             set_flag(self._flags["_is_in_any_mode_without_ignore_compile_internals"])
+        if self._separation in _get_current_function_mode_stack():
+            self._separation.__exit__(None, None, None)
 
 
 class _Mode(TorchDispatchMode):
@@ -266,7 +336,9 @@ class _Mode(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self._look.read(given, [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)], func)
+        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self._look.read(given, results, func)
+        self._look.constants.made(given, results, func)
         return out
 
 

@@ -26,6 +26,7 @@ from apd_lens.host._fingerprints import Fingerprints
 from apd_lens.host._matrix import Use, WeightMatrix
 from apd_lens.host._owner import Owner
 from apd_lens.host._patch import NotBehindATrace, Patch, Uncompiled, in_nnsight_trace, is_patched, outside_traces
+from apd_lens.host._shared import Place, SharedUses
 from apd_lens.host._ties import merged_ties, with_decomposable_biases
 
 
@@ -74,7 +75,7 @@ class TargetModel:
         self.fingerprints = Fingerprints()
         self.valid = valid
         self._untied = tuple(untied)
-        self._looked_at: set[Any] = set()
+        self._looked_at: dict[Any, SharedUses] = {}
         matrices = list(adapter.matrices(model))
         if not biases:
             matrices = [replace(matrix, bias=None) for matrix in matrices]
@@ -210,11 +211,19 @@ class TargetModel:
         forward = _Forward()
 
         def at_use(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+            with bypasses.aside():
+                return of_use(use, x, original, bias)
+
+        def of_use(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
             forward.called.add(use.site)
             if check_examples is not None and forward.examples is not None:
                 # A host may add the batch axis.
                 check_examples(1 if forward.input_axes == 1 and len(x) == 1 else forward.examples)
             bypasses.compare(use, x, original, bias)
+            place, whole = (use.site, x.shape), x
+            bypasses.find_shared(place, x, forward.examples or 1)
+            if not x.is_floating_point() and x.ndim == 1 and forward.input_axes > 1:  # such as wpe(arange(pos))
+                forward.uses.without_batch_axis.add(place)
             if use.matrix in with_bias:
                 if bias is None:
                     raise UnsupportedModel(
@@ -223,34 +232,46 @@ class TargetModel:
                         "leave out biases=True."
                     )
                 x, bias = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1), None
-            if not x.is_floating_point() and x.ndim == 1 and forward.input_axes > 1:
-                # A lookup of positions that all examples share, such as wpe(arange(pos)): it has no batch axis.
+            without_batch_axis = place in forward.uses.without_batch_axis
+            if without_batch_axis:
                 y = intercept(use, x[None], lambda: original()[None], bias)
             else:
                 y = intercept(use, x, original, bias)
-            if len(y) > len(x) and x.is_floating_point():
-                forward.shared.append(f"{use.matrix} at {use.site} on {tuple(x.shape)}")
+            is_shared = without_batch_axis or len(x) == 1
+            if is_shared and len(y) > 1:
+                forward.expanded[place] = f"{use.matrix} at {use.site} on {tuple(whole.shape)}"
+            given = y[0] if without_batch_axis and len(y) == 1 else y
             if torch.is_grad_enabled() and not y.requires_grad and self.weights[use.matrix].parameter.requires_grad:
                 # The host's own y would have a gradient, and the user's backward hooks behind it count on that.
-                return y.requires_grad_().clone()
-            return y
+                given = given.requires_grad_().clone()
+            bypasses.follow(place, whole, y, given, is_shared, forward.examples or 1)
+            return given
+
+        def start(uses: SharedUses) -> None:
+            forward.uses = uses
 
         def at_root(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             forward.called.clear()
-            forward.shared.clear()
+            forward.expanded.clear()
             forward.examples = n_examples(args, kwargs, model)
             forward.input_axes = max(
                 (value.ndim for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), default=0
             )
+            error = None
             try:
-                output = bypasses.run(original, args, kwargs)
-            except RuntimeError as error:
-                if forward.shared and not isinstance(error, ApdError):
-                    raise UnsupportedModel(
-                        f"This {type(model).__name__} uses {forward.shared[0]}, which all examples share, and cannot "
-                        "go on with one of each. Give one example at a time, or leave this matrix out of `weights`."
-                    ) from error
-                raise
+                output = bypasses.run(original, args, kwargs, start)
+            except RuntimeError as raised:
+                if isinstance(raised, ApdError):
+                    raise
+                error, output = raised, None
+            inseparable = [text for place, text in forward.expanded.items() if place in forward.uses.inseparable]
+            if inseparable:
+                raise UnsupportedModel(
+                    f"This {type(model).__name__} uses {inseparable[0]}, which all examples share, and cannot go on "
+                    "with one of each. Give one example at a time, or leave this matrix out of `weights`."
+                ) from error
+            if error is not None:
+                raise error
             missing = sorted(expected - forward.called)
             # In a trace the user may skip modules or stop.
             if missing and self.adapter.runs_every_use(args, kwargs) and not in_nnsight_trace(model):
@@ -317,14 +338,16 @@ class _Forward(threading.local):
 
     Attributes:
         called: sites that it has come to.
-        shared: uses whose y all examples shared, and that got one of each.
+        uses: those whose x all examples share.
+        expanded: of these, where the host got a y of each example, and in words.
         input_axes: the most axes that one of its inputs has.
         examples: how many it has; None where that cannot be told.
     """
 
     def __init__(self) -> None:
         self.called: set[str] = set()
-        self.shared: list[str] = []
+        self.uses = SharedUses()
+        self.expanded: dict[Place, str] = {}
         self.input_axes = 0
         self.examples: int | None = None
 

@@ -1,0 +1,198 @@
+"""Uses of a matrix on what all examples share, such as learned vectors or a table of relative positions.
+
+Such an x is made of parameters and of nothing that came with the batch. It may have no batch axis, even where its first
+axis is as long as the batch; then the host adds y `*pos d_out` to what has one. With masks of each example there are as
+many y as examples. Whether the host's code gives each example its own is seen as that code runs: each operator on y is
+run on one made-up y of each example, and on that of a single example as the host would have it. Both must agree.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# A site, and the shape of its x.
+Place = tuple[str, torch.Size]
+
+
+@dataclass(frozen=True, eq=False)
+class SharedUses:
+    """Of forwards of one form.
+
+    Attributes:
+        without_batch_axis: where x has none.
+        inseparable: where the host's code needs one y for all examples.
+    """
+
+    without_batch_axis: set[Place] = field(default_factory=set)
+    inseparable: set[Place] = field(default_factory=set)
+
+
+class Constants:
+    """Tensors that are made of a model's parameters, buffers and tensor attributes, or of nothing but sizes.
+
+    They are known by their memory. What comes from elsewhere (the batch, a hook, a list of numbers, a random draw) is
+    none.
+    """
+
+    def __init__(self, model: nn.Module):
+        own = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+        held = [_memory(tensor) for tensor in (*model.parameters(), *model.buffers(), *own)]
+        self._memories: set[StorageWeakRef | None] = {*held} - {None}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return _memory(tensor) in self._memories
+
+    def made(self, given: Sequence[Tensor], results: Sequence[Tensor], operator: Any) -> None:
+        """Called at every operator, with what it was given and what it gave."""
+        is_random = torch.Tag.nondeterministic_seeded in getattr(operator, "tags", ())
+        self.found(results, not is_random and all(tensor in self for tensor in given))
+
+    def found(self, tensors: Sequence[Tensor], are_constant: bool) -> None:
+        """Tensors of which is known whether they are constant."""
+        memories = {*map(_memory, tensors)} - {None}
+        (self._memories.update if are_constant else self._memories.difference_update)(memories)
+
+
+def _memory(tensor: Tensor) -> StorageWeakRef | None:
+    """A storage, equal to no later one that gets the same address."""
+    try:
+        return StorageWeakRef(tensor.untyped_storage())
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def lacks_batch_axis(x: Tensor, n_examples: int) -> bool:
+    """Whether what all examples share has no batch axis: neither one of length 1, nor one along which nothing changes."""
+    if x.ndim == 0 or (x.is_floating_point() and x.ndim == 1):
+        return True
+    return len(x) != 1 and (len(x) != n_examples or not torch.equal(x, x[:1].expand_as(x)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Followed:
+    """What the host has made of a shared y.
+
+    Attributes:
+        places: of the uses whose y it is made of.
+        of_each: with a made-up y of each example.
+        of_one: example -> with the y of that example, as the host would have it.
+    """
+
+    places: frozenset[Place]
+    of_each: Tensor
+    of_one: dict[int, Tensor]
+
+
+class Separation(TorchFunctionMode):
+    """Finds uses whose y must be one for all examples.
+
+    Args:
+        uses: whose `inseparable` grows.
+    """
+
+    def __init__(self, uses: SharedUses):
+        super().__init__()
+        self.aside = False  # whether what runs is not the host's code
+        self._uses = uses
+        self._followed = WeakTensorKeyDictionary()
+
+    def places(self, x: Tensor) -> frozenset[Place]:
+        """Of the shared uses that x is made of."""
+        return self._followed[x].places if x in self._followed else frozenset()
+
+    def has_batch_axis(self, x: Tensor) -> bool:
+        """Whether the host has one, in something that is followed."""
+        followed: _Followed = self._followed[x]
+        return next(iter(followed.of_one.values())).ndim == followed.of_each.ndim
+
+    def follow(self, y: Tensor, places: frozenset[Place], like: Tensor, has_batch_axis: bool, n_examples: int) -> None:
+        """From here on, what the host makes of y.
+
+        Args:
+            like: values of y, with a batch axis.
+        """
+        like = like.detach()[:1]
+        shape = (n_examples, *like.shape[1:])
+        numbers = torch.arange(like[0].numel() * n_examples, device=like.device, dtype=torch.float64).sin()
+        of_each = like + numbers.view(shape).to(like.dtype)
+        one = {example: of_each[example : example + 1].clone() for example in (0, n_examples - 1)}
+        of_one = one if has_batch_axis else {example: value[0] for example, value in one.items()}
+        self._followed[y] = _Followed(places, of_each, of_one)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf in self._followed]
+        if self.aside or not given:
+            return func(*args, **kwargs)
+        followed: list[_Followed] = [self._followed[tensor] for tensor in given]
+        places = frozenset[Place]().union(*(each.places for each in followed))
+        run = partial(self._run, func, args, kwargs)
+        try:
+            with torch.no_grad(), _disable_current_modes():
+                of_each = run(lambda each: each.of_each)
+                of_one = {example: run(lambda each, i=example: each.of_one[i]) for example in followed[0].of_one}
+                merged = [
+                    _is_merged(whole, {example: ones[index] for example, ones in of_one.items()})
+                    for index, whole in enumerate(of_each)
+                ]
+        except Exception:  # whatever the host's code raises for a shape that it does not expect
+            merged = None
+        result = func(*args, **kwargs)
+        results = _tensors(result, args)
+        if merged is None or None in merged or len(merged) != len(results):
+            self._uses.inseparable.update(places)
+            return result
+        for index, (tensor, is_merged) in enumerate(zip(results, merged, strict=True)):
+            if not is_merged:
+                ones = {example: tensors[index] for example, tensors in of_one.items()}
+                self._followed[tensor] = _Followed(places, of_each[index], ones)
+        return result
+
+    def _run(self, func: Any, args: Any, kwargs: Any, value_of: Callable[[_Followed], Tensor]) -> list[Tensor]:
+        """The operator's results with other values for what is followed. All else stays as it is."""
+
+        def value(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return value_of(self._followed[leaf]) if leaf in self._followed else leaf.detach().clone()
+
+        args, kwargs = tree_map(value, (args, kwargs))
+        return _tensors(func(*args, **kwargs), args)
+
+
+def _tensors(result: Any, args: Sequence[Any]) -> list[Tensor]:
+    """What an operator gave; what it changed, where it gives nothing."""
+    return [leaf for leaf in tree_leaves(args[0] if result is None else result) if isinstance(leaf, Tensor)]
+
+
+def _is_merged(of_each: Tensor, of_one: dict[int, Tensor]) -> bool | None:
+    """Whether a result has the examples' own values in the batch axis, also as the host has it; False where the host
+    has one for all. None where the two do not agree."""
+    if all(_agree(of_each, example, one if one.ndim == of_each.ndim - 1 else None) for example, one in of_one.items()):
+        return False
+    if all(
+        _agree(of_each, example, one[0] if one.ndim == of_each.ndim and len(one) == 1 else None)
+        for example, one in of_one.items()
+    ):
+        return False
+    if all(
+        _agree(of_each, example, one[example] if one.shape == of_each.shape and example < len(one) else None)
+        for example, one in of_one.items()
+    ):
+        return True
+    return None
+
+
+def _agree(of_each: Tensor, example: int, one: Tensor | None) -> bool:
+    if one is None or of_each.ndim == 0 or len(of_each) <= example or of_each[example].shape != one.shape:
+        return False
+    return torch.allclose(of_each[example].double(), one.double(), rtol=1e-3, atol=1e-3, equal_nan=True)
