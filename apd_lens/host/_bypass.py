@@ -200,7 +200,8 @@ class _Look:
         uses: SharedUses,
     ):
         self.reads: list[tuple[Any, str]] = []
-        self.constants, self.separation = Constants(model), Separation(uses)
+        self.constants = Constants(model)
+        self.separation = Separation(uses, self.constants)
         self._uses = uses
         self._places_of_examples: set[Place] = set()
         self._model, self._weights = model, weights

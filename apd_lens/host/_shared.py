@@ -99,10 +99,10 @@ class Separation(TorchFunctionMode):
         uses: whose `inseparable` grows.
     """
 
-    def __init__(self, uses: SharedUses):
+    def __init__(self, uses: SharedUses, constants: Constants):
         super().__init__()
         self.aside = False  # whether what runs is not the host's code
-        self._uses = uses
+        self._uses, self._constants = uses, constants
         self._followed = WeakTensorKeyDictionary()
 
     def places(self, x: Tensor) -> frozenset[Place]:
@@ -130,7 +130,8 @@ class Separation(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf in self._followed]
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = [tensor for tensor in tensors if tensor in self._followed]
         if self.aside or not given:
             return func(*args, **kwargs)
         followed: list[_Followed] = [self._followed[tensor] for tensor in given]
@@ -140,20 +141,21 @@ class Separation(TorchFunctionMode):
             with torch.no_grad(), _disable_current_modes():
                 of_each = run(lambda each: each.of_each)
                 of_one = {example: run(lambda each, i=example: each.of_one[i]) for example in followed[0].of_one}
-                merged = [
-                    _is_merged(whole, {example: ones[index] for example, ones in of_one.items()})
+                agree = all(
+                    _agree(whole, example, ones[index])
                     for index, whole in enumerate(of_each)
-                ]
+                    for example, ones in of_one.items()
+                )
         except Exception:  # whatever the host's code raises for a shape that it does not expect
-            merged = None
-        result = func(*args, **kwargs)
-        results = _tensors(result, args)
-        if merged is None or None in merged or len(merged) != len(results):
+            agree = False
+        if not agree:
             self._uses.inseparable.update(places)
-            return result
-        for index, (tensor, is_merged) in enumerate(zip(results, merged, strict=True)):
-            if not is_merged:
-                ones = {example: tensors[index] for example, tensors in of_one.items()}
+            return func(*args, **kwargs)
+        with_examples = any(tensor not in self._followed and tensor not in self._constants for tensor in tensors)
+        result = func(*args, **kwargs)
+        for index, tensor in enumerate(_tensors(result, args)):
+            ones = {example: tensors[index] for example, tensors in of_one.items()}
+            if not (with_examples and ones[0].shape == of_each[index].shape):  # else it is the examples' own
                 self._followed[tensor] = _Followed(places, of_each[index], ones)
         return result
 
@@ -174,25 +176,15 @@ def _tensors(result: Any, args: Sequence[Any]) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(args[0] if result is None else result) if isinstance(leaf, Tensor)]
 
 
-def _is_merged(of_each: Tensor, of_one: dict[int, Tensor]) -> bool | None:
-    """Whether a result has the examples' own values in the batch axis, also as the host has it; False where the host
-    has one for all. None where the two do not agree."""
-    if all(_agree(of_each, example, one if one.ndim == of_each.ndim - 1 else None) for example, one in of_one.items()):
+def _agree(of_each: Tensor, example: int, of_one: Tensor) -> bool:
+    """Whether what an operator made of every y has, for an example, what it made of that y alone: along a batch axis
+    that only the first has, one of length 1, or one that came from elsewhere."""
+    if not of_each.ndim or len(of_each) <= example:
         return False
-    if all(
-        _agree(of_each, example, one[0] if one.ndim == of_each.ndim and len(one) == 1 else None)
-        for example, one in of_one.items()
-    ):
-        return False
-    if all(
-        _agree(of_each, example, one[example] if one.shape == of_each.shape and example < len(one) else None)
-        for example, one in of_one.items()
-    ):
-        return True
-    return None
-
-
-def _agree(of_each: Tensor, example: int, one: Tensor | None) -> bool:
-    if one is None or of_each.ndim == 0 or len(of_each) <= example or of_each[example].shape != one.shape:
-        return False
-    return torch.allclose(of_each[example].double(), one.double(), rtol=1e-3, atol=1e-3, equal_nan=True)
+    if of_one.ndim == of_each.ndim:
+        of_one = of_one[0 if len(of_one) == 1 else example] if len(of_one) in (1, len(of_each)) else of_one
+    one, other = of_each[example], of_one
+    tolerance = max(1e-3, 16 * torch.finfo(one.dtype).eps) if one.is_floating_point() else 0.0
+    return one.shape == other.shape and torch.allclose(
+        one.double(), other.double(), rtol=tolerance, atol=tolerance, equal_nan=True
+    )
