@@ -4,7 +4,7 @@ Expected values come from copies with substituted weights, which run each exampl
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 import pytest
@@ -106,9 +106,7 @@ class Right:
 
     def weights(self, factors: Tensor, rest: float = 0.0) -> dict[str, Tensor]:
         """r W + Σ_c s_c P_c, where r is the rest."""
-        return {
-            name: rest * W + torch.einsum("c,cio->io", factors.to(W), self.P[name]) for name, W in self.W.items()
-        }
+        return {name: rest * W + torch.einsum("c,cio->io", factors.to(W), self.P[name]) for name, W in self.W.items()}
 
     def outputs(self, factors: Tensor, rest: float = 0.0) -> Tensor:
         """With factors of each example."""
@@ -116,28 +114,28 @@ class Right:
             [self.truth.output(example, self.weights(factors[example], rest)) for example in range(self.n_examples)]
         )
 
-    def attributions(self, method: str) -> Tensor:
+    def attributions(self, method: str, epsilon: float = 1e-5) -> Tensor:
         """The effect of each component on the outputs, in the mean over them and over the method's path."""
         every = torch.ones(self.n_examples, C)
         path = {"zero": [(0.25 * every, 0.0), (0.75 * every, 0.0)]}.get(method, [(0 * every, 1.0)])
         effects = []
         for component in range(C):
             step = torch.eye(C, dtype=torch.float64)[component].expand(self.n_examples, C)
-            small = 1e-5 * step
+            small = epsilon * step
             ends = [(factors, factors - step) if method == "ablation" else (factors + small, factors - small)
                     for factors, _ in path]  # fmt: skip
             total = sum(
                 self.outputs(first, rest) - self.outputs(second, rest)
                 for (first, second), (_, rest) in zip(ends, path, strict=True)
             )
-            effect = total / len(path) / (1 if method == "ablation" else 2e-5)
+            effect = total / len(path) / (1 if method == "ablation" else 2 * epsilon)
             effects.append(effect.flatten(1).square().mean(1).sqrt())
         return torch.stack(effects, -1)
 
 
 METHODS = {
     "gradient": apd.GradientAttribution("exact"),
-    "ablation": apd.AblationAttribution(),
+    "ablation": apd.AblationAttribution(memory=1),  # of one component at a time
     "zero": apd.IntegratedGradients(2, "zero", "exact"),
 }
 
@@ -217,24 +215,31 @@ def test_one_for_all_examples(way: str, sizes: tuple[int, int]):
     model, ids = Host(ONE_FOR_ALL[way]), ids_of(*sizes)
     name = "relative.weight" if way == "heads" else "project.weight"
     decomposition = decomposed(model, name)
-    mask, several = rule_of(len(ids)), len(ids) > 1
-    refused = pytest.raises(apd.UnsupportedModel, match=f"uses {name} at .* one example at a time")
-    for first in (True, False):  # also where another context came to this form before
+    mask = rule_of(len(ids))
+
+    def refused() -> AbstractContextManager[object]:
+        message = f"uses {name} at .* one example at a time"
+        return pytest.raises(apd.UnsupportedModel, match=message) if len(ids) > 1 else nullcontext()
+
+    for again in (False, True):  # behind another context, which looks at a forward of this form
         right = Right(model, decomposition, {"ids": ids})
-        if not first:
+        if again:
             check_ablation(model, decomposition, {"ids": ids})
-        with torch.no_grad(), refused if several else nullcontext(), decomposition.sparse(mask):
+        with torch.no_grad(), refused(), decomposition.sparse(mask):
             assert_close(model(ids), right.outputs(mask))
-        for method in METHODS:
-            with refused if several else nullcontext():
-                came = decomposed(model, name, method).attributions(ids)
-                assert_close(came, right.attributions(method), rtol=1e-6, atol=1e-7)
         decomposition = decomposed(model, name)
+    for method in METHODS:
+        with refused():
+            came = decomposed(model, name, method).attributions(ids)
+            assert_close(came, right.attributions(method), rtol=1e-6, atol=1e-7)
 
 
 def test_as_many_heads_as_examples():
     """Scores `batch head query key`: what has an example's y would be taken for that of a head."""
-    model, ids = Host(lambda m, ids, h: m.attend(h, m.relative(m.distances(ids)).sum(-1) + torch.zeros(4, 1, 1))), ids_of(4, 3)
+    model, ids = (
+        Host(lambda m, ids, h: m.attend(h, m.relative(m.distances(ids)).sum(-1) + torch.zeros(4, 1, 1))),
+        ids_of(4, 3),
+    )
     decomposition = decomposed(model, "relative.weight")
     check_ablation(model, decomposition, {"ids": ids})
     with pytest.raises(apd.UnsupportedModel, match=r"relative\.weight"), decomposition.sparse(rule_of(4)):
@@ -309,6 +314,7 @@ def test_hugging_face(host: Callable[[], Logits], sizes: tuple[int, int]):
         with torch.no_grad(), refused, decomposition.sparse(mask):
             assert_close(model(**batch), right.outputs(mask))
         for method in METHODS:
-            with refused if len(ids) == 1 else pytest.raises(apd.UnsupportedModel, match=name):
+            with pytest.raises(apd.UnsupportedModel, match=name) if len(ids) > 1 else nullcontext():
                 came = decomposed(model, name, method).attributions(batch)
-                assert_close(came, right.attributions(method), rtol=1e-5, atol=1e-6)
+                # T5 takes softmax in float32, so differences are of larger steps.
+                assert_close(came, right.attributions(method, epsilon=1e-2), rtol=1e-3, atol=1e-5)
