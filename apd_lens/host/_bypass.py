@@ -256,8 +256,8 @@ class _Look:
         if place in shared & self._places_of_examples:
             site, shape = place
             raise UnsupportedModel(
-                f"{site} is called on {tuple(shape)} both of the {n_examples} examples and of what they share, and these "
-                "calls cannot be told apart. Give another number of examples."
+                f"{site} is called on {tuple(shape)} both of the {n_examples} examples and of what they share, and "
+                "these calls cannot be told apart. Give another number of examples."
             )
 
     def follow(self, place: Place, x: Tensor, y: Tensor, given: Tensor, is_shared: bool, n_examples: int) -> None:

@@ -71,7 +71,7 @@ def _memory(tensor: Tensor) -> StorageWeakRef | None:
 
 
 def lacks_batch_axis(x: Tensor, n_examples: int) -> bool:
-    """Whether what all examples share has no batch axis: neither one of length 1, nor one along which nothing changes."""
+    """Whether what all examples share has no batch axis: no first axis of length 1, and none without changes."""
     if x.ndim == 0 or (x.is_floating_point() and x.ndim == 1):
         return True
     return len(x) != 1 and (len(x) != n_examples or not torch.equal(x, x[:1].expand_as(x)))
