@@ -13,17 +13,17 @@ PRINT_HOSTS = f"import sys; print([name for name in {HOSTS} if name in sys.modul
 
 
 def test_importing_apd_lens_brings_in_no_host():
-    assert outside.run(f"import apd_lens; {PRINT_HOSTS}") == "[]\n"
+    assert outside.fresh(f"import apd_lens; {PRINT_HOSTS}") == "[]\n"
 
 
 def test_decomposing_a_torch_module_brings_in_no_host():
     code = "import torch, apd_lens as apd; apd.init(torch.nn.Linear(2, 2), n_components=1)"
-    assert outside.run(f"{code}; {PRINT_HOSTS}") == "[]\n"
+    assert outside.fresh(f"{code}; {PRINT_HOSTS}") == "[]\n"
 
 
 def test_nnsight_may_be_imported_first():
     """beartype cannot be imported after it, by itself."""
-    printed = outside.run(
+    printed = outside.fresh(
         """
         import nnsight, torch
         try:
@@ -42,7 +42,7 @@ def test_nnsight_may_be_imported_first():
 
 
 def test_the_check_above_can_fail():
-    assert "transformer_lens" in outside.run(f"import apd_lens, transformer_lens; {PRINT_HOSTS}")
+    assert "transformer_lens" in outside.fresh(f"import apd_lens, transformer_lens; {PRINT_HOSTS}")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_the_check_above_can_fail():
     ],
 )
 def test_a_missing_extra_is_named(module: str, needs: str, extra: str):
-    printed = outside.run(
+    printed = outside.fresh(
         f"""
         import sys
         sys.modules[{needs!r}] = None  # as if it were not installed
@@ -80,7 +80,7 @@ def test_the_extras_that_are_named_exist():
 
 def test_an_adapter_is_found_by_the_package_of_the_models_class():
     """A third party's host: one entry point, a function that puts an adapter with four methods to a model."""
-    printed = outside.run(
+    printed = outside.fresh(
         """
         import importlib.metadata, sys, types
         import torch

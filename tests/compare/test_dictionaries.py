@@ -291,7 +291,7 @@ def test_a_random_dictionary_has_the_norms_and_none_of_the_directions():
 
 def test_no_sae_lens_is_needed():
     code = "import sys, apd_lens.compare; print([n for n in ('sae_lens', 'transformer_lens') if n in sys.modules])"
-    assert outside.run(code) == "[]\n"
+    assert outside.fresh(code) == "[]\n"
 
 
 def test_what_is_printed():

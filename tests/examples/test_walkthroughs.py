@@ -1,10 +1,9 @@
 """The examples that go through everything in one page run, with few steps, and say what they should."""
 
 import difflib
-import subprocess
-import sys
 from pathlib import Path
 
+from support import outside
 from support.examples import EXAMPLES, run
 
 
@@ -26,10 +25,9 @@ def test_apd_in_a_pipeline_takes_ten_changed_lines(tmp_path: Path):
     assert len([line for line in changes if line.startswith("+ ") and line[2:].strip()]) <= 10
     script = tmp_path / "few_steps.py"
     script.write_text(after.replace("steps=2000", "steps=20"))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "components, one alone a prompt" in done.stdout
-    assert done.stdout.count("of answers follow") == 2
+    printed = outside.script(script)
+    assert "components, one alone a prompt" in printed
+    assert printed.count("of answers follow") == 2
 
 
 def test_induction(tmp_path: Path):

@@ -1,15 +1,11 @@
 """Running an example as a user does."""
 
-import subprocess
-import sys
 from pathlib import Path
+
+from support import outside
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(script: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / script, *arguments], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return outside.script(EXAMPLES / script, *arguments)
