@@ -1,5 +1,4 @@
 import pytest
-import torch
 from jaxtyping import install_import_hook
 
 # --jaxtyping-packages checks apd_lens. With a type checker that takes arguments it can name one package only (jaxtyping
@@ -14,9 +13,13 @@ collect_ignore = ["bare_environment.py"]  # make wheel runs it; pytest would imp
 
 @pytest.fixture(autouse=True)
 def _doctest_names(doctest_namespace):
+    import torch  # here, since a run's first process only hands out tests
+
     doctest_namespace["torch"] = torch
 
 
 @pytest.fixture(autouse=True)
 def _seed():
+    import torch
+
     torch.manual_seed(0)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.adapter_contract import SAME, AdapterContract
+from support.adapter_contract import SAME, AdapterContract, CoreContract
 from support.hooked import MIXTURE, check_effects, hooked_transformer, tokens
 from support.toy_models import Snapshot, decomposition_of, keep_in_float64, substituted
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class HookedTransformerContract(AdapterContract):
         return tokens(n_examples)
 
 
-class TestBase(HookedTransformerContract):
+class TestBase(CoreContract, HookedTransformerContract):
     """Attention and a plain MLP, layer norms, learned positions"""
 
 
@@ -156,7 +156,7 @@ class TestEveryHeadOnItsOwn(HookedTransformerContract):
     names = names_of(*ATTN)
 
 
-class TestMixtureOfExperts(HookedTransformerContract):
+class TestMixtureOfExperts(CoreContract, HookedTransformerContract):
     """Mixtral: router and gated experts, rotary"""
 
     options = {**MIXTURE, "positional_embedding_type": "rotary", "norm_topk_prob": True}  # noqa: RUF012
@@ -175,7 +175,7 @@ class TestLikeGptOss(HookedTransformerContract):
         super().test_attributions_equal_finite_differences(monkeypatch)
 
 
-class TestTied(HookedTransformerContract):
+class TestTied(CoreContract, HookedTransformerContract):
     """W_U in the memory of W_E, transposed"""
 
     names = names_of(*ATTN, *MLP)[:-1]
@@ -201,7 +201,7 @@ def left_padded(*lengths: int) -> dict[str, Tensor]:
     return {"input": tokens(len(lengths), width) * attention_mask, "attention_mask": attention_mask}
 
 
-class TestPadded(HookedTransformerContract):
+class TestPadded(CoreContract, HookedTransformerContract):
     """Left-padded batches: positions are counted from the first real token, and padding has none"""
 
     def batch(self, n_examples):

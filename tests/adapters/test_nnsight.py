@@ -16,7 +16,7 @@ import pytest
 import torch
 from nnsight import Envoy, LanguageModel, NNsight, NNsightDeprecationWarning, TransformersModel
 from nnsight.intervention.interleaver import OutOfOrderError
-from support.adapter_contract import SAME, AdapterContract
+from support.adapter_contract import SAME, AdapterContract, CoreContract
 from support.toy_models import Snapshot, decomposition_of, substituted, tiny_gpt2, tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -113,15 +113,21 @@ def assert_only_nnsight(module: nn.Module) -> None:
 class NNsightContract(AdapterContract):
     host = "nnsight models"
 
-    @pytest.fixture
-    def target(self):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def made(cls):
         torch.manual_seed(0)
-        model = self.model()
+        host = cls()
+        model, batch = host.model(), host.batch(1)
         target = apd.wrap(model)
         assert target.model is model._module
-        model(self.batch(1)) if isinstance(self.batch(1), Tensor) else model(**self.batch(1))
-        yield target
-        assert_only_nnsight(target.model)
+        model(batch) if isinstance(batch, Tensor) else model(**batch)
+        return target
+
+    @pytest.fixture
+    def target(self, made):
+        yield made
+        assert_only_nnsight(made.model)
 
     def double_model(self) -> Any:
         model = self.model()
@@ -141,7 +147,7 @@ class TestSequential(NNsightContract):
         return vectors(n_examples)
 
 
-class TestGPT2(NNsightContract):
+class TestGPT2(CoreContract, NNsightContract):
     """TransformersModel, GPT-2"""
 
     n_positions = 5
@@ -161,7 +167,7 @@ class TestGPT2(NNsightContract):
         return {"input_ids": tokens(n_examples)}
 
 
-class TestHookedTransformer(NNsightContract):
+class TestHookedTransformer(CoreContract, NNsightContract):
     """NNsight of a HookedTransformer"""
 
     n_positions = 5

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.adapter_contract import AdapterContract
+from support.adapter_contract import AdapterContract, CoreContract
 from support.toy_models import TMS, ResidualMLP, TinyGPT, decomposition_of
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -59,7 +59,7 @@ class TestTrainableInPositions(TestLinear):
         return vectors(n_examples * 3, 4).unflatten(0, (n_examples, 3))
 
 
-class TestBareLinear(AdapterContract):
+class TestBareLinear(CoreContract):
     """A model that is itself the leaf."""
 
     host = TORCH
@@ -88,7 +88,7 @@ class TestTiedToy(AdapterContract):
         return {"x": vectors(n_examples, 5)}
 
 
-class TestTiedEmbeddings(AdapterContract):
+class TestTiedEmbeddings(CoreContract):
     """nn.Embedding tied to the head, positions looked up without a batch axis, Conv1D."""
 
     host = TORCH
@@ -103,32 +103,30 @@ class TestTiedEmbeddings(AdapterContract):
         return tokens(n_examples, 4, 11)
 
 
-class TestUsedTwice(AdapterContract):
+class TestUsedTwice(CoreContract):
     """One module that is called twice in a forward, with an activation that works in place."""
 
     host = TORCH
     names = ("shared.weight", "last.weight")
 
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+            self.again = self.shared
+            self.act = nn.LeakyReLU(inplace=True)
+
+        def forward(self, x):
+            return self.last(self.act(self.again(self.act(self.shared(x)))))
+
     def model(self):
-        class Twice(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.shared, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
-                self.again = self.shared
-                self.act = nn.LeakyReLU(inplace=True)
-
-            def forward(self, x):
-                return self.last(self.act(self.again(self.act(self.shared(x)))))
-
-        Twice.__qualname__ = "TestUsedTwice.Twice"
-        TestUsedTwice.Twice = Twice  # so that pickle finds it
-        return Twice()
+        return self.Twice()
 
     def batch(self, n_examples):
         return vectors(n_examples, 3)
 
 
-class TestGPT2(AdapterContract):
+class TestGPT2(CoreContract):
     """GPT-2: Conv1D with fused QKV, wte tied to lm_head, positions looked up with a batch axis of 1."""
 
     host = HUGGING_FACE
@@ -256,7 +254,7 @@ class TestBert(AdapterContract):
         return {"input_ids": tokens(n_examples, 4, 11)}
 
 
-class TestConvolutions(AdapterContract):
+class TestConvolutions(CoreContract):
     """nn.Conv2d and nn.Conv1d with stride, padding, dilation, reflection; their positions are output pixels."""
 
     host = TORCH
@@ -277,7 +275,7 @@ class TestConvolutions(AdapterContract):
         return vectors(n_examples * 2, 5 * 4).reshape(n_examples, 2, 5, 4)
 
 
-class TestViewsOfOneStorage(AdapterContract):
+class TestViewsOfOneStorage(CoreContract):
     """Two parameters that share memory, one the transpose of the other (tied); two halves of a third (not tied)."""
 
     host = TORCH

@@ -6,14 +6,15 @@ Every subclass of `AdapterContract` is one row; its row stands in the table only
 
 import inspect
 import re
+import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.adapter_contract import AdapterContract
 
-import apd_lens as apd
+if TYPE_CHECKING:
+    from support.adapter_contract import AdapterContract
 
 FILE = Path(__file__).parents[2] / "docs" / "coverage.md"
 HEAD = """# What can be decomposed
@@ -39,14 +40,14 @@ class CoverageTable:
 
     def __init__(self, config: pytest.Config):
         self.config = config
-        self.classes: dict[str, type[AdapterContract]] = {}  # of tests that run in this process
+        self.classes: dict[str, "type[AdapterContract]"] = {}  # of tests that run in this process
         self.lines: dict[str, tuple[str, str]] = {}  # class -> host and row
         self.failed: set[str] = set()
         self.refused: list[tuple[str, str, str]] = []
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        cls = getattr(item, "cls", None)
-        if cls is not None and issubclass(cls, AdapterContract):
+        cls, contract = getattr(item, "cls", None), sys.modules.get("support.adapter_contract")
+        if cls is not None and contract is not None and issubclass(cls, contract.AdapterContract):
             self.classes[class_of(item)] = cls
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -95,7 +96,9 @@ def class_of(test: pytest.Item | pytest.TestReport) -> str:
     return test.nodeid.rpartition("::")[0]
 
 
-def row(contract: AdapterContract) -> str:
+def row(contract: "AdapterContract") -> str:
+    import apd_lens as apd  # here, since a run's first process only hands out tests
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the host, on its models
         target = apd.wrap(contract.model())
@@ -106,8 +109,8 @@ def row(contract: AdapterContract) -> str:
 
 
 def variant(cls: type) -> str:
-    text = inspect.getdoc(cls)
-    if not text or text == inspect.getdoc(AdapterContract):
+    text = inspect.cleandoc(cls.__doc__ or "")
+    if not text:
         raise LookupError(f"{cls.__name__} needs a docstring that says which variant of {cls.host} it is")
     return " ".join(text.partition("\n\n")[0].split()).rstrip(".").replace("|", "/")
 
