@@ -1,0 +1,49 @@
+import json
+from dataclasses import dataclass
+
+import pytest
+
+import apd_lens as apd
+from apd_lens._codec import UserFunction, decode_settings, encode_settings, saved
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        apd.Losses(simplicity=apd.HoldThenDecay(0.3), path=apd.Ramp(0.0, 1.0), hidden=1.0, hidden_at=("a", "b")),
+        apd.BatchTopK(apd.masks.Needed(now=2.5), least=0.1),
+        apd.Lp(0.7, threshold=0.2),
+        apd.ClusterMoves(every=7),
+        apd.IntegratedGradients(3, "zero", "exact"),
+    ],
+    ids=lambda settings: type(settings).__name__,
+)
+def test_settings_come_back_from_json(settings):
+    assert decode_settings(json.loads(json.dumps(encode_settings(settings)))) == settings
+
+
+def test_functions_are_saved_by_name_alone():
+    def twice(batch):
+        return 2.0
+
+    loaded = decode_settings(encode_settings(apd.BatchTopK(twice))).k
+    assert isinstance(loaded, UserFunction)
+    assert "twice" in repr(loaded)
+    with pytest.raises(apd.ArtifactError, match="twice was not saved with the decomposition"):
+        loaded(None)
+    assert encode_settings(loaded) == encode_settings(twice)
+
+
+@pytest.mark.parametrize("value", [{"type": "Nothing"}, {"k": 1}, {"type": "TopK", "k": 1, "more": 2}])
+def test_what_is_no_setting_is_refused(value):
+    with pytest.raises(apd.ArtifactError, match="none that this apd_lens knows"):
+        decode_settings(value)
+
+
+def test_a_name_that_is_taken_is_refused():
+    @dataclass(frozen=True)
+    class TopK:
+        k: int
+
+    with pytest.raises(TypeError, match=r"TopK is taken by apd_lens\.masks"):
+        saved(TopK)
