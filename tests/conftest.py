@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 from jaxtyping import install_import_hook
 
@@ -23,3 +26,35 @@ def _seed():
     import torch
 
     torch.manual_seed(0)
+
+
+# `-m quick`: all doctests, and the modules of tests that import no host and start no process, but for these.
+LONG = """
+    test_gradient test_products test_habits test_interrupts test_owner test_plots test_no_waiting test_toys
+    test_substituted_weights test_benchmarks test_files test_docs
+""".split()
+SLOW_IMPORT = re.compile(
+    r"^ *(from|import) ((transformer_lens|transformers|nnsight|sae_lens|pyvene|subprocess)\b"
+    r"|support\.(attribution_hosts|bridges|examples|hooked|outside|padding|tools)\b|support import .*outside)"
+    r"|tiny_gpt2|tiny_llama|importorskip\(\"(transformer_lens|nnsight|sae_lens)",
+    re.MULTILINE,
+)
+
+
+def is_quick(file: Path) -> bool:
+    if not file.name.startswith("test_"):
+        return True
+    return file.stem not in LONG and not SLOW_IMPORT.search(file.read_text(encoding="utf-8"))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Of a quick run the other modules are not imported either."""
+    is_other = collection_path.is_file() and not is_quick(collection_path)
+    return True if config.option.markexpr == "quick" and is_other else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    quick = {path for path in {item.path for item in items} if is_quick(path)}
+    for item in items:
+        if item.path in quick:
+            item.add_marker(pytest.mark.quick)

@@ -327,6 +327,5 @@ class CoreContract(AdapterContract):
         assert decomposition.attributions(self.batch(3)).shape[-1] == 3
 
 
-
 def _fail(module: nn.Module, args: Any, output: Any) -> None:
     raise RuntimeError("in the middle of a forward")

@@ -3,23 +3,26 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 import apd_lens as apd
 from apd_lens.decomposition._decomposition import Decomposition
+
+if TYPE_CHECKING:  # seconds of imports, so only where a test makes one
+    from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 
 class TMS(nn.Module):
     """Toy model of superposition: relu((x @ W) @ Wᵀ + b), with one W in two layers."""
 
     def __init__(self, n_features: int, d_hidden: int):
+        from transformers.pytorch_utils import Conv1D
+
         super().__init__()
         self.linear1 = Conv1D(d_hidden, n_features)
         self.linear2 = nn.Linear(d_hidden, n_features)
@@ -52,6 +55,8 @@ class TinyGPT(nn.Module):
     """Token and position embeddings (looked up by arange, without a batch axis), causal averaging, a tied head."""
 
     def __init__(self, d_vocab: int = 11, d_model: int = 6, n_ctx: int = 7):
+        from transformers.pytorch_utils import Conv1D
+
         super().__init__()
         self.wte = nn.Embedding(d_vocab, d_model)
         self.wpe = nn.Embedding(n_ctx, d_model)
@@ -66,14 +71,18 @@ class TinyGPT(nn.Module):
         return self.head(r + self.proj(torch.tanh(self.fc(averaged))))
 
 
-def tiny_gpt2(**changes: Any) -> GPT2LMHeadModel:
+def tiny_gpt2(**changes: Any) -> "GPT2LMHeadModel":
     """Hugging Face's GPT-2 with random weights: two layers, wte tied to lm_head."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     sizes = {"vocab_size": 13, "n_positions": 12, "n_embd": 8, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
     return GPT2LMHeadModel(GPT2Config(**{**sizes, **changes})).eval()
 
 
-def tiny_llama(**changes: Any) -> LlamaForCausalLM:
+def tiny_llama(**changes: Any) -> "LlamaForCausalLM":
     """Hugging Face's Llama with random weights: two layers, two query heads to one key and value head, a gated MLP."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     sizes = {
         "vocab_size": 13,
         "hidden_size": 8,
