@@ -5,13 +5,14 @@ import pytest
 
 import apd_lens as apd
 from apd_lens._codec import UserFunction, decode_settings, encode_settings, saved
+from apd_lens.masks._selection import Needed
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         apd.Losses(simplicity=apd.HoldThenDecay(0.3), path=apd.Ramp(0.0, 1.0), hidden=1.0, hidden_at=("a", "b")),
-        apd.BatchTopK(apd.masks.Needed(now=2.5), least=0.1),
+        apd.BatchTopK(Needed(now=2.5), least=0.1),
         apd.Lp(0.7, threshold=0.2),
         apd.ClusterMoves(every=7),
         apd.IntegratedGradients(3, "zero", "exact"),

@@ -37,7 +37,7 @@ def dropout_mlp() -> nn.Sequential:
 @pytest.mark.parametrize("host", faults.hosts())
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # HookedTransformer is deprecated
 def test_at_lines(host: str, use: Callable[[faults.Host], None]):
-    lines = 20 if host == "torch MLP" else 4
+    lines = 8 if host == "torch MLP" else 2
     counts, found = faults.trials(faults.hosts()[host], use, lines, moments=0, seed=0)
     assert found == []
     assert counts["interrupted"] >= lines // 2  # the first run, which is counted, may have more lines than others

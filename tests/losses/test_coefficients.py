@@ -36,7 +36,7 @@ def measured(losses, seed):
         return torch.eye(6)[torch.randint(6, (n,), generator=generator)] * torch.randn(n, 1, generator=generator)
     decomposition = apd.decompose(
         model, lambda step: batch(32), ["layers.*"], n_components=8, rank=2, selection=apd.TopK(1),
-        losses=losses, optimization=apd.Optimization(steps=100, lr=1e-2, scaled=False, init_scale=1.0), moves=None,
+        losses=losses, optimization=apd.Optimization(steps=50, lr=1e-2, scaled=False, init_scale=1.0), moves=None,
         seed=seed, progress=False,
     )
     x, seen = batch(512), {}

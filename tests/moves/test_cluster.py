@@ -178,7 +178,7 @@ TMS_5_2 = """
 import torch, apd_lens as apd
 from apd_lens import metrics, toys
 torch.set_num_threads(1)
-target = toys.train_tms(5, 2, steps=1500)
+target = toys.train_tms(5, 2, steps=600, lr=2e-2)
 decomposition = apd.decompose(
     target.model, target.batches(512, seed=1), "linear1*", n_components=5, rank=2,
     selection=apd.BatchTopK(apd.Ramp(0.25, 0.44)),
