@@ -29,10 +29,13 @@ def _seed():
 
 
 # `-m quick`: all doctests, and the modules of tests that import no host and start no process, but for these.
-LONG = """
+LONG = re.findall(
+    r"\w+",
+    """
     test_gradient test_products test_habits test_interrupts test_owner test_plots test_no_waiting test_toys
     test_substituted_weights test_benchmarks test_files test_docs
-""".split()
+    """,
+)
 SLOW_IMPORT = re.compile(
     r"^ *(from|import) ((transformer_lens|transformers|nnsight|sae_lens|pyvene|subprocess)\b"
     r"|support\.(attribution_hosts|bridges|examples|hooked|outside|padding|tools)\b|support import .*outside)"

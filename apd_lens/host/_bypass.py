@@ -321,7 +321,8 @@ class _Operators(Part):
     def undo(self) -> None:
         if self._mode in _python_dispatch._get_current_dispatch_mode_stack():
             _python_dispatch._pop_mode()
-        vars(_python_dispatch).update(self._flags)
+        for name, flag in self._flags.items():
+            setattr(_python_dispatch, name, flag)
         if set_flag := getattr(_python_dispatch, "set_is_in_mode_without_ignore_compile_internals", None):
             set_flag(self._flags["_is_in_any_mode_without_ignore_compile_internals"])
         if self._separation in _get_current_function_mode_stack():

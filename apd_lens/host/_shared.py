@@ -137,6 +137,7 @@ class Separation(TorchFunctionMode):
         followed: list[_Followed] = [self._followed[tensor] for tensor in given]
         places = frozenset[Place]().union(*(each.places for each in followed))
         run = partial(self._run, func, args, kwargs)
+        of_each, of_one = [], dict[int, list[Tensor]]()
         try:
             with torch.no_grad(), _disable_current_modes():
                 of_each = run(lambda each: each.of_each)

@@ -40,7 +40,7 @@ class CoverageTable:
 
     def __init__(self, config: pytest.Config):
         self.config = config
-        self.classes: dict[str, "type[AdapterContract]"] = {}  # of tests that run in this process
+        self.classes: dict[str, type[AdapterContract]] = {}  # of tests that run in this process
         self.lines: dict[str, tuple[str, str]] = {}  # class -> host and row
         self.failed: set[str] = set()
         self.refused: list[tuple[str, str, str]] = []
