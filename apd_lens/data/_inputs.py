@@ -54,7 +54,7 @@ class Inputs:
     n_examples: int
     main_axes: int
     valid: Valid
-    encoder_valid: Valid
+    encoder_valid: Bool[Tensor, "batch encoder_pos"] | None
     attends: Bool[Tensor, "batch query key"] | None
     sure: frozenset[Key]
     doubtful: frozenset[Key]
@@ -317,7 +317,7 @@ def _checked(valid: Any, n: int) -> Bool[Tensor, "batch pos"]:
 
 def _of_masks(
     given: Mapping[Key, Any], n: int, main: Tensor | None, model: nn.Module | None
-) -> tuple[Valid, Valid, Bool[Tensor, "batch query key"] | None]:
+) -> tuple[Valid, Bool[Tensor, "batch encoder_pos"] | None, Bool[Tensor, "batch query key"] | None]:
     """What masks say: `valid`, `encoder_valid` and `attends` of `Inputs`."""
     mask = _first(given, _MASKS)
     inverted = _first(given, ("tgt_key_padding_mask",) if "tgt" in given else _INVERTED_MASKS)
