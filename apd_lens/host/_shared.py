@@ -21,6 +21,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 # A site, and the shape of its x.
 Place = tuple[str, torch.Size]
+# What computes nothing.
+_OF_GRADIENTS = (Tensor.register_hook, Tensor.retain_grad, Tensor.requires_grad_)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,12 +134,13 @@ class Separation(TorchFunctionMode):
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         given = [tensor for tensor in tensors if tensor in self._followed]
-        if self.aside or not given:
+        if self.aside or not given or func in _OF_GRADIENTS:
             return func(*args, **kwargs)
         followed: list[_Followed] = [self._followed[tensor] for tensor in given]
         places = frozenset[Place]().union(*(each.places for each in followed))
         run = partial(self._run, func, args, kwargs)
-        of_each, of_one = [], dict[int, list[Tensor]]()
+        of_each: list[Tensor] = []
+        of_one: dict[int, list[Tensor]] = {}
         try:
             with torch.no_grad(), _disable_current_modes():
                 of_each = run(lambda each: each.of_each)

@@ -151,7 +151,7 @@ def keep_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Tensor, "float", lambda x: to(x, keep(x, torch.float32)))
     monkeypatch.setattr(Tensor, "to", lambda x, *args, **kwargs: to(x, *(keep(x, arg) for arg in args), **kwargs))
-    monkeypatch.setattr(F, "softmax", lambda x, dim, dtype=None: softmax(x, dim, dtype=keep(x, dtype)))
+    monkeypatch.setattr(F, "softmax", lambda x, dim, dtype=None, **_: softmax(x, dim, dtype=keep(x, dtype)))
 
 
 @contextmanager
