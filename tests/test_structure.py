@@ -81,3 +81,52 @@ def test_what_is_private_in_a_decomposition_is_used_in_its_room_alone(folder: st
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
                 assert not ast.unparse(node.value).endswith("decomposition"), f"{file}:{node.lineno}"
+
+
+# Modules whose tests are those of another module, which is nothing without them.
+TESTED_WITH = {
+    "attribution/attribution": "attribution/gradient",
+    "attribution/effects": "attribution/gradient",
+    "attribution/linearity": "attribution/pushforward",
+    "attribution/over_outputs": "attribution/gradient",
+    "attribution/pullback": "attribution/gradient",
+    "compare/activations": "compare/matching",
+    "compare/attribution_map": "compare/architecture",
+    "compare/circuit_files": "compare/circuits",
+    "compare/directions": "compare/matching",
+    "compare/gates": "compare/location",
+    "compare/splice": "compare/faithfulness",
+    "decomposition/load": "decomposition/artifact",
+    "decomposition/observed": "decomposition/decomposition",
+    "host/adapter": "host/torch_modules",
+    "host/patch": "host/interrupts",
+    "losses/terms": "losses/losses",
+    "plots/attributions": "plots/plots",
+    "plots/draw": "plots/plots",
+    "plots/runs": "plots/plots",
+    "plots/watch": "plots/monitor",
+    "plots/weights": "plots/plots",
+    "report/collect": "report/report",
+    "report/examples": "report/report",
+    "report/figures": "report/report",
+    "report/page": "report/report",
+    "responses/ablation": "responses/responses",
+    "responses/groups": "responses/responses",
+    "responses/top": "responses/responses",
+    "training/step": "training/loop",
+    "training/streams": "training/loop",
+}
+
+
+def test_every_module_has_a_test_of_its_name():
+    """apd_lens/room/_module.py -> tests/room/test_module.py."""
+    missing = []
+    for name, file in MODULES.items():
+        if not name.startswith("apd_lens") or file.name == "__init__.py":
+            continue
+        module = "/".join([*name.split(".")[1:-1], file.stem.removeprefix("_")])
+        folder, _, stem = TESTED_WITH.get(module, module).rpartition("/")
+        if not (ROOT / "tests" / folder / f"test_{stem}.py").exists():
+            missing.append(module)
+    assert not missing
+    assert not [m for m in TESTED_WITH if (ROOT / "tests" / Path(m).with_name(f"test_{Path(m).name}.py")).exists()]
