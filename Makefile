@@ -1,5 +1,5 @@
 # make demo    trains, decomposes and measures the example of the README
-# make test    runs all tests
+# make test    runs all tests; ARGS="-m quick" a few hundred in less than a minute
 # make test-tl4        runs the tests of TransformerBridge with transformer-lens 4, in an environment of its own
 # make coverage-table  makes docs/coverage.md anew
 # make docs    builds the documentation under build/site
@@ -41,12 +41,12 @@ test: .venv/installed
 	touch $@
 
 test-tl4: .venv-tl4/installed
-	OMP_NUM_THREADS=1 .venv-tl4/bin/python -m pytest -n auto --dist worksteal tests/test_bridge.py \
-		tests/test_imports.py tests/test_unsupported_hosts.py $(ARGS)
+	OMP_NUM_THREADS=1 .venv-tl4/bin/python -m pytest -n auto --dist worksteal tests/adapters/test_bridge.py \
+		tests/test_imports.py tests/host/test_unsupported_hosts.py $(ARGS)
 
 coverage-table: .venv/installed
-	$(BIN)/python -m pytest --coverage-table -q tests/test_torch_modules.py tests/test_hooked_transformer.py \
-		tests/test_bridge.py tests/test_nnsight.py
+	$(BIN)/python -m pytest --coverage-table -q tests/host/test_torch_modules.py \
+		tests/adapters/test_hooked_transformer.py tests/adapters/test_bridge.py tests/adapters/test_nnsight.py
 
 # Without network; a warning is an error.
 docs: .venv/installed
