@@ -106,7 +106,7 @@ def areas(
     found["shuffled labels, surprise"] = scores.surprise[shuffled]
     print(f"\n{data.name}: {len(data.anomalous)} beside {len(data.normal)} normal ones; AUROC\n{monitor}")
     for name, score in found.items():
-        print(f"{name:38}{watch.auroc(score, anomalous):8.3f}")
+        print(f"{name:38}{apd.metrics.auroc(score, anomalous):8.3f}")
     return found, anomalous
 
 

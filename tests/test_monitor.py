@@ -127,15 +127,15 @@ def test_combinations_never_seen_are_found_and_by_random_components_are_not():
     x, anomalous = torch.cat([normal, odd]), torch.arange(600) >= 300
     decomposition = known_parts(apd.Lp(threshold=0.1), scale=0.9)
     scores = watch.fit(decomposition, [reference]).score(x)
-    assert watch.auroc(scores.surprise, anomalous) == 1
+    assert apd.metrics.auroc(scores.surprise, anomalous) == 1
     found = zip(scores.component[300:].tolist(), scores.given[300:].tolist(), strict=True)
     assert {frozenset(pair) for pair in found} == {frozenset((0, 1)), frozenset((2, 3))}
-    assert abs(watch.auroc(scores.residual, anomalous) - 0.5) < 0.1
-    shuffled = watch.auroc(scores.surprise, anomalous[torch.randperm(600, generator=generator)])
+    assert abs(apd.metrics.auroc(scores.residual, anomalous) - 0.5) < 0.1
+    shuffled = apd.metrics.auroc(scores.surprise, anomalous[torch.randperm(600, generator=generator)])
     assert abs(shuffled - 0.5) < 0.1
     null = replace(known_parts(apd.BatchTopK(2.0)), components=apd.random_components(decomposition.components, 1))
-    assert watch.auroc(watch.fit(null, [reference]).score(x).surprise, anomalous) < 0.8
-    assert watch.auroc(watch.mahalanobis([reference]).score(x), anomalous) == 1
+    assert apd.metrics.auroc(watch.fit(null, [reference]).score(x).surprise, anomalous) < 0.8
+    assert apd.metrics.auroc(watch.mahalanobis([reference]).score(x), anomalous) == 1
 
 
 @pytest.mark.parametrize("granularity", ["example", "position"])
@@ -281,16 +281,16 @@ def test_mahalanobis_by_hand():
     ],
 )
 def test_auroc(scores: list[float], anomalous: list[int], expected: float):
-    assert watch.auroc(torch.tensor(scores).float(), torch.tensor(anomalous).bool()) == pytest.approx(expected)
+    assert apd.metrics.auroc(torch.tensor(scores).float(), torch.tensor(anomalous).bool()) == pytest.approx(expected)
 
 
 def test_what_has_no_auroc():
     came = outside.errors_of(
         "import torch\nimport apd_lens as apd\nones = torch.ones(3)",
         [
-            "apd.monitor.auroc(ones, ones.bool())",
-            "apd.monitor.auroc(ones / 0 * 0, torch.tensor([True, False, False]))",
-            "apd.monitor.auroc(ones, torch.ones(4).bool())",
+            "apd.metrics.auroc(ones, ones.bool())",
+            "apd.metrics.auroc(ones / 0 * 0, torch.tensor([True, False, False]))",
+            "apd.metrics.auroc(ones, torch.ones(4).bool())",
         ],
     )
     assert came[0].startswith("InvalidSetting: AUROC compares anomalous with normal data points, got 3 anomalous and 0")

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import apd_lens as apd
 from apd_lens import compare
+from apd_lens.host._sites import reading
 
 
 def test_cosines_of_rank_one_are_those_of_the_directions():
@@ -223,7 +224,7 @@ def test_activity_on_positions_leaves_padding_out(granularity):
     dictionary = compare.Dictionary.neurons("transformer.h.0.mlp.act", 32)
     match = compare.activation_match(decomposition, [batch], dictionary, pool="max")
     assert match.n == (4 if granularity == "example" else sum(lengths))
-    with compare._sites.reading(model, [dictionary.site]) as kept:
+    with reading(model, [dictionary.site]) as kept:
         model(**batch)
     active = kept[dictionary.site] > 0
     real = attention_mask.bool()
