@@ -27,7 +27,7 @@ from apd_lens._files import user_path
 from apd_lens._memory import fitting
 from apd_lens.components._components import ParameterComponents
 from apd_lens.data._batch import Batch
-from apd_lens.data._points import Real, mean_over_positions, one_row, zero_at_padding
+from apd_lens.data._points import Valid, mean_over_positions, one_row, zero_at_padding
 from apd_lens.data._stream import one_pass
 from apd_lens.decomposition._artifact import read_tensors, write_tensors
 from apd_lens.decomposition._decomposition import Decomposition, output_with
@@ -71,7 +71,8 @@ class Monitor:
         selection: decides which components are active on a data point, independently of the rest of its batch.
         n_data_points: number of data points in the reference data.
         n_empty: number of these on which no component was active.
-        together: number of data points on which two components were active together; on the diagonal, on which one was.
+        coactivation: number of data points on which two components were active together; on the diagonal, on which one
+            was.
         residual_floor, residual_mean, residual_std: the floor is a thousandth of the mean distance; mean and standard
             deviation are those of log(distance + floor). The standard deviation is 1 where all distances are equal.
     """
@@ -80,7 +81,7 @@ class Monitor:
     selection: Selection
     n_data_points: int
     n_empty: int
-    together: Float[Tensor, "C C"]
+    coactivation: Float[Tensor, "C C"]
     residual_floor: float
     residual_mean: float
     residual_std: float
@@ -95,7 +96,7 @@ class Monitor:
         some = self.decomposition.observe(batch)
         mask = self.selection(some.attributions, some.valid)
         distance = _distances(self.decomposition, some, mask)
-        table = rarity(self.together, self.n_data_points)
+        table = rarity(self.coactivation, self.n_data_points)
         empty = -math.log((self.n_empty + 0.5) / (self.n_data_points + 1))
         surprise, component, given = _rarest(table.to(mask.device), mask.flatten(0, -2), empty)
         residual = ((distance + self.residual_floor).log() - self.residual_mean) / self.residual_std
@@ -117,7 +118,7 @@ class Monitor:
         numbers = [self.n_data_points, self.n_empty, self.residual_floor, self.residual_mean, self.residual_std]
         write_tensors(
             user_path(path),
-            {"together": self.together.cpu(), "numbers": torch.tensor(numbers, dtype=torch.float64, device="cpu")},
+            {"together": self.coactivation.cpu(), "numbers": torch.tensor(numbers, dtype=torch.float64, device="cpu")},
             {
                 "format": _FORMAT,
                 "selection": json.dumps(encode_settings(self.selection)),
@@ -126,10 +127,10 @@ class Monitor:
         )
 
     def __repr__(self) -> str:
-        often = self.together.diagonal().sum().item() / self.n_data_points
-        never = int((self.together.diagonal() == 0).sum())
+        often = self.coactivation.diagonal().sum().item() / self.n_data_points
+        never = int((self.coactivation.diagonal() == 0).sum())
         return (
-            f"Monitor of {len(self.together)} components on {self.n_data_points} data points of reference: "
+            f"Monitor of {len(self.coactivation)} components on {self.n_data_points} data points of reference: "
             f"{often:.3g} are active on a data point, {never} never are"
         )
 
@@ -153,7 +154,7 @@ def fit(decomposition: Decomposition, batches: Iterable[Batch], *, k: K | None =
         NonFinite: a batch, or the output, holds NaN or infinity.
     """
     n_components = decomposition.components.n_components
-    together = torch.zeros(n_components, n_components, dtype=torch.float64, device="cpu")
+    coactivation = torch.zeros(n_components, n_components, dtype=torch.float64, device="cpu")
     n_data_points, n_empty, thresholds, distances = 0, 0, [], []
     selection = with_k(decomposition.settings.selection, k)
     for batch in one_pass(batches):
@@ -161,7 +162,7 @@ def fit(decomposition: Decomposition, batches: Iterable[Batch], *, k: K | None =
         active = some.data(some.mask)
         n_data_points += len(active)
         n_empty += int((~active.any(1)).sum())
-        add_coactivation(together, active)
+        add_coactivation(coactivation, active)
         if isinstance(selection, BatchTopK) and bool(active.any()):
             thresholds.append(some.attributions[some.mask].min().item())
         distances.append(one_row(_distances(decomposition, some, some.mask), some.valid).cpu())
@@ -179,7 +180,7 @@ def fit(decomposition: Decomposition, batches: Iterable[Batch], *, k: K | None =
         selection=selection,
         n_data_points=n_data_points,
         n_empty=n_empty,
-        together=together,
+        coactivation=coactivation,
         residual_floor=floor,
         residual_mean=logarithms.mean().item(),
         residual_std=logarithms.std().item() or 1.0,
@@ -222,40 +223,46 @@ def _monitor_of(decomposition: Decomposition, tensors: dict[str, Tensor], select
         KeyError, ValueError: it holds something else.
     """
     n_components = decomposition.components.n_components
-    together, numbers = tensors["together"], tensors["numbers"]
-    if together.shape != (n_components, n_components) or numbers.shape != (5,):
-        raise ArtifactError(f"the shapes are {tuple(together.shape)} and {tuple(numbers.shape)}")
-    for name, values in (("together", together), ("numbers", numbers)):
+    coactivation, numbers = tensors["together"], tensors["numbers"]
+    if coactivation.shape != (n_components, n_components) or numbers.shape != (5,):
+        raise ArtifactError(f"the shapes are {tuple(coactivation.shape)} and {tuple(numbers.shape)}")
+    for name, values in (("together", coactivation), ("numbers", numbers)):
         if values.dtype not in (torch.float32, torch.float64) or not bool(values.isfinite().all()):
             raise ArtifactError(f"{name}, of {values.dtype}, must be finite and of float32 or float64")
     n_data_points, n_empty, floor, mean, std = numbers.tolist()
-    if not 0 <= n_empty <= n_data_points or n_data_points < 2 or floor <= 0 or std <= 0 or bool((together < 0).any()):
+    if (
+        not 0 <= n_empty <= n_data_points
+        or n_data_points < 2
+        or floor <= 0
+        or std <= 0
+        or bool((coactivation < 0).any())
+    ):
         raise ArtifactError(f"the numbers {numbers.tolist()} are not possible")
     if not isinstance(selection, TopK | Lp) or selection.granularity != decomposition.settings.selection.granularity:
         raise ArtifactError(f"the selection {selection!r:.80} is not that of a monitor of this decomposition")
     selection.check(n_components)
     if isinstance(selection, Lp) and selection.threshold is None:
         raise ArtifactError(f"{selection} has no threshold")
-    return Monitor(decomposition, selection, int(n_data_points), int(n_empty), together, floor, mean, std)
+    return Monitor(decomposition, selection, int(n_data_points), int(n_empty), coactivation, floor, mean, std)
 
 
 @checked
-def rarity(together: Float[Tensor, "C C"], n_data_points: int) -> Float[Tensor, "given C"]:
+def rarity(coactivation: Float[Tensor, "C C"], n_data_points: int) -> Float[Tensor, "given C"]:
     """−log p(c | e) in nats: how rare it is that component c is active where e is. The last row has −log p(c).
 
     p(c) = (n_c + ½) / (n + 1) and p(c | e) = p(c) · (n_ce + 1) / (n_e p(c) + 1): by as much below p(c) as the pair was
     seen less often than by chance, one being added to both, so that a pair that chance itself would hardly have
     brought says nothing. The diagonal is −∞: no component is rare where it is.
 
-    >>> together = torch.tensor([[50.0, 0.0], [0.0, 25.0]])  # never both, on 99 data points
-    >>> rarity(together, 99).exp()
+    >>> coactivation = torch.tensor([[50.0, 0.0], [0.0, 25.0]])  # never both, on 99 data points
+    >>> rarity(coactivation, 99).exp()
     tensor([[ 0.0000, 53.9216],
             [26.9802,  0.0000],
             [ 1.9802,  3.9216]])
     """
-    n_active = together.diagonal()
+    n_active = coactivation.diagonal()
     p = (n_active + 0.5) / (n_data_points + 1)
-    beside = p * (together + 1) / (n_active[:, None] * p + 1)
+    beside = p * (coactivation + 1) / (n_active[:, None] * p + 1)
     return torch.cat([-beside.log().fill_diagonal_(torch.inf), -p.log()[None]])
 
 
@@ -303,8 +310,8 @@ def _distances(
     return distance.expand(mask.shape[:-1]).clone()
 
 
-def _without_padding(values: Float[Tensor, "batch *pos"], real: Real) -> Float[Tensor, "batch *pos"]:
-    return zero_at_padding(values[..., None], real)[..., 0]
+def _without_padding(values: Float[Tensor, "batch *pos"], valid: Valid) -> Float[Tensor, "batch *pos"]:
+    return zero_at_padding(values[..., None], valid)[..., 0]
 
 
 def _digest(components: ParameterComponents) -> str:

@@ -83,7 +83,7 @@ class Kept:
         except apd.ArtifactError:
             return False
         return any(same(loaded, each) for each in self.decompositions) and any(
-            torch.equal(monitor.together, each.together) and monitor.residual_mean == each.residual_mean
+            torch.equal(monitor.coactivation, each.coactivation) and monitor.residual_mean == each.residual_mean
             for each in self.monitors
         )
 

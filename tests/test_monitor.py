@@ -44,7 +44,9 @@ REFERENCE = pairs(*[(0, 1)] * 60, *[(0,)] * 30, *[(2,)] * 9, ())
 
 def test_counts_are_those_of_the_active_components():
     monitor = watch.fit(known_parts(apd.Lp(threshold=0.1)), REFERENCE.split(7))
-    assert_close(monitor.together, torch.tensor([[90, 60, 0, 0], [60, 60, 0, 0], [0, 0, 9, 0], [0, 0, 0, 0]]).double())
+    assert_close(
+        monitor.coactivation, torch.tensor([[90, 60, 0, 0], [60, 60, 0, 0], [0, 0, 9, 0], [0, 0, 0, 0]]).double()
+    )
     assert (monitor.n_data_points, monitor.n_empty) == (100, 1)
     assert str(monitor) == (
         "Monitor of 4 components on 100 data points of reference: 1.59 are active on a data point, 1 never are"
@@ -110,7 +112,7 @@ def test_the_rest_of_the_batch_does_not_matter():
 def test_k_as_in_select():
     decomposition = known_parts(apd.TopK(1))
     assert watch.fit(decomposition, [REFERENCE + 0.01], k=2).selection == apd.TopK(2)
-    assert watch.fit(decomposition, [REFERENCE + 0.01]).together.diagonal().sum() == 100
+    assert watch.fit(decomposition, [REFERENCE + 0.01]).coactivation.diagonal().sum() == 100
 
 
 def correlated(n: int, forbidden: bool, generator: torch.Generator) -> Tensor:
@@ -240,7 +242,7 @@ def test_a_monitor_of_the_first_release_loads(tmp_path):
     monitor.save(tmp_path / "new")
     tensors, about, _ = _artifact.read_tensors(tmp_path / "new", at_most=10**4)
     safetensors.torch.save_file(tensors, tmp_path / "old", about | {"format": "apd_lens monitor 1"})
-    assert torch.equal(watch.load(tmp_path / "old", decomposition).together, monitor.together)
+    assert torch.equal(watch.load(tmp_path / "old", decomposition).coactivation, monitor.coactivation)
 
 
 def test_what_cannot_be_a_reference_is_refused():

@@ -97,7 +97,6 @@ TESTED_WITH = {
     "compare/gates": "compare/location",
     "compare/splice": "compare/faithfulness",
     "decomposition/load": "decomposition/artifact",
-    "decomposition/observed": "decomposition/decomposition",
     "host/adapter": "host/torch_modules",
     "host/patch": "host/interrupts",
     "losses/terms": "losses/losses",
@@ -114,7 +113,6 @@ TESTED_WITH = {
     "responses/groups": "responses/responses",
     "responses/top": "responses/responses",
     "training/step": "training/loop",
-    "training/streams": "training/loop",
 }
 
 

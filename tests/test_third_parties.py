@@ -37,7 +37,7 @@ class AboveHalf:
 
     granularity: str = "example"
 
-    def __call__(self, attributions: Tensor, real: Tensor | None = None) -> Tensor:
+    def __call__(self, attributions: Tensor, valid: Tensor | None = None) -> Tensor:
         return attributions > 0.5 * attributions.amax(-1, keepdim=True)
 
     def at(self, progress: float, batch: Any) -> "AboveHalf":

@@ -33,7 +33,7 @@ class ActivationAttribution:
         with torch.no_grad():
             for call in watched.again(components, slice(None)).calls:
                 norms = component_outputs(call.x, *components.factors(call.use)).square().sum(-1)
-                norms = zero_at_padding(norms, watched.real)
+                norms = zero_at_padding(norms, watched.valid)
                 if granularity == "example" and norms.ndim > 2:
                     norms = norms.sum(tuple(range(1, norms.ndim - 1)))
                 total = norms if total is None else total + norms

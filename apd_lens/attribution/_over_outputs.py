@@ -25,7 +25,7 @@ def mean_over_outputs(
         watched.check_padding_of_positions()
     n_outputs = watched.n_outputs(torch.Size([len(watched.output), *squares.shape[1:-1]]))[examples].to(squares.dtype)
     n_outputs = n_outputs.reshape(*n_outputs.shape, *[1] * (squares.ndim - n_outputs.ndim))
-    return zero_at_padding(squares / n_outputs, None if watched.real is None else watched.real[examples])
+    return zero_at_padding(squares / n_outputs, None if watched.valid is None else watched.valid[examples])
 
 
 def sum_of_squares(effects: Float[Tensor, "v *data C"]) -> Float[Tensor, "*data C"]:

@@ -85,7 +85,7 @@ def jacobians_in_parts(
     if len(parts) == 1:
         yield watched, _chunks(watched, root, slopes, readout, cotangents, memory)
         return
-    watched.spent = True  # what is left of its graph is not worth keeping
+    watched.graph_freed = True  # what is left of its graph is not worth keeping
     for examples in parts:
         part = watched.again(None, examples)
         yield part, _chunks(part, *_root(part, cotangents), readout, cotangents, memory)
@@ -132,7 +132,7 @@ def _chunks(
         for call, maps in readout.affine.items():
             of_calls[call] = [(direct[ys[call]], None), *((known[b], M) for b, M in maps.items())]
         jacobians = Jacobians(of_calls, None if slopes is None else slopes[some])
-        watched.spent = watched.spent or (bool(readout.stages) and is_last)
+        watched.graph_freed = watched.graph_freed or (bool(readout.stages) and is_last)
         if is_last and some.start == 0 and cotangents.exact:  # good for the same batch the next time too
             watched.jacobians = jacobians
         yield jacobians

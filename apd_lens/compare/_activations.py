@@ -14,7 +14,7 @@ from apd_lens._errors import InvalidBatches, InvalidSetting, ShapeMismatch
 from apd_lens.compare._dictionaries import Dictionary, Latents, moved
 from apd_lens.compare._matching import Matching, matching, side_by_side, with_null
 from apd_lens.data._batch import Batch
-from apd_lens.data._points import Real, padded
+from apd_lens.data._points import Valid, padded
 from apd_lens.data._stream import one_pass
 from apd_lens.decomposition._decomposition import Decomposition
 from apd_lens.host._sites import reading
@@ -80,7 +80,7 @@ class ActivationMatch:
 
     def table(self, of: Literal["component", "latent"] = "component") -> pd.DataFrame:
         """One row for each component, or latent, that is ever active, with all measures of its best match."""
-        frame = self.found.table(of).rename(columns={"likeness": self.by, "its likeness": f"its {self.by}"})
+        frame = self.found.table(of).rename(columns={"similarity": self.by, "its similarity": f"its {self.by}"})
         pairs = ("component", "best latent") if of == "component" else ("best component", "latent")
         c, latent = (torch.from_numpy(frame[column].to_numpy(copy=True)) for column in pairs)
         shares = {"active": self.component_active[c] if of == "component" else self.latent_active[latent]}
@@ -231,13 +231,13 @@ def _data_points(
 def of_data_points(
     latents: Latents,
     attributions: Float[Tensor, "batch *data_pos C"],
-    real: Real,
+    valid: Valid,
     granularity: Literal["example", "position"],
     pool: Pool,
 ) -> Float[Tensor, "batch *data_pos latents"]:
     """Latents of the data points that the attributions are of."""
     if granularity == "example":
-        latents = pooled(latents, real, pool)
+        latents = pooled(latents, valid, pool)
     if latents.shape[:-1] != attributions.shape[:-1]:
         raise ShapeMismatch(
             f"Data points are {tuple(attributions.shape[:-1])}, of granularity {granularity!r}, but the dictionary's "
@@ -246,19 +246,19 @@ def of_data_points(
     return latents
 
 
-def pooled(latents: Latents, real: Real, pool: Pool = "max") -> Float[Tensor, "batch latents"]:
+def pooled(latents: Latents, valid: Valid, pool: Pool = "max") -> Float[Tensor, "batch latents"]:
     """Latents of an example: the largest or the mean over its positions, or those of the last one; without padding."""
     if pool not in ("max", "mean", "last"):
         raise InvalidSetting(f'pool is "max", "mean" or "last", got {pool!r}.')
     if latents.ndim == 2:
         return latents
-    real = padded(latents, real)
+    valid = padded(latents, valid)
     flat = latents.flatten(1, -2)
-    if real is None:
+    if valid is None:
         return flat.amax(1) if pool == "max" else flat.mean(1) if pool == "mean" else flat[:, -1]
     if pool == "max":
-        return flat.masked_fill(~real[..., None], -torch.inf).amax(1)
+        return flat.masked_fill(~valid[..., None], -torch.inf).amax(1)
     if pool == "mean":
-        return (flat * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp_min(1)
-    last = real.shape[1] - 1 - real.int().flip(1).argmax(1)
+        return (flat * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp_min(1)
+    last = valid.shape[1] - 1 - valid.int().flip(1).argmax(1)
     return flat[torch.arange(len(flat), device=flat.device), last]

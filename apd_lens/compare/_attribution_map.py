@@ -95,7 +95,7 @@ def _add_squares(
         watched = decomposition.watch(batch)
         n_data = len(watched.output)
         if granularity == "position":
-            n_data = int(watched.real.sum()) if watched.real is not None else watched.calls[0].y[..., 0].numel()
+            n_data = int(watched.valid.sum()) if watched.valid is not None else watched.calls[0].y[..., 0].numel()
         if metric is None:
             cotangents = attribution.cotangents(watched.output, torch.Generator(watched.output.device).manual_seed(0))
             parts, scale = jacobians_in_parts(watched, cotangents, attribution.memory), cotangents.scale

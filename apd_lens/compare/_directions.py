@@ -31,7 +31,7 @@ from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import MatrixInput as Inputs
 from apd_lens.components._measures import random_components
 from apd_lens.data._batch import Batch
-from apd_lens.data._points import Real, zero_at_padding
+from apd_lens.data._points import Valid, zero_at_padding
 from apd_lens.data._stream import check_again, one_pass
 from apd_lens.decomposition._decomposition import Decomposition
 from apd_lens.decomposition._observed import observed
@@ -59,8 +59,8 @@ class DirectionMatch:
     random_components: Matching
 
     def table(self, of: Literal["component", "latent"] = "component") -> pd.DataFrame:
-        """One row for each component, or latent, that counts; "likeness" is the cosine."""
-        frame = self.found.table(of).rename(columns={"likeness": "cosine", "its likeness": "its cosine"})
+        """One row for each component, or latent, that counts; "similarity" is the cosine."""
+        frame = self.found.table(of).rename(columns={"similarity": "cosine", "its similarity": "its cosine"})
         if of == "latent":
             return frame
         return with_null(frame, random_directions=self.random_directions, random_components=self.random_components)
@@ -183,7 +183,7 @@ def _signed_directions(
             mask = observed(watched, decomposition.components, decomposition.settings).mask.to(A)
         for call in watched.calls:
             if call.use == use:
-                inputs += _summed_inputs(call.x, mask, watched.real, len(inputs[0]))
+                inputs += _summed_inputs(call.x, mask, watched.valid, len(inputs[0]))
     written = einsum(inputs, A, B, "C d_in, C d_in m, C m d_out -> C d_out")
     if side == "write":
         return written
@@ -192,12 +192,12 @@ def _signed_directions(
 
 
 def _summed_inputs(
-    x: Inputs, mask: Float[Tensor, "batch *mask_pos C"], real: Real, d_in: int
+    x: Inputs, mask: Float[Tensor, "batch *mask_pos C"], valid: Valid, d_in: int
 ) -> Float[Tensor, "C d_in"]:
     """Σ s_c(x) x over data points and positions; x that picks rows counts how often each is picked."""
     places = x.shape[:-1] if x.is_floating_point() else x.shape
     weights = mask.reshape(len(mask), *[1] * (len(places) - mask.ndim + 1), *mask.shape[1:]).expand(*places, -1)
-    weights = zero_at_padding(weights, real).flatten(0, -2)
+    weights = zero_at_padding(weights, valid).flatten(0, -2)
     if x.is_floating_point():
         return weights.mT @ x.flatten(0, -2).to(weights)
     return weights.new_zeros(d_in, weights.shape[1]).index_add_(0, x.flatten(), weights).mT

@@ -34,9 +34,9 @@ from apd_lens.components._factors import sum_of_components
 from apd_lens.components._measures import random_components, singular_values
 from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import Inputs
-from apd_lens.data._points import Real, one_row, without_padding
+from apd_lens.data._points import Valid, one_row, without_padding
 from apd_lens.data._stream import one_pass
-from apd_lens.decomposition._decomposition import Chosen, Decomposition, check_fits, numbers_of, output_with, ready
+from apd_lens.decomposition._decomposition import Chosen, Decomposition, check_fits, indices_of, output_with, ready
 from apd_lens.host._matrix import Use
 from apd_lens.host._target import evaluating
 from apd_lens.losses._outputs import Distance, distance_of_each
@@ -145,7 +145,7 @@ def edit_effects(
         NonFinite: a batch, or the target's output, holds NaN or infinity.
         AlreadyActive: the model is edited, or inside a context.
     """
-    chosen = numbers_of(ablate, decomposition.components)
+    chosen = indices_of(ablate, decomposition.components)
     if not chosen:
         raise InvalidSetting("edit_effects needs components to take out, got none.")
     check_fits(decomposition)
@@ -202,12 +202,12 @@ def _measured(
     for batch in one_pass(batches):
         inputs, _ = ready(decomposition, batch, "edit_effects")
         run = partial(_run, decomposition, inputs)
-        full, real = run(None), inputs.valid
+        full, valid = run(None), inputs.valid
         check_finite_output(full, "edit_effects")
         outputs = (run(edit) for edit in edits)
         distances, metrics = [], []
         for output in outputs:
-            distances.append(one_row(distance_of_each(full, output, distance), real).cpu())
+            distances.append(one_row(distance_of_each(full, output, distance), valid).cpu())
             if metric is not None:
                 metrics.append(metric_scalars(metric, output).float().cpu())
         parts.append(torch.stack(distances))
@@ -250,7 +250,7 @@ def _random_edits(components: ParameterComponents, chosen: list[int], n: int, se
 def _other_edits(
     components: ParameterComponents, chosen: list[int], n: int, others: Iterable[int] | Tensor | None, seed: int
 ) -> Iterator[_Edit]:
-    pool = range(components.n_components) if others is None else numbers_of(others, components)
+    pool = range(components.n_components) if others is None else indices_of(others, components)
     left = torch.tensor([component for component in pool if component not in chosen], device="cpu")
     if n and len(left) < len(chosen):
         raise InvalidSetting(
@@ -346,10 +346,10 @@ def _second_moments(decomposition: Decomposition, batches: Iterable[Batch]) -> d
         inputs, output = ready(decomposition, batch, "edit_effects")
 
         def keep(
-            use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None, real: Real = inputs.valid
+            use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None, valid: Valid = inputs.valid
         ) -> Tensor:
             if use.transposed == turned[use.matrix]:
-                added, n = _squares(use, x, len(weights[use.matrix].value()), real)
+                added, n = _squares(use, x, len(weights[use.matrix].value()), valid)
                 sums[use.matrix] = sums[use.matrix] + added if use.matrix in sums else added
                 n_rows[use.matrix] += n
             return original()
@@ -359,12 +359,12 @@ def _second_moments(decomposition: Decomposition, batches: Iterable[Batch]) -> d
     return {name: total / max(n_rows[name], 1) for name, total in sums.items()}
 
 
-def _squares(use: Use, x: Tensor, d_in: int, real: Real) -> tuple[Tensor, int]:
+def _squares(use: Use, x: Tensor, d_in: int, valid: Valid) -> tuple[Tensor, int]:
     """Σ x xᵀ over data points, in the place in the matrix that the use multiplies by; and their number."""
     if not x.is_floating_point():
-        rows = x[real] if real is not None and real.shape == x.shape else x
+        rows = x[valid] if valid is not None and valid.shape == x.shape else x
         return rows.flatten().bincount(minlength=d_in).double(), rows.numel()
-    rows = without_padding(x, real).flatten(0, -2)
+    rows = without_padding(x, valid).flatten(0, -2)
     if use.rows == slice(None):
         return (rows.mT.float() @ rows.float()).double(), len(rows)
     whole = rows.new_zeros(len(rows), d_in, dtype=torch.float32)

@@ -128,10 +128,10 @@ def _means(gates: _Gates, batches: Iterable[Batch]) -> dict[str, Float[Tensor, "
 
     for batch in one_pass(batches):
         inputs = gates.read(batch)
-        real = inputs.valid
+        valid = inputs.valid
 
         def watch(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-            rows = without_padding(x, real).reshape(-1, x.shape[-1])  # noqa: B023
+            rows = without_padding(x, valid).reshape(-1, x.shape[-1])  # noqa: B023
             sums[use.matrix][use.rows] += rows.float().sum(0)
             counts[use.matrix][use.rows] += len(rows)
             return original()

@@ -22,10 +22,10 @@ class Matching:
     A unit that does not count (see `matching`), or is left over in the assignment, has NaN, and −1 for its partner.
 
     Attributes:
-        best_of_component, latent: the largest likeness of each component with a latent, and which one.
-        best_of_latent, component: the largest likeness of each latent with a component, and which one.
-        one_to_one, partner: of each component in the assignment whose sum of likenesses is largest.
-        latents_above, components_above: with how many the likeness of each is above the threshold.
+        best_of_component, latent: the largest similarity of each component with a latent, and which one.
+        best_of_latent, component: the largest similarity of each latent with a component, and which one.
+        one_to_one, partner: of each component in the assignment whose sum of similarities is largest.
+        latents_above, components_above: with how many the similarity of each is above the threshold.
         threshold: from which on two count as a match.
     """
 
@@ -58,20 +58,20 @@ class Matching:
             "    with several": share(self.components_above, latents, 2),
         }
 
-    def of_pairs(self, likeness: Float[Tensor, "C latents"], seed: int = 0) -> tuple[float, float]:
-        """Mean over the one-to-one pairs of another likeness, which they were not chosen by, and of the same pairs with
-        their latents exchanged at random. So directions and activity can be checked against each other.
+    def of_pairs(self, similarity: Float[Tensor, "C latents"], seed: int = 0) -> tuple[float, float]:
+        """Mean over the one-to-one pairs of another similarity, which they were not chosen by, and of the same pairs
+        with their latents exchanged at random. So directions and activity can be checked against each other.
 
         Raises:
             ShapeMismatch: of other components or latents.
         """
-        if likeness.shape != (len(self.partner), len(self.component)):
+        if similarity.shape != (len(self.partner), len(self.component)):
             expected = (len(self.partner), len(self.component))
-            raise ShapeMismatch(f"Expected a likeness of shape {expected}, got {tuple(likeness.shape)}.")
+            raise ShapeMismatch(f"Expected a similarity of shape {expected}, got {tuple(similarity.shape)}.")
         rows = (self.partner >= 0).nonzero()[:, 0]
         rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")]
         columns = self.partner[rows]
-        found, exchanged = (likeness.cpu()[rows, some].mean().item() for some in (columns, columns.roll(1)))
+        found, exchanged = (similarity.cpu()[rows, some].mean().item() for some in (columns, columns.roll(1)))
         return found, exchanged
 
     def table(self, of: Literal["component", "latent"] = "component") -> pd.DataFrame:
@@ -80,16 +80,16 @@ class Matching:
             columns = {
                 "latent": torch.arange(len(self.component), device="cpu"),
                 "best component": self.component,
-                "likeness": self.best_of_latent,
+                "similarity": self.best_of_latent,
                 "components above": self.components_above,
             }
             return _frame(columns, self.component >= 0)
         columns = {
             "component": torch.arange(len(self.latent), device="cpu"),
             "best latent": self.latent,
-            "likeness": self.best_of_component,
+            "similarity": self.best_of_component,
             "one to one": self.partner,
-            "its likeness": self.one_to_one,
+            "its similarity": self.one_to_one,
             "latents above": self.latents_above,
         }
         return _frame(columns, self.latent >= 0)
@@ -97,7 +97,7 @@ class Matching:
 
 @no_grad()
 def matching(
-    likeness: Float[Tensor, "C latents"],
+    similarity: Float[Tensor, "C latents"],
     threshold: float = 0.7,
     components: Bool[Tensor, " n_components"] | None = None,
     latents: Bool[Tensor, " n_latents"] | None = None,
@@ -116,9 +116,9 @@ def matching(
     >>> found.latent.tolist(), found.partner.tolist(), found.latents_above.tolist()
     ([0, 0], [1, 0], [2, 1])
     """
-    C, L = likeness.shape
+    C, L = similarity.shape
     rows, columns = _counted(components, C, "components"), _counted(latents, L, "latents")
-    some = likeness.cpu()[rows][:, columns]
+    some = similarity.cpu()[rows][:, columns]
 
     def spread(values: Tensor, places: Int[Tensor, " n"], length: int, other: float) -> Tensor:
         return torch.full((length,), other, dtype=values.dtype, device="cpu").index_copy_(0, places, values)
@@ -149,7 +149,7 @@ def side_by_side(kinds: Mapping[str, Matching]) -> str:
 
 
 def with_null(frame: pd.DataFrame, **nulls: Matching) -> pd.DataFrame:
-    """The table of what was found, with the mean best likeness of its nulls in columns of their own."""
+    """The table of what was found, with the mean best similarity of its nulls in columns of their own."""
     means = {f"null: {name.replace('_', ' ')}": null.best_of_component.nanmean().item() for name, null in nulls.items()}
     return frame.assign(**means)
 

@@ -126,7 +126,7 @@ def signed_attributions(
         change += lost_with_all
         n_data += len(effects)
         if has_positions:
-            summed, n_there = _over_examples(effects, padded(effects, watched.real))
+            summed, n_there = _over_examples(effects, padded(effects, watched.valid))
             by_position, counts = _added(by_position, summed), _added(counts, n_there)
             effects = effects.sum(1)
         attribution += effects.sum(0)

@@ -26,7 +26,7 @@ from apd_lens.compare._splice import rewritten_latents, spliced
 from apd_lens.components._measures import random_components
 from apd_lens.data._batch import Batch, call
 from apd_lens.data._inputs import Inputs
-from apd_lens.data._points import Real, padded, without_padding, zero_at_padding
+from apd_lens.data._points import Valid, padded, without_padding, zero_at_padding
 from apd_lens.data._stream import one_pass
 from apd_lens.decomposition._decomposition import Decomposition, output_function, output_with
 from apd_lens.decomposition._observed import Observed
@@ -228,36 +228,36 @@ class _Spliced:
         self, some: Observed, activations: Mapping[str, Tensor], ks: Sequence[float], alpha: float
     ) -> Iterator["_Point"]:
         model, selection = self.decomposition.target.model, self.decomposition.settings.selection
-        inputs, real = some.inputs, some.valid
+        inputs, valid = some.inputs, some.valid
         latents = [dictionary.encode(activations[dictionary.site]) for dictionary in self.dictionaries]
-        on = [self._pooled(each.ne(0).float(), real) > 0 for each in latents]
+        on = [self._pooled(each.ne(0).float(), valid) > 0 for each in latents]
         if self.by == "gradient":
-            scores = self._effects(inputs, real)
+            scores = self._effects(inputs, valid)
         else:
             sized = zip(latents, self.dictionaries, strict=True)
-            scores = [self._pooled(each.abs() * dictionary.decoder.norm(dim=1), real) for each, dictionary in sized]
+            scores = [self._pooled(each.abs() * dictionary.decoder.norm(dim=1), valid) for each, dictionary in sized]
         for k in (*ks, torch.inf):
             masks = on
             if k < torch.inf:
-                chosen = (_selected(selection, k, each, real) for each in scores)
+                chosen = (_selected(selection, k, each, valid) for each in scores)
                 masks = [each & active for each, active in zip(chosen, on, strict=True)]
             with spliced(model, self.dictionaries, masks if k < torch.inf else None):
                 output = _output(self.decomposition, inputs)
             counted = [
-                _of_latents(self.decomposition, dictionary, mask, alpha, real)
+                _of_latents(self.decomposition, dictionary, mask, alpha, valid)
                 for dictionary, mask in zip(self.dictionaries, masks, strict=True)
             ]
             active, parameters, bits = (sum(column) for column in zip(*counted, strict=True))
             yield _Point(k, (active, parameters, bits), output)
 
-    def _pooled(self, values: Latents, real: Real) -> Float[Tensor, "batch *data_pos latents"]:
-        return pooled(values, real, self.pool) if self._of_examples else zero_at_padding(values, real)
+    def _pooled(self, values: Latents, valid: Valid) -> Float[Tensor, "batch *data_pos latents"]:
+        return pooled(values, valid, self.pool) if self._of_examples else zero_at_padding(values, valid)
 
     @property
     def _of_examples(self) -> bool:
         return self.decomposition.settings.selection.granularity == "example"
 
-    def _effects(self, inputs: Inputs, real: Real) -> list[Float[Tensor, "batch *data_pos latents"]]:
+    def _effects(self, inputs: Inputs, valid: Valid) -> list[Float[Tensor, "batch *data_pos latents"]]:
         """sqrt( mean_o (latent · ∂f_o/∂latent)² ), with the sum over positions inside where data points are examples.
 
         Gradients are those at the target's own activations: what a dictionary leaves unexplained is added to them.
@@ -293,7 +293,7 @@ class _Spliced:
             if self._of_examples:
                 effects = [each.flatten(2, -2).sum(2) if each.ndim > 3 else each for each in effects]
             squares = [total.to(each) + each.square().sum(0) for total, each in zip(squares, effects, strict=True)]
-        n_outputs = _n_outputs(output, real)
+        n_outputs = _n_outputs(output, valid)
         return [(total / n_outputs.reshape(-1, *[1] * (total.ndim - 1))).sqrt() for total in squares]
 
 
@@ -307,13 +307,13 @@ class _Point:
 
 
 def _selected(
-    selection: Selection, k: float, scores: Float[Tensor, "batch *pos units"], real: Real
+    selection: Selection, k: float, scores: Float[Tensor, "batch *pos units"], valid: Valid
 ) -> Bool[Tensor, "batch *pos units"]:
     """The k largest a data point, as the selection finds them."""
     if k == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     k = min(k, scores.shape[-1])
-    return with_k(selection, int(k) if isinstance(selection, TopK) else k)(scores, real)
+    return with_k(selection, int(k) if isinstance(selection, TopK) else k)(scores, valid)
 
 
 def _counted(
@@ -321,9 +321,9 @@ def _counted(
     rank: Float[Tensor, " units"],
     parameters: Float[Tensor, " units"],
     alpha: float,
-    real: Real,
+    valid: Valid,
 ) -> Counted:
-    active = without_padding(mask, real).flatten(0, -2)
+    active = without_padding(mask, valid).flatten(0, -2)
     bits = metrics.description_length(active, rank, alpha).total
     per_data_point = active.to(parameters.dtype)
     return per_data_point.sum(1).mean().item(), (per_data_point @ parameters).mean().item(), bits
@@ -334,10 +334,10 @@ def _of_latents(
     dictionary: Dictionary,
     mask: Bool[Tensor, "batch *pos latents"],
     alpha: float,
-    real: Real,
+    valid: Valid,
 ) -> Counted:
     ones = torch.ones(dictionary.n_latents, device=mask.device, dtype=torch.float32)
-    return _counted(mask, ones, _parameters(decomposition, dictionary) * ones, alpha, real)
+    return _counted(mask, ones, _parameters(decomposition, dictionary) * ones, alpha, valid)
 
 
 def _parameters(decomposition: Decomposition, dictionary: Dictionary) -> float:
@@ -363,12 +363,12 @@ def _output(decomposition: Decomposition, inputs: Inputs) -> Tensor:
     return zero_at_padding(output, inputs.valid)
 
 
-def _n_outputs(output: Float[Tensor, "batch *pos n_outputs"], real: Real) -> Float[Tensor, " batch"]:
+def _n_outputs(output: Float[Tensor, "batch *pos n_outputs"], valid: Valid) -> Float[Tensor, " batch"]:
     """Number of outputs of each example, those at padding not counted."""
-    real = padded(output, real)
-    if real is None:
+    valid = padded(output, valid)
+    if valid is None:
         return torch.full((len(output),), float(output[0].numel()), device=output.device)
-    return real.sum(1).clamp_min(1) * float(output[0, 0].numel())
+    return valid.sum(1).clamp_min(1) * float(output[0, 0].numel())
 
 
 def _loss(
@@ -376,19 +376,19 @@ def _loss(
     output: Float[Tensor, "batch *pos n_outputs"],
     loss: Loss,
     labels: Int[Tensor, "batch *pos"] | None,
-    real: Real,
+    valid: Valid,
 ) -> tuple[float, int]:
     """Mean over data points, and how many these are."""
-    real = padded(output, real)
+    valid = padded(output, valid)
     if loss == "ce":
         assert labels is not None
         if labels.shape != output.shape[:-1]:
             raise ShapeMismatch(f"Expected labels of shape {tuple(output.shape[:-1])}, got {tuple(labels.shape)}.")
-        labels = labels if real is None else labels.masked_fill(~real, -100)
+        labels = labels if valid is None else labels.masked_fill(~valid, -100)
         n = int((labels != -100).sum())
         return (F.cross_entropy(output.flatten(0, -2), labels.flatten(), reduction="sum").item() / max(n, 1), n)
-    n = output[..., 0].numel() if real is None else int(real.sum())
-    return minimality_loss(target_output, output, loss, real).item(), n
+    n = output[..., 0].numel() if valid is None else int(valid.sum())
+    return minimality_loss(target_output, output, loss, valid).item(), n
 
 
 def _check(

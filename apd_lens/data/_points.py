@@ -17,7 +17,6 @@ from torch import Tensor
 from apd_lens._errors import ShapeMismatch
 
 Valid = Bool[Tensor, "batch pos"] | None
-Real = Valid
 
 # No attention is paid where so little is added to a score. Hosts add -10,000, or the least number there is.
 _NEVER = -1000.0

@@ -144,7 +144,7 @@ class Decomposition:
             generator = torch.Generator(watched.output.device).manual_seed(0)
             samples = attribution.samples(watched, self.components, granularity, generator)
         selection = selection_of(self.settings.selection, watched.run.batch, k)
-        return attribution_error(samples, selection, watched.real)
+        return attribution_error(samples, selection, watched.valid)
 
     def select(self, batch: Batch, k: K | None = None) -> Bool[Tensor, "batch *pos C"]:
         """The mask of active components, by the selection of the training. None is active at padding.
@@ -205,7 +205,7 @@ class Decomposition:
         Edited tensors are new; all others are the model's own, as in `state_dict()`. Warns (`ApdWarning`) where names
         that are tied in the model hold different values, of matrices that were decomposed apart.
         """
-        chosen = numbers_of(ablate, self.components)
+        chosen = indices_of(ablate, self.components)
         check_fits(self)
         edited = dict(self.target.model.state_dict())
         for name in self.components.names if chosen else ():
@@ -287,7 +287,7 @@ class Decomposition:
         write_artifact(user_path(path), factors, about)
 
     def _picked(self, chosen: Chosen) -> ParameterComponents:
-        return self.components.picked(numbers_of(chosen, self.components))
+        return self.components.picked(indices_of(chosen, self.components))
 
     def _context(
         self, intercept: Intercept, check: Callable[[int], None] | None = None
@@ -346,7 +346,7 @@ def output_with(decomposition: Decomposition, inputs: Inputs, mixture: Mixture) 
         return replaced_pass(target, mixture.components.names, mixture, inputs, decomposition.output)[0]
 
 
-def numbers_of(chosen: Chosen, components: ParameterComponents) -> list[int]:
+def indices_of(chosen: Chosen, components: ParameterComponents) -> list[int]:
     """The numbers of the components that a user has chosen; of a mask with a bool for each, those where it is True.
 
     Raises:

@@ -15,7 +15,7 @@ from apd_lens.decomposition._decomposition import (
     about_matrices,
     decomposed_apart,
     edited_value,
-    numbers_of,
+    indices_of,
 )
 from apd_lens.decomposition._edited import Applied, edits_of
 from apd_lens.decomposition._load import fitted
@@ -45,7 +45,7 @@ def apply_edit(model: Any, decomposition: Decomposition, ablate: Chosen) -> "Edi
         UnsupportedModel: a matrix is tied in the model but was decomposed apart from what it is tied to.
         AlreadyActive: inside a context of a decomposition.
     """
-    chosen = numbers_of(ablate, decomposition.components)
+    chosen = indices_of(ablate, decomposition.components)
     matrices = about_matrices(decomposition)
     model = wrap(model).model
     earlier = [edit for edit in edits_of(model) if edit.components() is decomposition.components]

@@ -63,7 +63,7 @@ def observed(watched: WatchedPass, components: ParameterComponents, settings: Se
         output=watched.output.detach(),
         attributions=attributions,
         selection=with_k(settings.selection, k),
-        valid=watched.real,
+        valid=watched.valid,
     )
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from apd_lens._errors import ShapeMismatch
-from apd_lens.data._points import Real, without_padding
+from apd_lens.data._points import Valid, without_padding
 
 # A name, or a function (target output, sparse output) -> one scalar a data point.
 Distance = Literal["mse", "kl"] | Callable[[Tensor, Tensor], Tensor]
@@ -18,7 +18,7 @@ def minimality_loss(
     target_output: Float[Tensor, "batch *pos n_outputs"],
     sparse_output: Float[Tensor, "batch *pos n_outputs"],
     distance: Distance = "mse",
-    real: Real = None,
+    valid: Valid = None,
 ) -> Float[Tensor, ""]:
     """D(f(x, θ*), f(x, κ(x))): mean over data points of the distance between the target's and the sparse output.
 
@@ -26,7 +26,7 @@ def minimality_loss(
     the outputs are, in nats; a function gives one scalar a data point.
 
     Args:
-        real: False at padding, which is not counted. A distance function of the user gets zeros for padded outputs.
+        valid: False at padding, which is not counted. A distance function of the user gets zeros for padded outputs.
 
     Raises:
         ShapeMismatch: the user's function gives something else than one scalar a data point.
@@ -35,11 +35,11 @@ def minimality_loss(
     tensor(5.)
     """
     if distance == "mse":
-        return F.mse_loss(without_padding(sparse_output, real), without_padding(target_output, real))
+        return F.mse_loss(without_padding(sparse_output, valid), without_padding(target_output, valid))
     if distance == "kl":
-        return kl_divergence(without_padding(target_output, real), without_padding(sparse_output, real)).mean()
+        return kl_divergence(without_padding(target_output, valid), without_padding(sparse_output, valid)).mean()
     values = distance_of_each(target_output, sparse_output, distance)
-    return (values[real] if real is not None and values.shape == real.shape else values).mean()
+    return (values[valid] if valid is not None and values.shape == valid.shape else values).mean()
 
 
 def distance_of_each(

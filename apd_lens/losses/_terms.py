@@ -37,14 +37,14 @@ def distance_scale(watched: WatchedPass, losses: Losses) -> Tensor | float:
     """What distances between outputs are divided by: the variance of the target's, where they are relative."""
     if losses.normalization != "relative" or losses.distance != "mse":
         return 1.0
-    variance = without_padding(at_least_float32(watched.output.detach()), watched.real).var()
+    variance = without_padding(at_least_float32(watched.output.detach()), watched.valid).var()
     return torch.where(variance > 0, variance, 1.0)  # 1 where there is none
 
 
 def output_distance(watched: WatchedPass, output: Tensor, losses: Losses, scale: Tensor | float) -> Tensor:
     """The distance of an output from the target's."""
     target_output = at_least_float32(watched.output.detach())
-    return minimality_loss(target_output, at_least_float32(output), losses.distance, watched.real) / scale
+    return minimality_loss(target_output, at_least_float32(output), losses.distance, watched.valid) / scale
 
 
 def weight_terms(
@@ -87,7 +87,7 @@ def hidden_terms(losses: Losses, watched: WatchedPass, hidden: Mapping[str, Tens
     if not losses.hidden:
         return {}
     kept, kept_sparse = (
-        {name: without_padding(activation, watched.real) for name, activation in activations.items()}
+        {name: without_padding(activation, watched.valid) for name, activation in activations.items()}
         for activations in (watched.hidden, hidden)
     )
     return {"hidden": _hidden_term(kept, kept_sparse, losses.normalization == "relative")}

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apd_lens.data._points import Real
+from apd_lens.data._points import Valid
 from apd_lens.masks._selection import Selection
 
 
@@ -25,7 +25,7 @@ class AttributionError:
 
 
 def attribution_error(
-    samples: Float[Tensor, "K batch *pos C"], selection: Selection, real: Real = None
+    samples: Float[Tensor, "K batch *pos C"], selection: Selection, valid: Valid = None
 ) -> AttributionError:
     """The spread of the estimates that each of K projections gives alone, and whether two halves select the same.
 
@@ -34,8 +34,8 @@ def attribution_error(
     squares, K = samples.square(), len(samples)
     mean = squares.mean(0)
     relative = squares.std(0) / K**0.5 / (2 * mean.clamp_min(torch.finfo(mean.dtype).tiny))
-    active = selection(mean.sqrt(), real)
-    first, second = (selection(half.mean(0).sqrt(), real) for half in (squares[: K // 2], squares[K // 2 :]))
+    active = selection(mean.sqrt(), valid)
+    first, second = (selection(half.mean(0).sqrt(), valid) for half in (squares[: K // 2], squares[K // 2 :]))
     return AttributionError(
         relative=relative[active].median().item(),
         agreement=((first & second).sum() / first.sum()).item(),

@@ -14,7 +14,7 @@ from apd_lens.attribution._attribution import Attribution
 from apd_lens.attribution._gradient import GradientAttribution
 from apd_lens.components._components import ParameterComponents
 from apd_lens.data._batch import Batch
-from apd_lens.data._points import Granularity, Real, without_padding, zero_at_padding
+from apd_lens.data._points import Granularity, Valid, without_padding, zero_at_padding
 from apd_lens.losses._losses import Losses
 from apd_lens.losses._weights import lp_of_squares
 from apd_lens.masks._masking import Masks
@@ -57,13 +57,15 @@ class Lp:
                 f"Attributions are never negative, so threshold={self.threshold} selects all. Raise it."
             )
 
-    def __call__(self, attributions: Float[Tensor, "batch *pos C"], real: Real = None) -> Bool[Tensor, "batch *pos C"]:
+    def __call__(
+        self, attributions: Float[Tensor, "batch *pos C"], valid: Valid = None
+    ) -> Bool[Tensor, "batch *pos C"]:
         if self.threshold is None:
             raise InvalidSetting(
                 f"{self} was trained without a mask, so which components are active is for you to say: give the mean "
                 "number of them, as in decomposition.select(batch, k=1.5), or train with Lp(threshold=...)."
             )
-        return zero_at_padding(attributions > self.threshold, real)
+        return zero_at_padding(attributions > self.threshold, valid)
 
     def at(self, progress: float, batch: Batch) -> "Lp":
         return replace(self, p=value_at(self.p, progress))
@@ -100,8 +102,8 @@ class Lp:
         return Masks(
             attributions=attributions,
             importance=sparsity,
-            active=None if self.threshold is None else self(attributions, watched.real),
-            minimality=without_padding(sparsity, watched.real).sum(-1).mean(),
+            active=None if self.threshold is None else self(attributions, watched.valid),
+            minimality=without_padding(sparsity, watched.valid).sum(-1).mean(),
         )
 
     def check(self, n_components: int, losses: Losses | None = None) -> None:

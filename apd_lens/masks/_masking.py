@@ -119,9 +119,9 @@ class Attributed:
     ) -> Masks:
         selection = self.selection.at(progress, watched.run.batch)
         attributions = self.attribution(watched, components, selection.granularity, generator)
-        active = selection(attributions, watched.real)
+        active = selection(attributions, watched.valid)
         # Known without asking the device, but for padding.
-        n_active = selection.n_active(active[..., 0].numel()) if padded(active, watched.real) is None else None
+        n_active = selection.n_active(active[..., 0].numel()) if padded(active, watched.valid) is None else None
         return Masks(attributions, active, active, n_active)
 
 

@@ -14,7 +14,7 @@ from apd_lens._codec import saved
 from apd_lens._errors import InvalidSetting
 from apd_lens._schedules import Ramp, value_at
 from apd_lens.data._batch import Batch
-from apd_lens.data._points import Granularity, Real, padded, zero_at_padding
+from apd_lens.data._points import Granularity, Valid, padded, zero_at_padding
 
 # Where the largest squared attribution of a data point is this share of the mean, it counts half.
 _SMALL = 0.01
@@ -69,8 +69,10 @@ class Selection(Protocol):
         """Whether a data point is an "example" or a "position"."""
         ...
 
-    def __call__(self, attributions: Float[Tensor, "batch *pos C"], real: Real = None) -> Bool[Tensor, "batch *pos C"]:
-        """True for the active components; none is active at padding, where `real` is False."""
+    def __call__(
+        self, attributions: Float[Tensor, "batch *pos C"], valid: Valid = None
+    ) -> Bool[Tensor, "batch *pos C"]:
+        """True for the active components; none is active at padding, where `valid` is False."""
         ...
 
     def at(self, progress: float, batch: Batch) -> "Selection":
@@ -122,11 +124,13 @@ class BatchTopK:
         if isinstance(self.k, Needed) and not self.least:
             raise InvalidSetting("BatchTopK(k=Needed()) needs least > 0, since k may grow beyond what does anything.")
 
-    def __call__(self, attributions: Float[Tensor, "batch *pos C"], real: Real = None) -> Bool[Tensor, "batch *pos C"]:
+    def __call__(
+        self, attributions: Float[Tensor, "batch *pos C"], valid: Valid = None
+    ) -> Bool[Tensor, "batch *pos C"]:
         k = self._number()
         if k == 0:
             return torch.zeros_like(attributions, dtype=torch.bool)
-        return batch_topk_mask(attributions, k, real, self.least)
+        return batch_topk_mask(attributions, k, valid, self.least)
 
     def at(self, progress: float, batch: Batch) -> "BatchTopK":
         """The selection of a batch when `progress`, a share of the steps, is done: k is a number.
@@ -185,8 +189,10 @@ class TopK:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def __call__(self, attributions: Float[Tensor, "batch *pos C"], real: Real = None) -> Bool[Tensor, "batch *pos C"]:
-        return topk_mask(attributions, self.k, real)
+    def __call__(
+        self, attributions: Float[Tensor, "batch *pos C"], valid: Valid = None
+    ) -> Bool[Tensor, "batch *pos C"]:
+        return topk_mask(attributions, self.k, valid)
 
     def at(self, progress: float, batch: Batch) -> "TopK":
         """The selection of a batch when `progress`, a share of the steps, is done: this one."""
@@ -231,7 +237,7 @@ def _whole(k: float, n_data_points: int) -> int:
 
 
 def batch_topk_mask(
-    attributions: Float[Tensor, "batch *pos C"], k: float, real: Real = None, least: float = 0.0
+    attributions: Float[Tensor, "batch *pos C"], k: float, valid: Valid = None, least: float = 0.0
 ) -> Bool[Tensor, "batch *pos C"]:
     """True for the int(k·n) largest of all n·C attributions, n data points.
 
@@ -243,15 +249,15 @@ def batch_topk_mask(
         least: above 0, the largest r_c = A_c / max_c A_c are taken instead, so that each data point counts as much as
             any other, and only where r_c is at least this. Data points on which nothing does much count less: r_c² is
             A_c² / (max_c A_c² + a hundredth of the mean of that maximum). k may then be larger than C.
-        real: False at padding, where nothing is selected and which is not counted; only where data points are
+        valid: False at padding, where nothing is selected and which is not counted; only where data points are
             positions.
 
     Raises:
         InvalidSetting: k·n selects nothing, or more than there is.
     """
-    if (real := padded(attributions, real)) is not None:
+    if (valid := padded(attributions, valid)) is not None:
         mask = torch.zeros_like(attributions, dtype=torch.bool)
-        mask[real] = batch_topk_mask(attributions[real], k, None, least)
+        mask[valid] = batch_topk_mask(attributions[valid], k, None, least)
         return mask
     n_components = attributions.shape[-1]
     n_data_points = attributions[..., 0].numel()
@@ -276,11 +282,11 @@ def _of_the_largest(attributions: Float[Tensor, "batch *pos C"]) -> Float[Tensor
     return (squares / (largest + _SMALL * largest.mean()).clamp_min(torch.finfo(squares.dtype).tiny)).sqrt()
 
 
-def topk_mask(attributions: Float[Tensor, "batch *pos C"], k: int, real: Real = None) -> Bool[Tensor, "batch *pos C"]:
+def topk_mask(attributions: Float[Tensor, "batch *pos C"], k: int, valid: Valid = None) -> Bool[Tensor, "batch *pos C"]:
     """True for the k largest attributions of each data point.
 
     Args:
-        real: False at padding, where nothing is selected; only where data points are positions.
+        valid: False at padding, where nothing is selected; only where data points are positions.
 
     Raises:
         InvalidSetting: k is not between 1 and C.
@@ -290,4 +296,4 @@ def topk_mask(attributions: Float[Tensor, "batch *pos C"], k: int, real: Real = 
         raise InvalidSetting(f"TopK(k={k}) needs k between 1 and the number of components, {n_components}.")
     indices = attributions.topk(k, dim=-1, sorted=False).indices
     mask = torch.zeros_like(attributions, dtype=torch.bool).scatter_(-1, indices, True)
-    return zero_at_padding(mask, real)
+    return zero_at_padding(mask, valid)

@@ -83,8 +83,8 @@ class ClusterMoves:
         """Merges, splits and gives the residual away; returns how many moves were made."""
         components, weights, active = context.components, context.weights, context.active
         assert active is not None
-        inputs = inputs_of_data_points(components, active, context.watched.real, context.watched.calls)
-        of_points = without_padding(active, context.watched.real).flatten(0, -2)
+        inputs = inputs_of_data_points(components, active, context.watched.valid, context.watched.calls)
+        of_points = without_padding(active, context.watched.valid).flatten(0, -2)
         n_held = of_points.sum(0)
         held = n_held.tolist()
         free = [c for c, n in enumerate(held) if n < _FREE * sum(held) / len(held)]

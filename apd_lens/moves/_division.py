@@ -35,7 +35,7 @@ from apd_lens.passes._watch import WatchedPass
 _FREE = 0.1
 # Where a component does less than this share of what it does at most, it is not asked how it does it.
 _SMALL = 0.02
-# A data point tells the groups apart if this share of its likeness is to its own.
+# A data point tells the groups apart if this share of its similarity is to its own.
 _CLEAR = 0.9
 # Of a clean division, in which each part does all for its data points, the shares done add up to 2.
 _MIN_SEPARATION = 1.5
@@ -54,8 +54,8 @@ class DivisionMoves:
         every: steps between moves.
         until: share of the steps after which no more moves are made.
         noise: standard deviation of the noise that is added to the factors of the changed components.
-        divide_above: a component is divided if the second eigenvalue of the likeness of its data points, normalised to
-            1 for the first, is above this: 1 for two groups with nothing in common, less the more they overlap.
+        divide_above: a component is divided if the second eigenvalue of the similarity of its data points, normalised
+            to 1 for the first, is above this: 1 for two groups with nothing in common, less the more they overlap.
         smallest: least share of the data points in the smaller group.
         projections: number of random projections of the outputs whose gradients are used.
     """
@@ -85,8 +85,8 @@ class DivisionMoves:
         """Divides components, and their parts again, while there are free ones; returns how often."""
         components, active = context.components, context.active
         assert active is not None
-        of_points = without_padding(active, context.watched.real).flatten(0, -2)
-        done = (without_padding(context.attributions, context.watched.real).flatten(0, -2) * of_points).sum(0)
+        of_points = without_padding(active, context.watched.valid).flatten(0, -2)
+        done = (without_padding(context.attributions, context.watched.valid).flatten(0, -2) * of_points).sum(0)
         order = done.argsort(descending=True).tolist()
         is_free = (done < _FREE * done.mean()).tolist()
         free = [c for c in reversed(order) if is_free[c]]
@@ -134,11 +134,11 @@ def flows_of_data_points(
         for some in v
     ]  # fmt: skip
     flows = []
-    for use, x in inputs_of_data_points(components, mask, fresh.real, fresh.calls):
+    for use, x in inputs_of_data_points(components, mask, fresh.valid, fresh.calls):
         of_use = [i for i, call in enumerate(fresh.calls) if (call.use.matrix, call.use.site) == (use.matrix, use.site)]
         heads = of_use if fresh.calls[of_use[0]].use.columns != slice(None) else of_use[:1]
         g = torch.cat([torch.stack([some[i] for some in gradients], -2) for i in heads], -1)
-        g = of_data_points(g, mask, fresh.real)
+        g = of_data_points(g, mask, fresh.valid)
         flows.append(Flow(use, x, g.to(components.A[use.matrix].dtype)))
     return flows
 
@@ -195,7 +195,7 @@ def two_groups(
     directions: Float[Tensor, "data d"],
 ) -> tuple[Bool[Tensor, " data"], Bool[Tensor, " data"], float]:
     """Normalised cut of unit vectors by their cosines (0 where negative): who is in the first group, who is clearly in
-    either, and the second eigenvalue of the normalised likeness.
+    either, and the second eigenvalue of the normalised similarity.
 
     The cut is the best one along the second eigenvector. Source: Shi and Malik 2000.
     """

@@ -51,11 +51,11 @@ class SplitMoves:
     @no_grad()
     def __call__(self, context: MoveContext) -> int:
         """Splits what can be split; returns how many splits were made. Of several uses of a matrix the first counts."""
-        components, attributions, real = context.components, context.attributions, context.watched.real
-        inputs = inputs_of_data_points(components, attributions, real, context.watched.calls)
+        components, attributions, valid = context.components, context.attributions, context.watched.valid
+        inputs = inputs_of_data_points(components, attributions, valid, context.watched.calls)
         alike = sum(_random_projection(x, components.factors(use)[0].shape[1], context.generator) for use, x in inputs)
         assert isinstance(alike, Tensor)
-        plan = plan_splits(without_padding(attributions, real).flatten(0, -2), alike)
+        plan = plan_splits(without_padding(attributions, valid).flatten(0, -2), alike)
         made = [split for split in plan if split_component(components, split, inputs)]
         touched = sorted({c for split in made for c in (split.old, split.new)})
         settle(components, context.optimizer, touched, self.noise, context.generator)

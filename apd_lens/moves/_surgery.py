@@ -10,7 +10,7 @@ from torch import Tensor
 
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._products import masked_product
-from apd_lens.data._points import Real, padded, zero_at_padding
+from apd_lens.data._points import Valid, padded, zero_at_padding
 from apd_lens.host._matrix import Use
 from apd_lens.passes._watch import Call
 
@@ -54,7 +54,7 @@ def settle(
 def inputs_of_data_points(
     components: ParameterComponents,
     like: Float[Tensor, "batch *pos C"] | Bool[Tensor, "batch *pos C"],
-    real: Real,
+    valid: Valid,
     calls: Sequence[Call],
 ) -> list[tuple[Use, Tensor]]:
     """Of every matrix its first use, and x there `data *pos d_in` (or rows `data *pos`).
@@ -65,16 +65,16 @@ def inputs_of_data_points(
     inputs = []
     for name in components.names:
         use, x = _inputs_of(name, calls)
-        inputs.append((use, of_data_points(x, like, real)))
+        inputs.append((use, of_data_points(x, like, valid)))
     return inputs
 
 
-def of_data_points(values: Shaped[Tensor, "batch ..."], like: Tensor, real: Real) -> Shaped[Tensor, "data ..."]:
+def of_data_points(values: Shaped[Tensor, "batch ..."], like: Tensor, valid: Valid) -> Shaped[Tensor, "data ..."]:
     """The values of each data point, padding left out: where data points are positions, of that position; where they
     are examples, with zeros at padding. `like` as in `inputs_of_data_points`."""
-    if (is_data := padded(like, real)) is not None:
+    if (is_data := padded(like, valid)) is not None:
         return values[is_data]
-    return zero_at_padding(values, real).flatten(0, like.ndim - 2)
+    return zero_at_padding(values, valid).flatten(0, like.ndim - 2)
 
 
 def split_component(

@@ -15,7 +15,7 @@ from apd_lens.components._factors import Mask
 from apd_lens.data._batch import Batch, call
 from apd_lens.data._finite import Reading, count_not_finite, on_gpu, raise_first
 from apd_lens.data._inputs import Inputs
-from apd_lens.data._points import Real, padded, zero_at_padding
+from apd_lens.data._points import Valid, padded, zero_at_padding
 from apd_lens.host._adapter import Intercept
 from apd_lens.host._matrix import Use
 from apd_lens.host._patch import outside_traces
@@ -80,23 +80,23 @@ class WatchedPass:
 
     Attributes:
         output: `batch *pos n_outputs`, with the graph from the calls' y to it; zero at padding.
-        real: False at padding.
+        valid: False at padding.
         calls: in the order of the forward; a module that is used twice has two.
         before_others: x of the uses of all other matrices, in the graph.
         hidden: activations of the named submodules, without a graph.
         run: what was run.
         jacobians: ∂output/∂y of every call (`Jacobians`), once computed and if few enough to keep.
-        spent: whether the graph was freed.
+        graph_freed: whether the graph was freed.
     """
 
     output: Tensor
-    real: Real
+    valid: Valid
     calls: list[Call]
     before_others: list[Tensor]
     hidden: dict[str, Tensor]
     run: Run
     jacobians: Any = None
-    spent: bool = False
+    graph_freed: bool = False
 
     def check_padding_of_positions(self) -> None:
         """Raises ShapeMismatch where a matrix may have been used at an encoder's padding."""
@@ -113,7 +113,7 @@ class WatchedPass:
         """Where values are NaN or infinite first, in the order of the forward; not counted at padding."""
         for of_use in self.calls:
             for value, of in ((of_use.x, "input"), (of_use.y, "output")):
-                if bool(count_not_finite(zero_at_padding(value, self.real))):
+                if bool(count_not_finite(zero_at_padding(value, self.valid))):
                     return f"in the {of} of {of_use.use.matrix}, at {of_use.use.site}"
         return "behind the last decomposed matrix"
 
@@ -143,12 +143,12 @@ class WatchedPass:
     def n_outputs(self, data_points: torch.Size) -> Float[Tensor, "batch *pos"]:
         """Number of outputs of each example, those at padding not counted. For positions of documents that a mask keeps
         apart in one row, that of the document: others cannot be changed from there."""
-        real = padded(self.output, self.real)
-        if real is None:
+        valid = padded(self.output, self.valid)
+        if valid is None:
             return self.output.new_full((len(self.output),), self.output[0].numel())
         lengths = self.run.inputs.document_lengths
         if lengths is None or lengths.shape != data_points:
-            lengths = real.sum(1)
+            lengths = valid.sum(1)
         return (lengths.clamp_min(1) * self.output[0, 0].numel()).to(self.output)
 
 
@@ -210,7 +210,7 @@ def watched_pass(
         )
     return WatchedPass(
         output=picked,
-        real=inputs.valid,
+        valid=inputs.valid,
         calls=calls,
         before_others=before_others,
         hidden={name: activation.detach() for name, activation in kept.items()},

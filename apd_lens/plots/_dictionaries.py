@@ -16,7 +16,7 @@ from apd_lens.plots._draw import NULL, PALETTE, POSITIVE, SIGNED, axes, finished
 
 @checked
 def match_matrix(
-    likeness: Float[Tensor, "C latents"],
+    similarity: Float[Tensor, "C latents"],
     partner: Int[Tensor, " C"] | None = None,
     *,
     ax: Axes | None = None,
@@ -34,17 +34,17 @@ def match_matrix(
     Raises:
         InvalidSetting: a latent that does not exist, or that two components have.
     """
-    ax, likeness = axes(ax, 7.0, 5.5), plain(likeness)
-    partner = _free_best(likeness) if partner is None else partner.cpu()
+    ax, similarity = axes(ax, 7.0, 5.5), plain(similarity)
+    partner = _free_best(similarity) if partner is None else partner.cpu()
     paired = (partner >= 0).nonzero()[:, 0]
-    if len(partner[paired].unique()) < len(paired) or int(partner.max()) >= likeness.shape[1]:
-        raise InvalidSetting(f"Each component needs a latent of its own below {likeness.shape[1]}, or −1.")
-    rows = paired[likeness[paired, partner[paired]].argsort(descending=True)]
+    if len(partner[paired].unique()) < len(paired) or int(partner.max()) >= similarity.shape[1]:
+        raise InvalidSetting(f"Each component needs a latent of its own below {similarity.shape[1]}, or −1.")
+    rows = paired[similarity[paired, partner[paired]].argsort(descending=True)]
     columns = partner[rows]
-    rows, columns = (_and_the_rest(some, n) for some, n in zip((rows, columns), likeness.shape, strict=True))
-    signed = bool((likeness < -1e-6).any())
+    rows, columns = (_and_the_rest(some, n) for some, n in zip((rows, columns), similarity.shape, strict=True))
+    signed = bool((similarity < -1e-6).any())
     shown = ax.imshow(
-        likeness[rows][:, columns].nan_to_num(0).numpy(),
+        similarity[rows][:, columns].nan_to_num(0).numpy(),
         cmap=SIGNED if signed else POSITIVE,
         vmin=-1 if signed else 0,
         vmax=1,
@@ -57,9 +57,9 @@ def match_matrix(
     return ax.figure
 
 
-def _free_best(likeness: Float[Tensor, "C latents"]) -> Int[Tensor, " C"]:
+def _free_best(similarity: Float[Tensor, "C latents"]) -> Int[Tensor, " C"]:
     """Each component's best latent, −1 where a component that is more like it has it."""
-    value, latent = likeness.max(1)
+    value, latent = similarity.max(1)
     partner, taken = torch.full_like(latent, -1), set()
     for component in value.argsort(descending=True).tolist():
         if latent[component].item() not in taken:

@@ -123,9 +123,9 @@ class Shower:
             return self._features(number, inputs.batch)
         if len(values) != len(tokens):  # positions of something else
             values, active = [], []
-        real = inputs.valid
-        if real is not None and real.shape[1] == len(tokens):
-            kept = real[0].tolist()
+        valid = inputs.valid
+        if valid is not None and valid.shape[1] == len(tokens):
+            kept = valid[0].tolist()
             tokens, values = list(compress(tokens, kept)), list(compress(values, kept))
             active = list(compress(active, kept))
         centre = max(range(len(values)), key=values.__getitem__, default=0)

@@ -14,7 +14,7 @@ from apd_lens._memory import BUDGET, chunks, fitting
 from apd_lens.components._components import ParameterComponents
 from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import Inputs
-from apd_lens.data._points import Real, mean_over_positions, padded
+from apd_lens.data._points import Valid, mean_over_positions, padded
 from apd_lens.decomposition._decomposition import Decomposition, output_with
 from apd_lens.host._target import evaluating
 from apd_lens.losses._outputs import Distance, distance_of_each
@@ -158,12 +158,12 @@ class _Ablation:
 
     def measured(self, inputs: Inputs, whole: Tensor, without: Tensor) -> list[Float[Tensor, " pairs"]]:
         """Root mean square of the change, the distance and the rise of the loss, of each pair."""
-        real = padded(whole, inputs.valid)
+        valid = padded(whole, inputs.valid)
         change = whole - without
         if self.centred:
             change = change - change.mean(-1, keepdim=True)
-        squares = mean_over_positions(change.square().mean(-1), real)
-        distance = distances(whole, without, self.distance, real)
+        squares = mean_over_positions(change.square().mean(-1), valid)
+        distance = distances(whole, without, self.distance, valid)
         rise = torch.zeros_like(distance)
         if self.loss is not None:
             rise = self.loss(inputs.batch, without) - self.loss(inputs.batch, whole)
@@ -175,12 +175,12 @@ class _Ablation:
         return [squares.sqrt(), distance, rise]
 
     def counted(
-        self, top: TopExamples, component: Tensor, rank: Tensor, change: Tensor, real: Real
+        self, top: TopExamples, component: Tensor, rank: Tensor, change: Tensor, valid: Valid
     ) -> Float[Tensor, "pairs pos"]:
         """1 at the positions of the output over which effects are averaged: where the component was active."""
         n_positions, everywhere = change.shape[1], torch.ones_like(change[:, :, 0])
-        if real is not None and real.shape[1] == n_positions:
-            everywhere = real.to(change)
+        if valid is not None and valid.shape[1] == n_positions:
+            everywhere = valid.to(change)
         if top.active_positions is not None and top.positions is not None:
             n_data = (~top.positions[component, rank].isnan()).sum(1)
             if bool((n_data == n_positions).all()):
@@ -193,7 +193,7 @@ def distances(
     target_output: Float[Tensor, "batch *pos n_outputs"],
     output: Float[Tensor, "batch *pos n_outputs"],
     distance: Distance,
-    real: Real,
+    valid: Valid,
 ) -> Float[Tensor, " batch"]:
     """D of each example, mean over its positions, those at padding not counted."""
-    return mean_over_positions(distance_of_each(target_output, output, distance), real)
+    return mean_over_positions(distance_of_each(target_output, output, distance), valid)

@@ -69,7 +69,7 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
     last_active, mean_active, watched = state.last_active, None, seen[0].watched
     if masks.active is not None:
         last_active = torch.where(masks.active.flatten(0, -2).any(0), state.step, last_active)
-        mean_active = without_padding(masks.active, watched.real).sum(-1).float().mean()
+        mean_active = without_padding(masks.active, watched.valid).sum(-1).float().mean()
     due = are_due(settings.moves, state.step, settings.optimization.steps)
     if state.late is not None:
         state.late.read(but=0 if due else 1)
@@ -94,7 +94,7 @@ def stream_terms(
     losses, components, run = stream.losses, state.components, watched.run
     scale = distance_scale(watched, losses)
     masks = stream.masking.masks(watched, components, progress, scale, state.draws_on_device("attribution"))
-    importance = without_padding(masks.importance, watched.real)
+    importance = without_padding(masks.importance, watched.valid)
     share, hidden, distances = 1.0, {}, {}
     if masks.minimality is not None:
         distances["minimality"] = masks.minimality
@@ -118,7 +118,7 @@ def stream_terms(
 def watch(state: State, stream: Stream, batch: Batch) -> Seen:
     """The target's pass over the batch: that of the last step, if this is the same batch again."""
     for last in state.seen if tensors(batch) else ():
-        is_good = not last.watched.spent or last.watched.jacobians is not None
+        is_good = not last.watched.graph_freed or last.watched.jacobians is not None
         if last.stream == stream.name and is_good and last.kept.is_same(batch):
             return last
     where = f"step {state.step}"

@@ -34,17 +34,17 @@ def attributing(decomposition: apd.Decomposition, attribution: Attribution) -> a
 
 def brute_force(decomposition: apd.Decomposition, batch: Any) -> Tensor:
     """Each component (at each position) taken out alone, in a forward of its own."""
-    target, real = decomposition.target, read_batch(batch).valid
+    target, valid = decomposition.target, read_batch(batch).valid
     n_components, granularity = decomposition.components.n_components, decomposition.settings.selection.granularity
 
     def output() -> Tensor:
         assert decomposition.output is not None
-        return zero_at_padding(decomposition.output(call(target.model, batch)), real).detach()
+        return zero_at_padding(decomposition.output(call(target.model, batch)), valid).detach()
 
     full = output()
     n_outputs = torch.full((len(full),), full[0].numel())
-    if real is not None:
-        n_outputs = real.sum(1) * full.shape[-1]
+    if valid is not None:
+        n_outputs = valid.sum(1) * full.shape[-1]
 
     def effect(ablated: Tensor) -> Tensor:
         return ((full - ablated).square().flatten(1).sum(1) / n_outputs).sqrt()
@@ -62,7 +62,7 @@ def brute_force(decomposition: apd.Decomposition, batch: Any) -> Tensor:
         for position in itertools.product(*map(range, positions)):
             with target.intercepted(decomposition.components.names, without(decomposition.components, c, position)):
                 effects[(slice(None), *position, c)] = effect(output())
-    return zero_at_padding(effects, real)
+    return zero_at_padding(effects, valid)
 
 
 def without(components: ParameterComponents, c: int, position: tuple[int, ...]) -> Callable[..., Tensor]:

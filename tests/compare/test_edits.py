@@ -158,8 +158,8 @@ def test_with_positions_padding_and_ties(model):
     full = logits()
     with apd.apply_edit(model, decomposition, 2):
         expected = (logits() - full).square().mean(-1)
-    real = batch.get("attention_mask", torch.ones(4, 5)).bool()
-    assert_close(effects.on_target[0], expected[real], rtol=1e-3, atol=1e-5)
+    valid = batch.get("attention_mask", torch.ones(4, 5)).bool()
+    assert_close(effects.on_target[0], expected[valid], rtol=1e-3, atol=1e-5)
 
 
 def test_the_model_is_left_alone_after_an_interrupt():

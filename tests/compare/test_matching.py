@@ -1,4 +1,4 @@
-"""Matches of directions and of activity, on components and dictionaries whose likeness is known."""
+"""Matches of directions and of activity, on components and dictionaries whose similarity is known."""
 
 import pytest
 import torch
@@ -142,7 +142,7 @@ def test_pairs_of_one_likeness_checked_by_another():
     own, exchanged = found.of_pairs(torch.eye(6)[ORDER] * 0.7)
     assert own == pytest.approx(0.7)
     assert exchanged == 0
-    with pytest.raises(apd.ShapeMismatch, match=r"likeness of shape \(6, 6\)"):
+    with pytest.raises(apd.ShapeMismatch, match=r"similarity of shape \(6, 6\)"):
         found.of_pairs(torch.eye(4))
 
 
@@ -227,23 +227,23 @@ def test_activity_on_positions_leaves_padding_out(granularity):
     with reading(model, [dictionary.site]) as kept:
         model(**batch)
     active = kept[dictionary.site] > 0
-    real = attention_mask.bool()
-    expected = (active & real[..., None]).any(1) if granularity == "example" else active[real]
+    valid = attention_mask.bool()
+    expected = (active & valid[..., None]).any(1) if granularity == "example" else active[valid]
     mask = decomposition.select(batch)
-    mask = mask if granularity == "example" else mask[real]
+    mask = mask if granularity == "example" else mask[valid]
     both = mask.float().mT @ expected.float()
     assert_close(match.recall, both / mask.sum(0)[:, None].clamp_min(1))
 
 
 def test_pooling_over_positions():
     latents = torch.tensor([[[1.0], [3.0], [2.0]], [[4.0], [0.0], [9.0]]])
-    real = torch.tensor([[True, True, True], [True, True, False]])
+    valid = torch.tensor([[True, True, True], [True, True, False]])
     pooled = compare._activations.pooled
     assert pooled(latents, None, "max").tolist() == [[3], [9]]
-    assert pooled(latents, real, "max").tolist() == [[3], [4]]
-    assert pooled(latents, real, "mean").tolist() == [[2], [2]]
+    assert pooled(latents, valid, "max").tolist() == [[3], [4]]
+    assert pooled(latents, valid, "mean").tolist() == [[2], [2]]
     assert pooled(latents, None, "last").tolist() == [[2], [9]]
-    assert pooled(latents, real, "last").tolist() == [[2], [0]]
+    assert pooled(latents, valid, "last").tolist() == [[2], [0]]
 
 
 def test_bad_data_and_settings_are_refused():

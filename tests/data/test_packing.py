@@ -56,9 +56,9 @@ def one_by_one() -> dict[str, Tensor]:
 
 def of_documents(values: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """Of all real positions, document after document."""
-    real = read_batch(batch).valid
-    assert real is not None and int(real.sum()) == sum(map(sum, LENGTHS))  # noqa: PT018
-    return values[real]
+    valid = read_batch(batch).valid
+    assert valid is not None and int(valid.sum()) == sum(map(sum, LENGTHS))  # noqa: PT018
+    return values[valid]
 
 
 def both(host: str, attribution: Attribution, selection: Any, **options: Any) -> list[tuple[apd.State, dict]]:

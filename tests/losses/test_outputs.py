@@ -13,13 +13,13 @@ TARGET, OTHER = torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.tensor([[3.0, 1.0]
 def test_squared_errors_by_hand():
     assert_close(distance_of_each(TARGET, OTHER, "mse"), torch.tensor([5.0, 2.0]))
     assert minimality_loss(TARGET, OTHER) == 3.5
-    assert minimality_loss(TARGET, OTHER, real=None) == distance_of_each(TARGET, OTHER, "mse").mean()
+    assert minimality_loss(TARGET, OTHER, valid=None) == distance_of_each(TARGET, OTHER, "mse").mean()
     assert hidden_activation_loss(TARGET, OTHER) == 7.0
 
 
 def test_padding_is_not_counted():
-    real = torch.tensor([[True, False]])
-    assert minimality_loss(TARGET[None], OTHER[None], "mse", real) == 5.0
+    valid = torch.tensor([[True, False]])
+    assert minimality_loss(TARGET[None], OTHER[None], "mse", valid) == 5.0
 
 
 def test_kl_of_known_distributions():

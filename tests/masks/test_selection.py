@@ -63,10 +63,10 @@ def test_least_takes_what_does_enough_beside_the_largest_of_its_data_point():
 
 def test_least_does_not_count_padding_and_may_take_nothing():
     selection = apd.BatchTopK(10.0, granularity="position", least=0.3)
-    attributions, real = torch.rand(2, 3, 4) ** 3, torch.tensor([[True, True, True], [True, False, True]])
-    mask = selection(attributions, real)
-    assert torch.equal(mask[real], selection(attributions[real][None])[0])
-    assert not mask[~real].any()
+    attributions, valid = torch.rand(2, 3, 4) ** 3, torch.tensor([[True, True, True], [True, False, True]])
+    mask = selection(attributions, valid)
+    assert torch.equal(mask[valid], selection(attributions[valid][None])[0])
+    assert not mask[~valid].any()
     assert not selection(torch.zeros(2, 3, 4)).any()
 
 

@@ -1,4 +1,4 @@
-"""Stability on components whose likeness is known."""
+"""Stability on components whose similarity is known."""
 
 import pytest
 import torch

@@ -30,23 +30,23 @@ def legend_of(ax) -> list[str]:
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
-LIKENESS = torch.tensor([[0.1, 0.2, 0.9, 0.0], [1.0, 0.0, 0.1, 0.0], [0.0, 0.0, 0.8, 0.3]])
+SIMILARITY = torch.tensor([[0.1, 0.2, 0.9, 0.0], [1.0, 0.0, 0.1, 0.0], [0.0, 0.0, 0.8, 0.3]])
 
 
 def test_pairs_lie_on_the_diagonal_the_most_alike_first():
     partner = torch.tensor([2, 0, -1])
-    ax = plots.match_matrix(LIKENESS, partner).axes[0]
-    assert_close(shown(ax), LIKENESS[[1, 0, 2]][:, [0, 2, 1, 3]])
+    ax = plots.match_matrix(SIMILARITY, partner).axes[0]
+    assert_close(shown(ax), SIMILARITY[[1, 0, 2]][:, [0, 2, 1, 3]])
     assert ax.images[0].get_clim() == (0, 1)
 
 
 def test_without_an_assignment_the_best_free_latent_is_taken():
-    ax = plots.match_matrix(LIKENESS).axes[0]
-    assert_close(shown(ax), LIKENESS[[1, 0, 2]][:, [0, 2, 1, 3]])
+    ax = plots.match_matrix(SIMILARITY).axes[0]
+    assert_close(shown(ax), SIMILARITY[[1, 0, 2]][:, [0, 2, 1, 3]])
 
 
 def test_cosines_with_a_sign_have_colours_around_0():
-    ax = plots.match_matrix(LIKENESS - 0.5, torch.tensor([2, 0, 3]), label="cosine").axes[0]
+    ax = plots.match_matrix(SIMILARITY - 0.5, torch.tensor([2, 0, 3]), label="cosine").axes[0]
     assert ax.images[0].get_clim() == (-1, 1)
     assert_close(shown(ax).diag(), torch.tensor([0.5, 0.4, -0.2]))
 
@@ -54,7 +54,7 @@ def test_cosines_with_a_sign_have_colours_around_0():
 def test_assignments_that_are_none_are_refused():
     for partner in ([2, 2, 0], [4, 0, 1]):
         with pytest.raises(apd.InvalidSetting, match="a latent of its own below 4"):
-            plots.match_matrix(LIKENESS, torch.tensor(partner))
+            plots.match_matrix(SIMILARITY, torch.tensor(partner))
 
 
 def test_histograms_of_what_was_found_and_of_its_null():

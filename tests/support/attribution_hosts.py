@@ -38,9 +38,9 @@ class SmallConvolution(nn.Sequential):
 
 def padded_tokens(on_the_left: bool = False) -> dict[str, Tensor]:
     """Examples of 3, 5 and 4 tokens."""
-    real = torch.arange(5) < torch.tensor([3, 5, 4])[:, None]
-    real = real.flip(1) if on_the_left else real
-    return {"input_ids": torch.randint(1, 11, (3, 5)), "attention_mask": real.long()}
+    valid = torch.arange(5) < torch.tensor([3, 5, 4])[:, None]
+    valid = valid.flip(1) if on_the_left else valid
+    return {"input_ids": torch.randint(1, 11, (3, 5)), "attention_mask": valid.long()}
 
 
 def hooked_batch() -> dict[str, Tensor]:

@@ -160,7 +160,7 @@ class Texts:
     def model(self) -> nn.Module:
         return _drawn(TextsModel(self), self)
 
-    def real(self) -> Tensor:
+    def valid(self) -> Tensor:
         at, lengths = torch.arange(self.width), torch.tensor(self.lengths)[:, None]
         return at < lengths if self.side == "right" else at >= self.width - lengths
 
@@ -171,17 +171,17 @@ class Texts:
         places = {
             "shared argument": torch.arange(width),
             "argument with a batch axis of one": torch.arange(width)[None],
-            "argument of each example": (self.real().cumsum(1) - 1).clamp_min(0),
+            "argument of each example": (self.valid().cumsum(1) - 1).clamp_min(0),
         }
         if self.places in places:
             arguments["places"] = places[self.places]
-        attends = self.real()[:, None] & self._before(width)
+        attends = self.valid()[:, None] & self._before(width)
         masks = {
-            "bool": self.real(),
-            "int": self.real().long(),
-            "float": self.real().to(self.dtype),
-            "additive": _additive(self.real(), self.dtype),
-            "additive, infinite": _additive(self.real(), self.dtype, -torch.inf),
+            "bool": self.valid(),
+            "int": self.valid().long(),
+            "float": self.valid().to(self.dtype),
+            "additive": _additive(self.valid(), self.dtype),
+            "additive, infinite": _additive(self.valid(), self.dtype, -torch.inf),
             "square bool": self._before(width),
             "square additive": _additive(self._before(width), self.dtype),
             "queries and keys, bool": attends,
@@ -198,7 +198,7 @@ class Texts:
         if "queries" in self.mask:
             mask = self.mask
         short = replace(self, lengths=(length,), mask=mask).arguments()
-        return short | {"x": self.arguments()["x"][example, self.real()[example]][None]}
+        return short | {"x": self.arguments()["x"][example, self.valid()[example]][None]}
 
     def _before(self, width: int) -> Tensor:
         attends = torch.ones(width, width, dtype=torch.bool)
@@ -208,7 +208,7 @@ class Texts:
         return (self.width,) if self.outputs == "each position" and self.shared != "relative positions" else ()
 
     def positions_of(self, example: int) -> Tensor:
-        return self.real()[example].nonzero()[:, 0]
+        return self.valid()[example].nonzero()[:, 0]
 
     def outputs_of(self, example: int) -> Tensor | None:
         if self.outputs in ("mean", "last"):
