@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 import apd_lens as apd
 from apd_lens import compare
+from apd_lens.compare import _edits
 
 ON = torch.eye(4)[1:2].repeat(3, 1)  # feature 1
 OTHER = torch.eye(4)[[0, 2, 3]].repeat(100, 1)
