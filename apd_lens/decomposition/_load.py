@@ -63,6 +63,10 @@ def load(
             "load it onto that model, with the weights and the processing (folding, centring) that it had. If only the "
             "dtype is another, load(path, model, other_dtype=True) takes it, after a check."
         )
+    if not isinstance(about.get("others", {}), dict):
+        raise ArtifactError(
+            f"{path}: expected digests by name, got {about['others']!r:.80}. Save the decomposition again."
+        )
     if "others" in about and not other_dtype:
         warn_of_others(target, about["matrices"], about["others"])
     device = next(iter(target.weights.values())).parameter.device
