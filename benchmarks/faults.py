@@ -96,7 +96,7 @@ class Host:
     def looked_at(self) -> Iterator[None]:
         """Inside, forwards in a context are looked at for bypasses, as the first one is."""
         forms = self.decomposition.target._looked_at
-        before = {*forms}
+        before = dict(forms)
         forms.clear()
         yield
         forms.update(before)

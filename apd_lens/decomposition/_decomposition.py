@@ -387,7 +387,7 @@ def edited_value(
 
 def decomposed_apart(target: TargetModel, names: Iterable[str]) -> list[str]:
     """Those of the matrices that are tied in the model to others, apart from which they were decomposed."""
-    whole = wrap(target.model).weights
+    whole = TargetModel(target.model, target.adapter, biases=target.biases).weights
     return [name for name in names if name not in whole or len(whole[name].uses) > len(target.weights[name].uses)]
 
 
