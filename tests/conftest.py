@@ -1,6 +1,7 @@
 import re
 from pathlib import Path
 
+import beartype  # noqa: F401  # before nnsight, after which it cannot be imported
 import pytest
 from jaxtyping import install_import_hook
 
