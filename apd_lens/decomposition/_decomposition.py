@@ -35,7 +35,6 @@ from apd_lens.host._adapter import Intercept
 from apd_lens.host._matrix import WeightMatrix
 from apd_lens.host._target import TargetModel, evaluating
 from apd_lens.host._unchanged import check_unchanged, digests_of_others
-from apd_lens.host._wrap import wrap
 from apd_lens.masks._error import AttributionError, attribution_error
 from apd_lens.masks._selection import K
 from apd_lens.passes._output import OutputFn, default_output

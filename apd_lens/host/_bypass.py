@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import jaxtyping
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -102,7 +103,7 @@ class Bypasses:
         form = self._form(args, kwargs)
         uses = self._seen.get(form, SharedUses())
         start(uses)
-        if form in self._seen or self._look is not None or _in_functorch():
+        if form in self._seen or self._look is not None or _without_numbers():
             return original(*args, **kwargs)
         look = _Look(self._model, self._weights, self._matrices, uses)
         try:
@@ -213,6 +214,11 @@ class _Look:
         for matrix in matrices.values():
             self._in_storage.setdefault(_storage(matrix.parameter), []).append(matrix)
         self._in_storage.pop(0, None)
+        self._places = [  # before the forward, in which a host's adapter may stand in for submodules
+            (matrix, place)
+            for matrix in weights.values()
+            for place in (matrix.module, *(model.get_submodule(use.site) for use in matrix.uses))
+        ]
         self._root = next(frame for frame in _frames() if frame.f_code.co_filename == _patch.__file__)
 
     def untied(self) -> "list[WeightMatrix]":
@@ -230,13 +236,8 @@ class _Look:
             self._allowed.pop()
 
     def _used_in(self, module: nn.Module) -> Iterator["WeightMatrix"]:
-        model, here = self._model, set(module.modules())
-        places = [
-            (matrix, place)
-            for matrix in self._weights.values()
-            for place in (matrix.module, *(model.get_submodule(use.site) for use in matrix.uses))
-        ]
-        used = [matrix for matrix, place in places if place in here or module in set(place.modules())]
+        here = set(module.modules())
+        used = [matrix for matrix, place in self._places if place in here or module in set(place.modules())]
         for matrix in self._matrices.values():
             if any(overlap(matrix.parameter, other.parameter) for other in used):
                 yield matrix
@@ -315,7 +316,6 @@ class _Operators(Part):
         self._flags = {name: flag for name, flag in vars(_python_dispatch).items() if name.startswith("_is_in_")}
 
     def do(self) -> None:
-        self._separation.__enter__()
         self._mode.__enter__()
 
     def undo(self) -> None:
@@ -388,9 +388,10 @@ def _dtypes(y: Tensor, weight: Tensor) -> Iterator[torch.dtype]:
         yield torch.get_autocast_dtype(y.device.type)
 
 
-def _in_functorch() -> bool:
-    """Whether a function of `torch.func` is at work, in which numbers cannot be looked at."""
-    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+def _without_numbers() -> bool:
+    """Whether numbers cannot be looked at: a function of `torch.func` is at work, or tensors are fake."""
+    in_functorch = torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    return in_functorch or detect_fake_mode() is not None
 
 
 def _place(tensor: Tensor) -> int:

@@ -36,6 +36,9 @@ class Mixture:
     rest: float = 0.0
     n_active: int | None = None
 
+    def __post_init__(self) -> None:
+        _ = self._pairs  # here, and not in a forward, whose tensors may be fake
+
     def __call__(self, use: Use, x: MatrixInput, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
         if self.rest == 0:
             y = self._product(use, x)
