@@ -122,7 +122,7 @@ def test_a_full_disk_is_an_artifact_error_and_leaves_the_old_file(tmp_path, monk
             save()
     monkeypatch.undo()
     assert kills.same(apd.load(folder, model), old)
-    assert torch.equal(watch.load(tmp_path / "monitor", old).together, monitor.together)
+    assert torch.equal(watch.load(tmp_path / "monitor", old).coactivation, monitor.coactivation)
     assert sorted(os.listdir(tmp_path)) == ["monitor", "run"]
     assert sorted(os.listdir(folder)) == ["components.safetensors", "decomposition.json"]
 

@@ -63,8 +63,10 @@ class Mixture:
 
     @cached_property
     def _pairs(self) -> tuple[Bool[Tensor, "examples *mask_pos C"], ActivePairs] | None:
-        """Where s_c − r is 1, or −1, and elsewhere 0: that mask and its pairs. None where there are other values."""
-        if not isinstance(self.on, Tensor) or self.on.dtype != torch.bool or self.rest not in (0, 1):
+        """Where s_c − r is 1, or −1, and elsewhere 0: that mask and its pairs. None where there are other values, or none."""
+        if not isinstance(self.on, Tensor) or self.on.dtype != torch.bool or not self.on.numel():
+            return None
+        if self.rest not in (0, 1):
             return None
         mask = ~self.on if self.rest else self.on
         n_active = self.on.numel() - self.n_active if self.rest and self.n_active is not None else self.n_active

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -54,19 +55,24 @@ def case(request) -> Case:
 
 
 @pytest.mark.parametrize("hook_name", [*WIDTHS, "all"])
-def test_run_with_saes(case: Case, hook_name: str):
-    saes = [sae_at(name) for name in (WIDTHS if hook_name == "all" else [hook_name])]
-    case.check(lambda model: model.run_with_saes(tokens(3), saes=saes))
-    case.check(lambda model: model.run_with_saes(tokens(3), saes=saes, use_error_term=True))
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_run_with_saes(monkeypatch, context: str, hook_name: str):
+    """In float64: five random SAEs in a row make activations of 137 that cancel to 0.04."""
+    keep_in_float64(monkeypatch)
+    case = case_of(sae_transformer(n_layers=2, dtype=torch.float64), context)
+    check = partial(case.check, tolerance=1e-9)
+    saes = [sae_at(name, "float64") for name in (WIDTHS if hook_name == "all" else [hook_name])]
+    check(lambda model: model.run_with_saes(tokens(3), saes=saes))
+    check(lambda model: model.run_with_saes(tokens(3), saes=saes, use_error_term=True))
 
     def features_and_more(model) -> dict[str, Tensor]:
         cache = model.run_with_cache_with_saes(tokens(3), saes=saes)[1]
         assert f"{saes[0].cfg.metadata.hook_name}.hook_sae_acts_post" in cache
         return dict(cache.items())
 
-    case.check(features_and_more)
+    check(features_and_more)
     hook = (f"{saes[0].cfg.metadata.hook_name}.hook_sae_acts_post", double)
-    case.check(lambda model: model.run_with_hooks_with_saes(tokens(3), saes=saes, fwd_hooks=[hook]))
+    check(lambda model: model.run_with_hooks_with_saes(tokens(3), saes=saes, fwd_hooks=[hook]))
 
 
 def test_transcoder(case: Case):

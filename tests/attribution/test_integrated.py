@@ -124,10 +124,10 @@ def test_the_forms_differ_where_the_model_bends_in_a_known_way():
             return self.linear(self.linear(x))
 
     model, x = Twice(), torch.tensor([[1.0], [-2.0]])
-    start = decomposition_of(model, "linear.weight", n_components=1, rank=1, selection=apd.TopK(1))
-    w = torch.full((1, 1, 1), 3.0)
     with torch.no_grad():
         model.linear.weight.fill_(3.0)
+    start = decomposition_of(model, "linear.weight", n_components=1, rank=1, selection=apd.TopK(1))
+    w = torch.full((1, 1, 1), 3.0)
     decomposition = replace(
         start, components=apd.ParameterComponents({"linear.weight": w}, {"linear.weight": w.new_ones(1, 1, 1)})
     )

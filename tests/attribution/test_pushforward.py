@@ -7,12 +7,22 @@ import pytest
 import torch
 from support.attribution_hosts import HOSTS, host
 from support.bridges import bridge
-from support.toy_models import Snapshot, TinyGPT, decomposition_of, keep_in_float64, substituted, tiny_gpt2, tiny_llama
+from support.toy_models import (
+    Snapshot,
+    TinyGPT,
+    decomposition_of,
+    keep_in_float64,
+    substituted,
+    tiny_gpt2,
+    tiny_llama,
+    with_fingerprints_renewed,
+)
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.testing import assert_close
 
 import apd_lens as apd
+from apd_lens.attribution import _gradient
 from apd_lens.attribution._pushforward import pushforward
 from apd_lens.masks._error import AttributionError
 
@@ -51,7 +61,7 @@ def test_both_kinds_of_products_agree(monkeypatch, name: str, granularity):
     keep_in_float64(monkeypatch)
     decomposition, batch = host(name, granularity)
     decomposition.target.model.double(), decomposition.components.double()
-    batch = in_float64(batch)
+    decomposition, batch = with_fingerprints_renewed(decomposition), in_float64(batch)
     assert has_jvps(decomposition, batch)
     expected = exact(monkeypatch, "vjps", decomposition, batch)
     assert expected.max() > 1e-3

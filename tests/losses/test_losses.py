@@ -91,13 +91,11 @@ def test_shapes_are_checked_at_the_edge():
 
 
 @pytest.mark.parametrize(("d_in", "m", "d_out"), [(7, 2, 5), (30, 20, 25), (300, 16, 300)])
-@pytest.mark.parametrize("seeds", [None, 3])
-def test_weight_losses_have_the_gradients_of_the_formulas(d_in: int, m: int, d_out: int, seeds: int | None):
-    """Component by component (rank 16 and more, matrices that a cache holds) and all at once; one seed and several."""
-    leading = () if seeds is None else (seeds,)
+def test_weight_losses_have_the_gradients_of_the_formulas(d_in: int, m: int, d_out: int):
+    """Component by component (rank 16 and more, matrices that a cache holds) and all at once."""
     weight = torch.randn(d_in, d_out, dtype=torch.float64)
     A, B, activity = (
-        torch.rand(*leading, *shape, dtype=torch.float64).requires_grad_()
+        torch.rand(*shape, dtype=torch.float64).requires_grad_()
         for shape in [(4, d_in, m), (4, m, d_out), (10, 4)]
     )
 
@@ -110,8 +108,7 @@ def test_weight_losses_have_the_gradients_of_the_formulas(d_in: int, m: int, d_o
     def ours(A: Tensor, B: Tensor, activity: Tensor) -> tuple[Tensor, Tensor]:
         return weight_losses(weight, A, B, activity, 0.9, 0.5)
 
-    came = ours(A, B, activity) if seeds is None else torch.vmap(ours)(A, B, activity)
-    for ours_value, value in zip(came, plain(A, B, activity), strict=True):
+    for ours_value, value in zip(ours(A, B, activity), plain(A, B, activity), strict=True):
         assert_close(ours_value, value, rtol=1e-9, atol=0)
         gradients, expected = (torch.autograd.grad(some.sum(), (A, B, activity), retain_graph=True, allow_unused=True)
                                for some in (ours_value, value))  # fmt: skip

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -140,6 +140,13 @@ def decomposition_of(
         **options,
     )
     return state.decomposition()
+
+
+def with_fingerprints_renewed(decomposition: apd.Decomposition) -> apd.Decomposition:
+    """The same components of the matrices as they are now: a test changed them, or their dtype, on purpose."""
+    target = decomposition.target
+    fingerprints = {name: target.fingerprints.of(target.weights[name]) for name in decomposition.fingerprints}
+    return replace(decomposition, fingerprints=fingerprints)
 
 
 def keep_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
