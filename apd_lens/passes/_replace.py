@@ -63,7 +63,7 @@ class Mixture:
 
     @cached_property
     def _pairs(self) -> tuple[Bool[Tensor, "examples *mask_pos C"], ActivePairs] | None:
-        """Where s_c − r is 1, or −1, and elsewhere 0: that mask and its pairs. None where there are other values, or none."""
+        """Where s_c − r is 1, or −1, and elsewhere 0: that mask and its pairs. Otherwise None."""
         if not isinstance(self.on, Tensor) or self.on.dtype != torch.bool or not self.on.numel():
             return None
         if self.rest not in (0, 1):

@@ -152,7 +152,10 @@ def test_matrices_can_start_whole_in_components_of_their_own(rank: int | None):
     ("options", "message"),
     [
         ({"n_components": 1}, "takes a component for each of the 1 matrices and needs others beside them"),
-        ({"n_components": 4, "moves": apd.DivisionMoves()}, "DivisionMoves have a start of their own, and Optimization"),
+        (
+            {"n_components": 4, "moves": apd.DivisionMoves()},
+            "DivisionMoves have a start of their own, and Optimization",
+        ),
     ],
 )
 def test_starts_that_cannot_be_are_refused(options: dict, message: str):

@@ -95,8 +95,7 @@ def test_weight_losses_have_the_gradients_of_the_formulas(d_in: int, m: int, d_o
     """Component by component (rank 16 and more, matrices that a cache holds) and all at once."""
     weight = torch.randn(d_in, d_out, dtype=torch.float64)
     A, B, activity = (
-        torch.rand(*shape, dtype=torch.float64).requires_grad_()
-        for shape in [(4, d_in, m), (4, m, d_out), (10, 4)]
+        torch.rand(*shape, dtype=torch.float64).requires_grad_() for shape in [(4, d_in, m), (4, m, d_out), (10, 4)]
     )
 
     def plain(A: Tensor, B: Tensor, activity: Tensor) -> tuple[Tensor, Tensor]:
