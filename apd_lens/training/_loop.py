@@ -62,6 +62,7 @@ def decompose(
         losses: default `Losses()`.
         optimization: default `Optimization()`.
         moves: `ClusterMoves()`, `SplitMoves()`, `DivisionMoves()`, or None for none.
+        masks: a `Masking`, which says what is active in the place of selection and attribution.
         output: picks the tensor `batch *pos n_outputs` that is explained from what the model returns; the default takes
             a tensor as it is and `.logits` of a Hugging Face output.
         valid: a function of a batch, as the model is called with it, that returns which positions of the explained

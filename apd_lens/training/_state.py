@@ -209,8 +209,8 @@ def init(
 
     Raises:
         UnknownWeight, UnsupportedModel: see `TargetModel.match`.
-        InvalidSetting: n_components, rank, or a selection that asks for more components than there are; `Lp` with
-            what needs gradients or masks that there are not; or a start that there are too few components for.
+        InvalidSetting: n_components or rank; a selection that asks for more components than there are; `Lp` with a
+            path loss, or with an attribution that has no gradients; a start that needs more components.
         NonFinite: a weight matrix holds NaN or infinity.
     """
     target = wrap(model)
