@@ -7,10 +7,10 @@
 Types and shapes of arguments are checked here, at the edge, and not inside.
 """
 
-from collections.abc import Iterable
-from os import PathLike
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable as _Iterable
+from os import PathLike as _PathLike
+from pathlib import Path as _Path
+from typing import Any as _Any
 
 from apd_lens import metrics as metrics
 from apd_lens import monitor as monitor
@@ -77,7 +77,9 @@ init = _checked(_state.init, InvalidSetting)
 responses = _checked(_responses, InvalidSetting)
 
 
-def _report(decomposition: Decomposition, batches: Iterable[Any], path: str | PathLike[str], **options: Any) -> Path:
+def _report(
+    decomposition: Decomposition, batches: _Iterable[_Any], path: str | _PathLike[str], **options: _Any
+) -> _Path:
     """Writes one self-contained HTML page to look at; `apd_lens.report.write_report` says what it takes.
 
     Raises:

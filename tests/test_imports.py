@@ -75,7 +75,7 @@ def test_a_missing_extra_is_named(module: str, needs: str, extra: str):
 
 def test_the_extras_that_are_named_exist():
     extras = importlib.metadata.metadata("apd-lens").get_all("Provides-Extra")
-    assert set(extras) == {"transformer-lens", "nnsight", "sae-lens", "plots", "compare", "report", "dev"}
+    assert set(extras) == {"transformer-lens", "nnsight", "sae-lens", "plots", "compare", "report", "docs", "dev"}
 
 
 def test_an_adapter_is_found_by_the_package_of_the_models_class():

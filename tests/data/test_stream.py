@@ -3,7 +3,7 @@ from itertools import islice
 import pytest
 
 import apd_lens as apd
-from apd_lens.data._stream import check_batches, one_pass, stream
+from apd_lens.data._stream import check_again, one_pass, stream
 
 
 def test_an_iterable_is_gone_through_again_and_a_function_is_asked_for_each_step():
@@ -25,7 +25,6 @@ def test_a_stream_that_ends_is_an_error():
 
 
 def test_a_generator_cannot_be_gone_through_twice():
-    check_batches([1], times=2)
-    check_batches(iter([1]))
+    check_again([1], times=2)
     with pytest.raises(apd.InvalidBatches, match="gone through 2 times"):
-        check_batches(iter([1]), times=2)
+        check_again(iter([1]), times=2)
