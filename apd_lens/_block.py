@@ -19,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from apd_lens._errors import AlreadyActive, ApdError
 
-# Held while a block is entered or left, so that two threads cannot do so at once.
+# Held while a block is entered or left, so that two threads cannot do so at once. A `with` that holds it is one line
+# of code: leaving a longer one is a line event of its own, and a tracer that raises there would leave it held.
 _LOCK = threading.RLock()
 
 
@@ -138,18 +139,21 @@ class Block(io.IOBase, ContextDecorator):
         Raises:
             AlreadyActive: it is entered already.
         """
-        life = None
+        lives: list[Generator[Any, None, None]] = []
         try:
-            with _LOCK:
-                if self._life is not None and inspect.getgeneratorstate(self._life) != inspect.GEN_CLOSED:
-                    raise AlreadyActive("This context is entered already. Leave it before you enter it again.")
-                self._life = life = _lifetime(self.make())
-                self.close = partial(next, life, None)  # what __exit__ calls
-                return next(life)
+            with _LOCK: return self._begin(lives)  # fmt: skip  # noqa: E701
         except BaseException as error:
-            if life is not None:
+            for life in lives:
                 life.throw(error)  # which undoes what is done
             raise
+
+    def _begin(self, lives: list[Generator[Any, None, None]]) -> Any:
+        if self._life is not None and inspect.getgeneratorstate(self._life) != inspect.GEN_CLOSED:
+            raise AlreadyActive("This context is entered already. Leave it before you enter it again.")
+        self._life = life = _lifetime(self.make())
+        lives.append(life)
+        self.close = partial(next, life, None)  # what __exit__ calls
+        return next(life)
 
     def __enter__(self) -> Any:
         return self.start()
@@ -182,11 +186,9 @@ def _lifetime(part: Part) -> Generator[Any, None, None]:
             part = Part() if part.lasting else part
             raise
         finally:
-            with _LOCK:
-                part.undo()
+            with _LOCK: part.undo()  # fmt: skip  # noqa: E701
     except ApdError:
         raise
     except BaseException:  # an interrupt; what it kept from being undone is undone here
-        with _LOCK:
-            part.undo()
+        with _LOCK: part.undo()  # fmt: skip  # noqa: E701
         raise

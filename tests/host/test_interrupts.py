@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -57,6 +58,10 @@ def test_at_every_line_of_what_enters_and_leaves_a_context():
         error, _ = faults.at_line(use, None, line)
         assert error is None or type(error) is KeyboardInterrupt
         before.assert_unchanged(model)
+        other = Thread(target=use, args=[None], daemon=True)
+        other.start()
+        other.join(timeout=60)
+        assert not other.is_alive()  # no lock is left held
         line += 1
     assert line > 100
 

@@ -241,7 +241,7 @@ def test_a_paused_generator_is_named(case: Case):
     generator = outputs()
     for _ in range(2):
         assert torch.equal(next(generator), case.ablated)
-        with pytest.raises(apd.AlreadyActive, match=r"The generator .*outputs \(.*test_threads.py:\d+\)"):
+        with pytest.raises(apd.AlreadyActive, match=r"The generator .*outputs \(.*test_owner.py:\d+\)"):
             case.output()
         in_thread(case.assert_plain)
         with pytest.raises(apd.AlreadyActive, match="is paused"):
