@@ -49,8 +49,9 @@ class ParameterComponents(nn.Module):
 
     def picked(self, numbers: Sequence[int]) -> "ParameterComponents":
         """The chosen components, in the given order and without gradients. A component may be chosen several times."""
-        numbers = list(numbers)
-        A, B = ({name: side[numbers] for name, side in sides.items()} for sides in (self.A, self.B))
+        # A range is a slice: a list of indices would have to be copied to the device.
+        chosen = slice(numbers.start, numbers.stop, numbers.step) if isinstance(numbers, range) else list(numbers)
+        A, B = ({name: side[chosen] for name, side in sides.items()} for sides in (self.A, self.B))
         return ParameterComponents(A, B).requires_grad_(False)
 
     def summed(
