@@ -50,7 +50,10 @@ class ParameterComponents(nn.Module):
     def picked(self, numbers: Sequence[int]) -> "ParameterComponents":
         """The chosen components, in the given order and without gradients. A component may be chosen several times."""
         # A range is a slice: a list of indices would have to be copied to the device.
-        chosen = slice(numbers.start, numbers.stop, numbers.step) if isinstance(numbers, range) else list(numbers)
+        if isinstance(numbers, range) and numbers.step == 1 and numbers.start >= 0:
+            chosen = slice(numbers.start, numbers.stop)
+        else:
+            chosen = list(numbers)
         A, B = ({name: side[chosen] for name, side in sides.items()} for sides in (self.A, self.B))
         return ParameterComponents(A, B).requires_grad_(False)
 
