@@ -147,7 +147,7 @@ class Block(io.IOBase, ContextDecorator):
                 life.throw(error)  # which undoes what is done
             raise
 
-    def _begin(self, lives: list[Generator[Any, None, None]]) -> Any:
+    def _begin(self, lives: list[Any]) -> Any:
         if self._life is not None and inspect.getgeneratorstate(self._life) != inspect.GEN_CLOSED:
             raise AlreadyActive("This context is entered already. Leave it before you enter it again.")
         self._life = life = _lifetime(self.make())
