@@ -92,12 +92,13 @@ class Settings:
 
     def after(self, minimality: Tensor, progress: float) -> "Settings":
         """The settings of the next step, in which another number of components may be active (`Needed`)."""
-        steps = self.optimization.steps
-        if self.masks is not None:
-            masks = self.masks.after(minimality, progress, steps)
-            return self if masks is self.masks else replace(self, masks=masks)
-        selection = self.selection.after(minimality, progress, steps)
-        return self if selection is self.selection else replace(self, selection=selection)
+        masking = self.masking
+        later = masking.after(minimality, progress, self.optimization.steps)
+        return self if later is masking else self.with_masking(later)
+
+    def with_masking(self, masking: Masking) -> "Settings":
+        """The same settings with a later form of their masking."""
+        return replace(self, selection=masking.selection) if self.masks is None else replace(self, masks=masking)
 
 
 # What `decompose` does where nothing else is said; and m at most.

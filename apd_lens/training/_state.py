@@ -98,18 +98,18 @@ class State:
         return draws(self.settings.seed, self.step, what, device=self.last_active.device)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that changes from step to step, by name: with it a fresh state goes on as this one would."""
+        """Copies of all that changes from step to step, by name: with them a fresh state goes on as this one would."""
         if self.late is not None:
             self.late.read()
         named = dict(self.components.named_parameters())
         moments = {
-            f"optimizer.{name}.{key}": value
+            f"optimizer.{name}.{key}": value.clone()
             for name, factor in named.items()
             for key, value in self.optimizer.state.get(factor, {}).items()
         }
-        factors = {f"components.{name}": factor.detach() for name, factor in named.items()}
-        selection = json.dumps(encode_settings(self.settings.selection)).encode()  # `Needed` changes
-        counts = {"step": torch.tensor(self.step), "selection": torch.tensor(list(selection), dtype=torch.uint8)}
+        factors = {f"components.{name}": factor.detach().clone() for name, factor in named.items()}
+        masking = json.dumps(encode_settings(self.settings.masking)).encode()  # `Needed` changes
+        counts = {"step": torch.tensor(self.step), "masking": torch.tensor(list(masking), dtype=torch.uint8)}
         return {**counts, "last_active": self.last_active, **factors, **moments}
 
     def restored(self, tensors: Mapping[str, Tensor]) -> "State":
@@ -120,9 +120,9 @@ class State:
             moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             if moments:
                 self.optimizer.state[factor] = {key: value.clone() for key, value in moments.items()}
-        settings, selection = self.settings, json.loads(bytes(tensors["selection"].tolist()))
-        if selection != encode_settings(settings.selection):
-            settings = replace(settings, selection=decode_settings(selection))
+        settings, masking = self.settings, json.loads(bytes(tensors["masking"].tolist()))
+        if masking != encode_settings(settings.masking):
+            settings = settings.with_masking(decode_settings(masking))
         last_active = tensors["last_active"].to(self.last_active).clone()
         return replace(self, settings=settings, last_active=last_active, step=int(tensors["step"]), seen=())
 

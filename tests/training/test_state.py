@@ -45,10 +45,25 @@ def test_twice_n_steps_are_n_steps_kept_and_n_steps_more(selection, moves):
 
     expected = go_on(fresh(), 2 * N).tensors()
     half = go_on(fresh(), N)
-    kept = {name: tensor.clone() for name, tensor in half.tensors().items()}
+    kept = half.tensors()
+    go_on(half, 1)  # which changes the factors and moments in place, and not those that were taken
     came = go_on(fresh().restored(kept), N).tensors()
     assert came.keys() == expected.keys()
     assert not [name for name, tensor in expected.items() if not torch.equal(tensor, came[name])]
+
+
+def test_a_masking_of_the_users_goes_on_where_it_was():
+    """Its selection finds the number of active components step by step."""
+    model, masks = ResidualMLP(4, 6, 5, 1), apd.Attributed(selection=SELECTIONS["Needed"])
+
+    def fresh():
+        optimization = apd.Optimization(steps=10, lr=1e-2)
+        return apd.init(model, n_components=6, rank=2, masks=masks, moves=None, optimization=optimization)
+
+    half = go_on(fresh(), N)
+    assert half.settings.masking != masks
+    restored = fresh().restored(half.tensors())
+    assert restored.settings == half.settings
 
 
 def test_a_copy_goes_on_by_itself():
