@@ -23,6 +23,8 @@ from apd_lens._errors import AlreadyActive, ApdError
 # of code: leaving a longer one is a line event of its own, and a tracer that raises there would leave it held.
 _LOCK = threading.RLock()
 
+AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
 
 class Part:
     """Something that is done for a while.
@@ -110,7 +112,7 @@ class _GradientsOff(Part):
 
 class _FullPrecision(Part):
     def __init__(self) -> None:
-        self._devices = [device for device in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(device)]
+        self._devices = [device for device in AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
 
     def do(self) -> None:
         for device in self._devices:

@@ -1,10 +1,10 @@
 """A batch, read once: what the model is called with, how many examples there are, and which positions are data."""
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ class Inputs:
             doubtful=frozenset(),
         )
 
-    @cached_property
+    @functools.cached_property
     def of_examples(self) -> frozenset[Key]:
         """Keys of the arguments that have an entry for each example.
 
@@ -143,7 +143,7 @@ class Inputs:
             "influence each other."
         )
 
-    @cached_property
+    @functools.cached_property
     def document_lengths(self) -> Int[Tensor, "batch pos"] | None:
         """For each position, the number of data positions in its document; None without a mask of queries and keys."""
         return None if self.attends is None else lengths_of_documents(self.attends)
@@ -245,7 +245,7 @@ def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any], model: nn.Module | 
     if model is None:
         return plain
     try:  # the keys, in the place of the values
-        bound = inspect.signature(type(model).forward).bind_partial(None, *places, **{name: name for name in kwargs})
+        bound = _signature(type(model).forward).bind_partial(None, *places, **{name: name for name in kwargs})
     except (TypeError, ValueError):
         return plain
     named: dict[Key, tuple[Key, Any]] = {}
@@ -254,6 +254,9 @@ def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any], model: nn.Module | 
         names = keys if isinstance(key, tuple | dict) else [name]
         named |= {each_name: plain[each] for each_name, each in zip(names, keys, strict=True)}
     return named
+
+
+_signature = functools.lru_cache(maxsize=64)(inspect.signature)  # of a forward; it is asked for in every pass
 
 
 def _main(given: Mapping[Key, Any]) -> Tensor | None:

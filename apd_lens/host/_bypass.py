@@ -32,7 +32,7 @@ from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from apd_lens._block import Block, Part, Together, full_precision, no_grad
+from apd_lens._block import AUTOCAST_DEVICES, Block, Part, Together, full_precision, no_grad
 from apd_lens._errors import ApdError, SiteNotCalled, UnsupportedModel
 from apd_lens.host import _patch
 from apd_lens.host._fingerprints import mark, sums_of
@@ -166,8 +166,7 @@ class Bypasses:
             self._model.training,
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled("cpu"),
-            torch.is_autocast_enabled("cuda"),
+            tuple(map(torch.is_autocast_enabled, AUTOCAST_DEVICES)),
             tuple(_place(matrix.parameter) for matrix in matrices),
             tuple((*matrix.module._forward_pre_hooks, *matrix.module._forward_hooks) for matrix in matrices),
         )
