@@ -1,6 +1,6 @@
 """How unusual an input is, by the components that it uses and by how well they explain its output.
 
-    monitor = apd.watch.fit(decomposition, reference_batches)
+    monitor = apd.monitor.fit(decomposition, reference_batches)
     scores = monitor.score(batch)  # .surprise and .residual, one of each a data point
 
 A monitor answers two questions, by comparison with reference data. Which active component is rarest, by itself or
@@ -302,7 +302,7 @@ def _distances(
     dtype = torch.promote_types(sparse.dtype, torch.float32)
     distance = distance_of_each(some.output.to(dtype), sparse.to(dtype), decomposition.settings.losses.distance)
     if not bool(distance.isfinite().all()):
-        raise NonFinite("watch: the distance between the sparse output and the target's is NaN or infinite.")
+        raise NonFinite("monitor: the distance between the sparse output and the target's is NaN or infinite.")
     if distance.ndim > mask.ndim - 1:  # outputs at positions of examples that are one data point each
         return mean_over_positions(distance, some.valid)
     while distance.ndim < mask.ndim - 1:  # one output for all positions

@@ -108,8 +108,8 @@ class State:
             for key, value in self.optimizer.state.get(factor, {}).items()
         }
         factors = {f"components.{name}": factor.detach().clone() for name, factor in named.items()}
-        masking = json.dumps(encode_settings(self.settings.masking)).encode()  # `Needed` changes
-        counts = {"step": torch.tensor(self.step), "masking": torch.tensor(list(masking), dtype=torch.uint8)}
+        maskings = json.dumps([encode_settings(stream.masking) for stream in self.streams]).encode()  # `Needed` changes
+        counts = {"step": torch.tensor(self.step), "maskings": torch.tensor(list(maskings), dtype=torch.uint8)}
         return {**counts, "last_active": self.last_active, **factors, **moments}
 
     def restored(self, tensors: Mapping[str, Tensor]) -> "State":
@@ -120,11 +120,16 @@ class State:
             moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             if moments:
                 self.optimizer.state[factor] = {key: value.clone() for key, value in moments.items()}
-        settings, masking = self.settings, json.loads(bytes(tensors["masking"].tolist()))
-        if masking != encode_settings(settings.masking):
-            settings = settings.with_masking(decode_settings(masking))
+        saved = json.loads(bytes(tensors["maskings"].tolist()))
+        maskings = [
+            stream.masking if encode_settings(stream.masking) == encoded else decode_settings(encoded)
+            for stream, encoded in zip(self.streams, saved, strict=True)
+        ]
+        others = tuple(map(Stream.with_masking, self.others, maskings[1:]))
+        settings = self.settings.with_masking(maskings[0])
         last_active = tensors["last_active"].to(self.last_active).clone()
-        return replace(self, settings=settings, last_active=last_active, step=int(tensors["step"]), seen=())
+        step = int(tensors["step"])
+        return replace(self, settings=settings, others=others, last_active=last_active, step=step, seen=())
 
     def decomposition(self) -> Decomposition:
         """The decomposition as it is now: a copy that further steps do not change.

@@ -84,7 +84,10 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
         moves=n_moves,
     )
     settings = settings.after(info.terms["minimality"], progress)
-    return replace(state, settings=settings, last_active=last_active, step=state.step + 1, seen=seen), info
+    steps = settings.optimization.steps
+    others = tuple(one.after(info.terms[one.named("minimality")], progress, steps) for one in state.others)
+    later = replace(state, settings=settings, others=others, last_active=last_active, step=state.step + 1, seen=seen)
+    return later, info
 
 
 def stream_terms(

@@ -8,6 +8,7 @@ from support.toy_models import ResidualMLP
 from torch.testing import assert_close
 
 import apd_lens as apd
+from apd_lens.masks._selection import Needed
 from apd_lens.training._streams import Stream
 
 
@@ -44,6 +45,16 @@ def test_a_batch_that_comes_again_is_watched_once_in_each_stream():
     once, _ = apd.step(both, x, y)
     again, _ = apd.step(once, x, y)
     assert [seen.watched for seen in again.seen] == [seen.watched for seen in once.seen]
+
+
+def test_the_maskings_of_all_streams_go_on_and_are_restored():
+    first, second = states()
+    masking = apd.Attributed(selection=apd.BatchTopK(Needed(hold=0.0), least=0.1))
+    both = replace(first, others=(Stream(masking, second.settings.losses, "others"),))
+    on, _ = apd.step(both, torch.randn(8, 4), torch.randn(6, 4))
+    assert on.others[0].masking.selection.k.now != masking.selection.k.now
+    fresh = replace(states()[0], others=both.others)
+    assert fresh.restored(on.tensors()).others == on.others
 
 
 def test_every_stream_needs_a_batch():
