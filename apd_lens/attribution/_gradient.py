@@ -8,7 +8,7 @@ fewer than outputs, what each writes is pushed forward to all outputs instead.
 Integrated gradients do that on a path of weights; ablations run the model without each component instead.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -52,7 +52,14 @@ class GradientAttribution:
     random v with E v vᵀ = 1, E (vᵀ J P_c)² = Σ_o (J_o P_c)², so the mean over K of them is unbiased (A_c², not its
     root). `Decomposition.attribution_error` says how far it is off.
 
+    Where outputs are compared as distributions (`Losses(distance="kl")`), the same is done in the metric of the output's
+    own distribution, that of the Fisher information. Then A_c² / 2 is about the KL in nats that taking c out costs, and
+    an output that has no probability does not count.
+
     Attributes:
+        metric: "outputs" counts all outputs alike, "fisher" as just said; "auto" goes by the distance.
+        fixed: the same projections are drawn each time. What is pulled back for them is kept with a batch that comes
+            again in a training, so that it is computed once: take more of them then.
         projections: "exact"; the number K; or "auto", exact for up to 128 outputs of an example (positions times
             outputs), and where 4 Jacobian-vector products are enough; K = 8 beyond.
         kind: entries of v are ±1 ("rademacher", the smaller variance) or standard "normal".
@@ -62,10 +69,17 @@ class GradientAttribution:
     projections: int | Literal["auto", "exact"] = "auto"
     kind: Literal["rademacher", "normal"] = "rademacher"
     memory: int = BUDGET
+    metric: Literal["auto", "outputs", "fisher"] = "auto"
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_projections(self.projections)
+
+    def seen(self, watched: WatchedPass) -> WatchedPass:
+        """The pass with its outputs in the metric of these attributions."""
+        is_fisher = self.metric == "fisher" or (self.metric == "auto" and watched.run.compares == "distributions")
+        return watched.in_fisher_metric() if is_fisher and not watched.run.in_fisher_metric else watched
 
     def __call__(
         self,
@@ -86,6 +100,7 @@ class GradientAttribution:
     ) -> Float[Tensor, "batch *pos C"]:
         """A_c(x)². Where gradients are enabled, in a graph that leads to the factors and keeps v · batch · C numbers
         for each use of a matrix; the target's gradients are constants in it."""
+        watched = self.seen(watched)
         J = None if torch.is_grad_enabled() else self.pushforward(watched, components, granularity)
         if J is not None:
             return mean_over_outputs(squared_effects(J, watched, components, granularity, self.memory), watched)
@@ -109,6 +124,7 @@ class GradientAttribution:
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "K batch *pos C"]:
         """What each projection alone estimates; the root of the mean of their squares is the estimate."""
+        watched = self.seen(watched)
         cotangents = self.cotangents(watched.output, generator)
         effects = effects_on_outputs(watched, cotangents, components, granularity, self.memory)
         squares = effects.square() * (cotangents.count / cotangents.scale)
@@ -118,13 +134,16 @@ class GradientAttribution:
         self, output: Float[Tensor, "batch *pos n_outputs"], generator: torch.Generator | None = None
     ) -> Cotangents:
         """One-hot ones for exact attributions, or K random ones."""
-        return cotangents_for(output, self.projections, self.kind, generator)
+        if not self.fixed:
+            return cotangents_for(output, self.projections, self.kind, generator)
+        generator = torch.Generator(output.device).manual_seed(0)
+        return replace(cotangents_for(output, self.projections, self.kind, generator), lasting=True)
 
     def pushforward(
         self, watched: WatchedPass, components: ParameterComponents, granularity: Granularity
     ) -> Pushforward | None:
         """J of the pass, if Jacobian-vector products are clearly fewer than cotangents, and possible."""
-        if isinstance(self.projections, int) or watched.jacobians is not None:
+        if isinstance(self.projections, int) or self._knows_all(watched):
             return None
         positions = {call.y.shape[1:-1] for call in watched.calls} if granularity == "position" else {torch.Size()}
         n_jvps = components.n_components * max(axes.numel() for axes in positions)
@@ -135,8 +154,14 @@ class GradientAttribution:
 
     def is_exact(self, watched: WatchedPass, components: ParameterComponents, granularity: Granularity) -> bool:
         """Whether attributions on this pass are exact, and not estimated from random projections of the output."""
+        watched = self.seen(watched)
         return (
             are_exact(watched.output, self.projections)
-            or (self.projections == "auto" and watched.jacobians is not None)
+            or (self.projections == "auto" and self._knows_all(watched))
             or self.pushforward(watched, components, granularity) is not None
         )
+
+    @staticmethod
+    def _knows_all(watched: WatchedPass) -> bool:
+        """Whether the gradients of all outputs were kept with the pass."""
+        return watched.jacobians is not None and watched.jacobians.of == "outputs"

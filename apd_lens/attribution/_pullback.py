@@ -6,6 +6,7 @@ examples is computed once.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -39,10 +40,12 @@ class Jacobians:
     Attributes:
         of_calls: for each call the parts that add up to it; none where the output does not depend on y.
         slopes: `v examples`, what all of them are multiplied with; None for 1.
+        of: what v are: one for each of the "outputs", or so many projections.
     """
 
     of_calls: Sequence[Sequence[Part]]
     slopes: Tensor | None = None
+    of: int | Literal["outputs"] = "outputs"
 
     @classmethod
     def whole(cls, gradients: Sequence[Tensor | None]) -> "Jacobians":
@@ -72,7 +75,7 @@ def jacobians_in_parts(
     the target is run again on some examples at a time, so that what is multiplied with the Jacobians later is not
     computed again for each chunk of cotangents. Uses up the pass's graph.
     """
-    if watched.jacobians is not None and cotangents.exact:
+    if watched.jacobians is not None and cotangents.lasting and watched.jacobians.of == _of(cotangents):
         yield watched, iter([watched.jacobians])
         return
     root, slopes = _root(watched, cotangents)
@@ -89,6 +92,10 @@ def jacobians_in_parts(
     for examples in parts:
         part = watched.again(None, examples)
         yield part, _chunks(part, *_root(part, cotangents), readout, cotangents, memory)
+
+
+def _of(cotangents: Cotangents) -> int | Literal["outputs"]:
+    return "outputs" if cotangents.exact else cotangents.count
 
 
 def _root(watched: WatchedPass, cotangents: Cotangents) -> tuple[Tensor | GradientEdge, Tensor | None]:
@@ -131,9 +138,9 @@ def _chunks(
         of_calls: list[Sequence[Part]] = [[(known[call], None)] if call in known else [] for call in range(len(ys))]
         for call, maps in readout.affine.items():
             of_calls[call] = [(direct[ys[call]], None), *((known[b], M) for b, M in maps.items())]
-        jacobians = Jacobians(of_calls, None if slopes is None else slopes[some])
+        jacobians = Jacobians(of_calls, None if slopes is None else slopes[some], _of(cotangents))
         watched.graph_freed = watched.graph_freed or (bool(readout.stages) and is_last)
-        if is_last and some.start == 0 and cotangents.exact:  # good for the same batch the next time too
+        if is_last and some.start == 0 and cotangents.lasting:  # good for the same batch the next time too
             watched.jacobians = jacobians
         yield jacobians
 

@@ -95,7 +95,8 @@ class Decomposition:
         Raises as `observe` does.
         """
         inputs, output = ready(self, batch, where)
-        watched = watched_pass(self.target, self.components.names, inputs, output)
+        compares = self.settings.losses.compares
+        watched = watched_pass(self.target, self.components.names, inputs, output, compares=compares)
         check_finite_output(watched.output, where, watched)
         return watched
 

@@ -11,6 +11,7 @@ from apd_lens._codec import saved
 from apd_lens._errors import InvalidSetting
 from apd_lens._schedules import HoldThenDecay, Schedule
 from apd_lens.losses._outputs import Distance
+from apd_lens.passes._watch import Compares
 
 
 @saved
@@ -60,3 +61,8 @@ class Losses:
                 "hidden and hidden_at go together: a coefficient and the submodules whose outputs are compared; got "
                 f"hidden={self.hidden}, hidden_at={self.hidden_at}."
             )
+
+    @property
+    def compares(self) -> Compares:
+        """How outputs are compared."""
+        return "distributions" if self.distance == "kl" else "numbers"

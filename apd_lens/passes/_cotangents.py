@@ -18,16 +18,18 @@ class Cotangents:
         rows: the ones from first to last, `v *pos n_outputs`.
         scale: number of cotangents that bring as much as one output each.
         exact: not only on average.
+        lasting: whether another pass over the same batch gets the same ones.
     """
 
     count: int
     rows: Callable[[int, int], Tensor]
     scale: int = 1
     exact: bool = True
+    lasting: bool = True
 
     def some(self, first: int, last: int) -> "Cotangents":
         """The ones from first to last."""
-        return Cotangents(last - first, lambda start, end: self.rows(first + start, first + end), self.scale, False)
+        return Cotangents(last - first, lambda start, end: self.rows(first + start, first + end), self.scale, False, False)
 
 
 def one_hot_cotangents(output: Float[Tensor, "batch *pos n_outputs"]) -> Cotangents:
@@ -52,4 +54,4 @@ def random_cotangents(
         drawn = torch.randn(shape, generator=generator, device=output.device, dtype=output.dtype)
     else:
         drawn = torch.randint(2, shape, generator=generator, device=output.device, dtype=torch.int8).mul_(2).sub_(1)
-    return Cotangents(K, lambda first, last: drawn[first:last].to(output.dtype), scale=K, exact=False)
+    return Cotangents(K, lambda first, last: drawn[first:last].to(output.dtype), scale=K, exact=False, lasting=False)

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,19 @@ from apd_lens.host._sites import activations_kept
 from apd_lens.host._target import TargetModel
 from apd_lens.passes._output import OutputFn, explained_output, no_batch_axis
 from apd_lens.passes._replace import Mixture
+
+# How outputs are compared: as numbers, or as the distributions whose logits they are.
+Compares = Literal["numbers", "distributions"]
+
+
+def fisher_coordinates(logits: Float[Tensor, "batch *pos n_outputs"]) -> Float[Tensor, "batch *pos n_outputs"]:
+    """z_o = √(n p_o) (f_o − Σ_q p_q f_q), p = softmax(f) being constant: coordinates in which a small change is as long
+    as it is in KL. The mean over outputs of δz² is the variance of δf under p, which is 2 KL(f ‖ f + δf) in nats.
+
+    Source: the Fisher information of a softmax, diag(p) − p pᵀ.
+    """
+    p = logits.detach().softmax(-1)
+    return (p * logits.shape[-1]).sqrt() * (logits - (p * logits).sum(-1, keepdim=True))
 
 
 def reading_of_output(output: Tensor, where: str, watched: "WatchedPass | None" = None) -> Reading:
@@ -60,13 +73,21 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a pass is a pass of; `replaced` stands in the place of the named matrices, None for their own."""
+    """What a pass is a pass of.
+
+    Attributes:
+        replaced: stands in the place of the named matrices; None for their own.
+        compares: how outputs are compared: as numbers, or as the distributions whose logits they are (KL).
+        in_fisher_metric: whether the pass ends with `fisher_coordinates` of the outputs.
+    """
 
     target: TargetModel
     names: Sequence[str]
     inputs: Inputs
     output: OutputFn
     replaced: Intercept | None
+    compares: Compares = "numbers"
+    in_fisher_metric: bool = False
 
     @property
     def batch(self) -> Batch:
@@ -97,6 +118,21 @@ class WatchedPass:
     run: Run
     jacobians: Any = None
     graph_freed: bool = False
+    _in_fisher_metric: "WatchedPass | None" = None
+
+    @property
+    def can_be_attributed(self) -> bool:
+        """Whether gradients can be pulled back through it, or have been and were kept."""
+        passes = [self] if self._in_fisher_metric is None else [self, self._in_fisher_metric]
+        return not any(one.graph_freed for one in passes) or any(one.jacobians is not None for one in passes)
+
+    def in_fisher_metric(self) -> "WatchedPass":
+        """The same pass, on the same graph, that goes on to `fisher_coordinates` of its outputs."""
+        if self._in_fisher_metric is None:
+            with torch.enable_grad():
+                z = zero_at_padding(fisher_coordinates(self.output), self.valid)
+            self._in_fisher_metric = replace(self, output=z, run=replace(self.run, in_fisher_metric=True))
+        return self._in_fisher_metric
 
     def check_padding_of_positions(self) -> None:
         """Raises ShapeMismatch where a matrix may have been used at an encoder's padding."""
@@ -130,7 +166,9 @@ class WatchedPass:
     def replacing(self, replaced: Intercept | None, examples: slice) -> "WatchedPass":
         """The same pass on some examples, with this in the place of the weights."""
         run = self.run
-        return watched_pass(run.target, run.names, run.inputs.some(examples), run.output, replaced=replaced)
+        inputs = run.inputs.some(examples)
+        watched = watched_pass(run.target, run.names, inputs, run.output, replaced=replaced, compares=run.compares)
+        return watched.in_fisher_metric() if run.in_fisher_metric else watched
 
     def replicates(
         self, replaced: Intercept, examples: slice, n: int
@@ -159,6 +197,7 @@ def watched_pass(
     output: OutputFn,
     hidden: Iterable[str] = (),
     replaced: Intercept | None = None,
+    compares: Compares = "numbers",
 ) -> WatchedPass:
     """Runs the target on a batch, with `replaced` in the place of the named weights, and keeps x and y of every use."""
     _check_differentiable(target.model)
@@ -214,7 +253,7 @@ def watched_pass(
         calls=calls,
         before_others=before_others,
         hidden={name: activation.detach() for name, activation in kept.items()},
-        run=Run(target, names, inputs, output, replaced),
+        run=Run(target, names, inputs, output, replaced, compares),
     )
 
 

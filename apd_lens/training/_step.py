@@ -121,8 +121,7 @@ def stream_terms(
 def watch(state: State, stream: Stream, batch: Batch) -> Seen:
     """The target's pass over the batch: that of the last step, if this is the same batch again."""
     for last in state.seen if tensors(batch) else ():
-        is_good = not last.watched.graph_freed or last.watched.jacobians is not None
-        if last.stream == stream.name and is_good and last.kept.is_same(batch):
+        if last.stream == stream.name and last.watched.can_be_attributed and last.kept.is_same(batch):
             return last
     where = f"step {state.step}"
     kept = Kept.of(batch)
@@ -130,8 +129,10 @@ def watch(state: State, stream: Stream, batch: Batch) -> Seen:
     readings = readings_of_inputs(inputs, where)
     if state.late is None:
         raise_first(readings)
-    hidden = stream.losses.hidden_at
-    watched = watched_pass(state.target, state.components.names, inputs, state.output, hidden=hidden)
+    losses, names = stream.losses, state.components.names
+    watched = watched_pass(
+        state.target, names, inputs, state.output, hidden=losses.hidden_at, compares=losses.compares
+    )
     readings.append(reading_of_output(watched.output, where, watched))
     if state.late is None:
         raise_first(readings[-1:])
