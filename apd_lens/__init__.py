@@ -32,6 +32,7 @@ from apd_lens._errors import UnsupportedModel as UnsupportedModel
 from apd_lens._errors import WeightsChanged as WeightsChanged
 from apd_lens._schedules import HoldThenDecay as HoldThenDecay
 from apd_lens._schedules import Ramp as Ramp
+from apd_lens._settings import Elsewhere as Elsewhere
 from apd_lens._settings import Optimization as Optimization
 from apd_lens._settings import Settings as Settings
 from apd_lens._settings import paper as paper

@@ -9,6 +9,7 @@ from torch import Tensor
 from apd_lens._checks import check_fields
 from apd_lens._codec import saved
 from apd_lens._errors import InvalidSetting
+from apd_lens._schedules import Schedule
 from apd_lens.attribution._attribution import Attribution
 from apd_lens.attribution._gradient import GradientAttribution
 from apd_lens.losses._losses import Losses
@@ -16,6 +17,7 @@ from apd_lens.masks._masking import Masking, masking_of
 from apd_lens.masks._selection import BatchTopK, Needed, Selection
 from apd_lens.moves._cluster import ClusterMoves
 from apd_lens.moves._moves import Moves
+from apd_lens.passes._output import OutputFn
 
 
 @saved
@@ -54,8 +56,8 @@ class Optimization:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.steps < 1:
-            raise InvalidSetting(f"Optimization needs at least 1 step, got {self.steps}.")
+        if self.steps < 0:
+            raise InvalidSetting(f"Optimization needs 0 steps or more, got {self.steps}.")
         if not 0 <= self.warmup < 1:
             raise InvalidSetting(f"warmup is a share of the steps, 0 <= warmup < 1, got {self.warmup}.")
         if self.init_scale <= 0:
@@ -64,10 +66,36 @@ class Optimization:
 
 @saved
 @dataclass(frozen=True)
+class Elsewhere:
+    """What is asked of components on the `others`, data that they are not about.
+
+    There the rest W − Σ P is on. Components that are not active must not matter, whatever part of them is on.
+
+    Attributes:
+        weight: coefficient of the distance of the output.
+        selection: which components are active there all the same; None for none.
+        attribution: by which; None for that of the data.
+        simplicity: coefficient of the Schatten norms of components that are active there.
+        output: what is compared there; None for the output of the data, at all positions.
+    """
+
+    weight: Schedule = 6.0
+    selection: Selection | None = None
+    attribution: Attribution | None = None
+    simplicity: Schedule = 0.0
+    output: OutputFn | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@saved
+@dataclass(frozen=True)
 class Settings:
     """All settings of `decompose`, apart from the model, the data and the output function.
 
     Attributes:
+        elsewhere: of a targeted decomposition; None for one of all the weights.
         masks: who says what is active; None: the selection by the attribution. Given, it says these two as well.
     """
 
@@ -78,9 +106,16 @@ class Settings:
     moves: Moves | None = field(default_factory=ClusterMoves)
     seed: int = 0
     masks: Masking | None = None
+    elsewhere: Elsewhere | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.elsewhere is not None and self.losses.faithfulness:
+            raise InvalidSetting(
+                "Where there are others, components hold what the data use and the rest of the weights stays in the "
+                f"rest, so that nothing asks them to sum to the weights. Give Losses(faithfulness=0, …); got "
+                f"faithfulness={self.losses.faithfulness}."
+            )
         if self.masks is not None:
             object.__setattr__(self, "selection", self.masks.selection)
             object.__setattr__(self, "attribution", self.masks.attribution)
@@ -101,8 +136,9 @@ class Settings:
         return replace(self, selection=masking.selection) if self.masks is None else replace(self, masks=masking)
 
 
-# What `decompose` does where nothing else is said; and m at most.
+# What `decompose` does where nothing else is said, without and with others; and m at most.
 DEFAULTS = Settings()
+TARGETED = replace(DEFAULTS, losses=Losses(faithfulness=0.0), elsewhere=Elsewhere())
 RANK = 4
 
 

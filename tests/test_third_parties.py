@@ -62,6 +62,7 @@ class FirstHalf:
     attribution: WriteNorm = WriteNorm()
     selection: AboveHalf = AboveHalf()
     says_what_is_active: ClassVar[bool] = True
+    needs_gradients: ClassVar[bool] = True
 
     def check(self, n_components: int, losses: apd.Losses) -> None: ...
 

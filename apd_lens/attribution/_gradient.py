@@ -52,9 +52,9 @@ class GradientAttribution:
     random v with E v vᵀ = 1, E (vᵀ J P_c)² = Σ_o (J_o P_c)², so the mean over K of them is unbiased (A_c², not its
     root). `Decomposition.attribution_error` says how far it is off.
 
-    Where outputs are compared as distributions (`Losses(distance="kl")`), the same is done in the metric of the output's
-    own distribution, that of the Fisher information. Then A_c² / 2 is about the KL in nats that taking c out costs, and
-    an output that has no probability does not count.
+    Where outputs are compared as distributions (`Losses(distance="kl")`), the same is done in the metric of the
+    output's own distribution, that of the Fisher information. Then A_c² / 2 is about the KL in nats that taking c out
+    costs, and an output that has no probability does not count.
 
     Attributes:
         metric: "outputs" counts all outputs alike, "fisher" as just said; "auto" goes by the distance.

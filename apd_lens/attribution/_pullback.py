@@ -52,6 +52,11 @@ class Jacobians:
         """Of gradients `v examples *pos d_out`, each in one part."""
         return cls([[] if gradient is None else [(gradient, None)] for gradient in gradients])
 
+    def tensors(self) -> list[Tensor]:
+        """The ones that it holds."""
+        parts = [tensor for parts in self.of_calls for part in parts for tensor in part if tensor is not None]
+        return parts if self.slopes is None else [*parts, self.slopes]
+
     def as_whole(self) -> list[Float[Tensor, "v examples *pos d_out"] | None]:
         """The gradients, multiplied out and added up."""
         gradients = []

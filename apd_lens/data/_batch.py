@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import weakref
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,17 +150,24 @@ class Kept:
     """A batch, and what its tensors held.
 
     Attributes:
+        values: its arguments; tensors by weak references, since they are the user's.
         copies: of its tensors.
         versions: for each, how often it was changed in place; None where torch does not count (inference mode).
     """
 
-    batch: Batch
+    values: dict[Key, Any]
     copies: list[Tensor]
     versions: list[int | None]
 
     @staticmethod
     def of(batch: Batch) -> "Kept":
-        return Kept(batch, [value.detach().clone() for value in tensors(batch)], _versions(batch))
+        values = {key: weakref.ref(value) if isinstance(value, Tensor) else value for key, value in _items(batch)}
+        return Kept(values, [value.detach().clone() for value in tensors(batch)], _versions(batch))
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the user still has all its tensors."""
+        return all(value() is not None for value in self.values.values() if isinstance(value, weakref.ref))
 
     def is_same(self, batch: Batch) -> bool:
         """Whether a batch is made of the very same objects, and they hold the same.
@@ -167,14 +175,11 @@ class Kept:
         Torch does not count all changes in place (numpy's, those of `.data`), so numbers are compared; on a GPU, which
         would have to be waited for, `changes` says it late.
         """
-        args, kwargs = arguments(batch)
-        previous_args, previous_kwargs = arguments(self.batch)
+        now = dict(_items(batch))
         return (
-            kwargs.keys() == previous_kwargs.keys()
-            and len(args) == len(previous_args)
-            and all(now is before for now, before in zip(args, previous_args, strict=True))
-            and all(kwargs[name] is previous_kwargs[name] for name in kwargs)
-            and not any(map(holds_tensors, (*args, *kwargs.values())))  # which anybody may change
+            now.keys() == self.values.keys()
+            and all(value is _referred(self.values[key]) for key, value in now.items())
+            and not any(map(holds_tensors, now.values()))  # which anybody may change
             and _versions(batch) == self.versions
             and None not in self.versions
             and all(now.shape == before.shape for now, before in self._pairs(batch))
@@ -195,6 +200,15 @@ class Kept:
 
     def _pairs(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         return list(zip(tensors(batch), self.copies, strict=True))
+
+
+def _items(batch: Batch) -> list[tuple[Key, Any]]:
+    args, kwargs = arguments(batch)
+    return [*enumerate(args), *kwargs.items()]
+
+
+def _referred(value: Any) -> Any:
+    return value() if isinstance(value, weakref.ref) else value
 
 
 def _versions(batch: Batch) -> list[int | None]:

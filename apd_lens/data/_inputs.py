@@ -4,7 +4,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class Inputs:
         sure: keys of arguments that have an entry for each example for certain.
         doubtful: keys of those that may have one, as far as shapes say.
         outputs: what the model returns on a batch.
+        kept: names of matrices -> what passes over this batch need not run again in front of them (`Prefix`).
     """
 
     batch: Batch
@@ -59,6 +60,7 @@ class Inputs:
     sure: frozenset[Key]
     doubtful: frozenset[Key]
     outputs: Callable[[Batch], Any] | None
+    kept: dict[tuple[str, ...], Any] = field(default_factory=dict)
 
     def some(self, examples: slice) -> "Inputs":
         """Some of the examples."""
@@ -110,6 +112,7 @@ class Inputs:
             attends=of_mask(self.attends),
             sure=of_examples,
             doubtful=frozenset(),
+            kept={},
         )
 
     @functools.cached_property
@@ -197,6 +200,7 @@ def joined_inputs(some: Sequence[Inputs]) -> Inputs:
         valid=of_masks([inputs.valid for inputs in some]),
         encoder_valid=of_masks([inputs.encoder_valid for inputs in some]),
         attends=of_masks([inputs.attends for inputs in some]),
+        kept={},
     )
 
 

@@ -25,7 +25,15 @@ from apd_lens.host._bypass import Bypasses
 from apd_lens.host._fingerprints import Fingerprints
 from apd_lens.host._matrix import Use, WeightMatrix
 from apd_lens.host._owner import Owner
-from apd_lens.host._patch import NotBehindATrace, Patch, Uncompiled, in_nnsight_trace, is_patched, outside_traces
+from apd_lens.host._patch import (
+    NotBehindATrace,
+    Patch,
+    PatchedForward,
+    Uncompiled,
+    in_nnsight_trace,
+    is_patched,
+    outside_traces,
+)
 from apd_lens.host._shared import Place, SharedUses
 from apd_lens.host._ties import merged_ties, with_decomposable_biases
 
@@ -76,6 +84,7 @@ class TargetModel:
         self.valid = valid
         self._untied = tuple(untied)
         self._looked_at: dict[Any, SharedUses] = {}
+        self.prefixes: dict[Any, bool] = {}  # shape of a `Prefix` -> whether passes with it are as those without
         matrices = list(adapter.matrices(model))
         if not biases:
             matrices = [replace(matrix, bias=None) for matrix in matrices]
@@ -184,6 +193,7 @@ class TargetModel:
         intercept: Intercept,
         observed: Iterable[str] = (),
         check_examples: Callable[[int], None] | None = None,
+        beside: Iterable[tuple[nn.Module, PatchedForward]] = (),
     ) -> Block:
         """Inside, every use of the named matrices in a forward of the user's model goes through `intercept`.
 
@@ -193,6 +203,7 @@ class TargetModel:
         Args:
             observed: further matrices whose uses do, but which a forward may go past.
             check_examples: called at each use with the number of examples in the forward that is running.
+            beside: further modules of the model, and what stands in for their forwards.
 
         Raises:
             AlreadyActive: the model is intercepted already; in a forward: see `Owner.runs`.
@@ -292,7 +303,7 @@ class TargetModel:
             owner = bypasses.owner = Owner(type(self.model).__name__)
             of_uses = self.adapter.patches(self.model, matrices, at_use)
             patches = [*((module, bypasses.around(module, patch)) for module, patch in of_uses), (self.model, at_root)]
-            patched = [Patch(module, patch, owner) for module, patch in patches]
+            patched = [Patch(module, patch, owner) for module, patch in [*patches, *beside]]
             return Together([NotBehindATrace(), Uncompiled(self.model), *patched, owner])
 
         return Block(parts)

@@ -87,6 +87,10 @@ class Lp:
     def says_what_is_active(self) -> bool:
         return self.threshold is not None
 
+    @property
+    def needs_gradients(self) -> bool:
+        return True
+
     def masks(
         self,
         watched: WatchedPass,

@@ -46,6 +46,7 @@ class Masking(Protocol):
         attribution: how much each component matters.
         selection: which components are active, after the training.
         says_what_is_active: whether a step has a mask of active components, which some moves need.
+        needs_gradients: whether the masks of a batch need the graph of the target's pass.
     """
 
     @property
@@ -56,6 +57,9 @@ class Masking(Protocol):
 
     @property
     def says_what_is_active(self) -> bool: ...
+
+    @property
+    def needs_gradients(self) -> bool: ...
 
     def check(self, n_components: int, losses: Losses) -> None:
         """Raises InvalidSetting for what cannot work with so many components, or with these losses."""
@@ -102,6 +106,10 @@ class Attributed:
     def says_what_is_active(self) -> bool:
         return True
 
+    @property
+    def needs_gradients(self) -> bool:
+        return True
+
     def check(self, n_components: int, losses: Losses) -> None:
         self.selection.check(n_components)
 
@@ -123,6 +131,39 @@ class Attributed:
         # Known without asking the device, but for padding.
         n_active = selection.n_active(active[..., 0].numel()) if padded(active, watched.valid) is None else None
         return Masks(attributions, active, active, n_active)
+
+
+@dataclass(frozen=True)
+class NoneActive:
+    """No component is active on any data point."""
+
+    attribution: Attribution
+    selection: Selection
+
+    @property
+    def says_what_is_active(self) -> bool:
+        return True
+
+    @property
+    def needs_gradients(self) -> bool:
+        return False
+
+    def check(self, n_components: int, losses: Losses) -> None: ...
+
+    def after(self, minimality: Tensor, progress: float, steps: int) -> "NoneActive":
+        return self
+
+    def masks(
+        self,
+        watched: WatchedPass,
+        components: ParameterComponents,
+        progress: float,
+        scale: Float[Tensor, ""] | float,
+        generator: torch.Generator | None = None,
+    ) -> Masks:
+        factor = next(components.parameters()).detach()
+        nothing = factor.new_zeros(watched.run.inputs.n_examples, components.n_components)
+        return Masks(nothing, nothing.bool(), nothing.bool(), 0)
 
 
 def masking_of(selection: Selection, attribution: Attribution) -> Masking:

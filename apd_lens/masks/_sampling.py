@@ -8,15 +8,23 @@ from apd_lens._checks import checked
 
 
 def path_mask(
-    mask: Float[Tensor, "batch *pos C"] | Bool[Tensor, "batch *pos C"], generator: torch.Generator | None = None
+    mask: Float[Tensor, "batch *pos C"] | Bool[Tensor, "batch *pos C"],
+    generator: torch.Generator | None = None,
+    bare: float = 0.0,
 ) -> Float[Tensor, "batch *pos C"]:
     """γ_c drawn between s_c and 1: active components stay on, and each other one is on by a random amount.
 
     Inactive components are inactive in the strict sense if no partial ablation of them, in any combination, changes the
     output. Then the model's output under this mask equals the target's.
+
+    Args:
+        bare: probability that none of the others is on, for each example.
     """
     dtype = mask.dtype if mask.is_floating_point() else torch.float32
     amounts = torch.rand(mask.shape, generator=generator, dtype=dtype, device=mask.device)
+    if bare:
+        drawn = torch.rand(len(mask), generator=generator, dtype=dtype, device=mask.device)
+        amounts *= (drawn >= bare).to(dtype).reshape(-1, *[1] * (mask.ndim - 1))
     return torch.maximum(mask.to(dtype), amounts)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -29,7 +30,9 @@ class Cotangents:
 
     def some(self, first: int, last: int) -> "Cotangents":
         """The ones from first to last."""
-        return Cotangents(last - first, lambda start, end: self.rows(first + start, first + end), self.scale, False, False)
+        return Cotangents(
+            last - first, lambda start, end: self.rows(first + start, first + end), self.scale, False, False
+        )
 
 
 def one_hot_cotangents(output: Float[Tensor, "batch *pos n_outputs"]) -> Cotangents:
@@ -49,9 +52,12 @@ def random_cotangents(
     generator: torch.Generator | None,
 ) -> Cotangents:
     """K random ones with E v vᵀ = 1, the same for all examples."""
-    shape = (K, *output.shape[1:])
-    if kind == "normal":
-        drawn = torch.randn(shape, generator=generator, device=output.device, dtype=output.dtype)
-    else:
-        drawn = torch.randint(2, shape, generator=generator, device=output.device, dtype=torch.int8).mul_(2).sub_(1)
-    return Cotangents(K, lambda first, last: drawn[first:last].to(output.dtype), scale=K, exact=False, lasting=False)
+    shape, device, dtype = (K, *output.shape[1:]), output.device, output.dtype
+
+    @cache
+    def drawn() -> Tensor:
+        if kind == "normal":
+            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        return torch.randint(2, shape, generator=generator, device=device, dtype=torch.int8).mul_(2).sub_(1)
+
+    return Cotangents(K, lambda first, last: drawn()[first:last].to(dtype), scale=K, exact=False, lasting=False)

@@ -27,46 +27,54 @@ class Mixture:
     Attributes:
         components: those whose share is not that of the rest.
         on: s, for each data point or for all.
-        rest: r.
+        rest: r, for each example or for all.
         n_active: number of True in `on`, if that is known.
     """
 
     components: ParameterComponents
     on: Mask | float = 1.0
-    rest: float = 0.0
+    rest: Float[Tensor, " examples"] | float = 0.0
     n_active: int | None = None
 
     def __post_init__(self) -> None:
         _ = self._pairs  # here, and not in a forward, whose tensors may be fake
 
     def __call__(self, use: Use, x: MatrixInput, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-        if self.rest == 0:
+        r = self.rest
+        if not isinstance(r, Tensor) and r == 0:
             y = self._product(use, x)
             return _in_host_dtype(y if bias is None else y + bias, x, original)
         y = original()
-        if not self.components.n_components and self.rest == 1:
-            return y
-        if self.rest != 1:
-            y = self.rest * (y if bias is None else y - bias) + (0 if bias is None else bias)
-        return (y + self._product(use, x)).to(y.dtype)
+        if not isinstance(r, Tensor) and r == 1:
+            return (y + self._product(use, x)).to(y.dtype) if self.components.n_components else y
+        r = _for_each(r, y)
+        scaled = r * (y if bias is None else y - bias) + (0 if bias is None else bias)
+        return (scaled + self._product(use, x)).to(y.dtype)
 
     def _product(self, use: Use, x: MatrixInput) -> Float[Tensor, "examples *pos d_out"]:
         """Σ_c (s_c − r) · x P_c."""
         A, B = self.components.factors(use)
-        if not isinstance(self.on, Tensor):
+        if not isinstance(self.on, Tensor) and not isinstance(self.rest, Tensor):
             return (self.on - self.rest) * masked_product(x, A, B)
         if self._pairs is None:
-            return masked_product(x, A, B, self.on.to(A.dtype) - self.rest)
+            return masked_product(x, A, B, self._difference(A))
         mask, pairs = self._pairs
         product = masked_product(x, A, B, mask, pairs)
         return -product if self.rest else product
+
+    def _difference(self, A: Tensor) -> Mask:
+        """s − r."""
+        if isinstance(self.on, Tensor):
+            return self.on.to(A.dtype) - _for_each(self.rest, self.on)
+        assert isinstance(self.rest, Tensor)
+        return (self.on - self.rest.to(A.dtype))[:, None].expand(-1, len(A))
 
     @cached_property
     def _pairs(self) -> tuple[Bool[Tensor, "examples *mask_pos C"], ActivePairs] | None:
         """Where s_c − r is 1, or −1, and elsewhere 0: that mask and its pairs. Otherwise None."""
         if not isinstance(self.on, Tensor) or self.on.dtype != torch.bool or not self.on.numel():
             return None
-        if self.rest not in (0, 1):
+        if isinstance(self.rest, Tensor) or self.rest not in (0, 1):
             return None
         mask = ~self.on if self.rest else self.on
         n_active = self.on.numel() - self.n_active if self.rest and self.n_active is not None else self.n_active
@@ -92,6 +100,11 @@ def all_but_one(
     here = torch.eye(math.prod(positions), dtype=torch.bool, device=device)[places]
     off = this[:, None, None, :] & here[None, :, :, None]  # C place pos C
     return ~off.flatten(0, 1).repeat_interleave(n_examples, 0).unflatten(1, positions)
+
+
+def _for_each(rest: Tensor | float, values: Tensor) -> Tensor | float:
+    """r of each example, to be multiplied with values `examples *rest`."""
+    return rest.to(values.device).reshape(-1, *[1] * (values.ndim - 1)) if isinstance(rest, Tensor) else rest
 
 
 def _in_host_dtype(y: Tensor, x: Tensor, original: Callable[[], Tensor]) -> Tensor:

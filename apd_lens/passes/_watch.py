@@ -22,6 +22,7 @@ from apd_lens.host._patch import outside_traces
 from apd_lens.host._sites import activations_kept
 from apd_lens.host._target import TargetModel
 from apd_lens.passes._output import OutputFn, explained_output, no_batch_axis
+from apd_lens.passes._prefix import Prefix, Recorder, Replay, is_worth_it
 from apd_lens.passes._replace import Mixture
 
 # How outputs are compared: as numbers, or as the distributions whose logits they are.
@@ -121,10 +122,42 @@ class WatchedPass:
     _in_fisher_metric: "WatchedPass | None" = None
 
     @property
+    def has_jacobians(self) -> bool:
+        """Whether gradients were pulled back through it, and kept."""
+        return any(one.jacobians is not None for one in self._metrics)
+
+    @property
     def can_be_attributed(self) -> bool:
-        """Whether gradients can be pulled back through it, or have been and were kept."""
-        passes = [self] if self._in_fisher_metric is None else [self, self._in_fisher_metric]
-        return not any(one.graph_freed for one in passes) or any(one.jacobians is not None for one in passes)
+        """Whether gradients can be pulled back through it, or were and have been kept."""
+        return self.has_jacobians or not any(one.graph_freed for one in self._metrics)
+
+    @property
+    def _metrics(self) -> list["WatchedPass"]:
+        return [self] if self._in_fisher_metric is None else [self, self._in_fisher_metric]
+
+    def without_graph(self) -> "WatchedPass":
+        """The same with the numbers alone."""
+        calls = [Call(call.use, call.x, call.x, _stand_in(call.y)) for call in self.calls]
+        fisher = self._in_fisher_metric
+        if fisher is not None:
+            fisher = replace(fisher, output=_stand_in(fisher.output), calls=calls, before_others=[], graph_freed=True)
+        return replace(
+            self,
+            output=self.output.detach(),
+            calls=calls,
+            before_others=[],
+            graph_freed=True,
+            _in_fisher_metric=fisher,
+        )
+
+    def without_output(self) -> "WatchedPass":
+        """The same with a stand-in for the output."""
+        return replace(self, output=_stand_in(self.output))
+
+    def tensors(self) -> list[Tensor]:
+        """The ones that it holds."""
+        jacobians = [part for one in self._metrics if one.jacobians is not None for part in one.jacobians.tensors()]
+        return [self.output, *(call.x for call in self.calls), *self.hidden.values(), *jacobians]
 
     def in_fisher_metric(self) -> "WatchedPass":
         """The same pass, on the same graph, that goes on to `fisher_coordinates` of its outputs."""
@@ -226,21 +259,16 @@ def watched_pass(
         calls.append(Call(use, x.detach().clone(), x, y))
         return y.clone()  # the model may change it in place
 
-    def run() -> Tensor:
+    def start() -> None:
         calls.clear()
         before_others.clear()
-        return explained_output(output, call(target.model, inputs.batch), inputs)
 
-    with (
-        torch.enable_grad(),
-        outside_traces(target.model),
-        target.intercepted(names, watch, observed),
-        activations_kept(target.model, hidden) as kept,
-    ):
-        picked, has_nan = _without_padding(run, inputs)
-        _check_kept(hidden, kept)
-        if has_nan:
-            calls[:] = [replace(call, x=without_nan(call.x)) for call in calls]
+    with torch.enable_grad():
+        picked, has_nan, kept = _run(
+            target, names, watch, inputs, output, hidden, observed, start, keep=replaced is None
+        )
+    if has_nan:
+        calls[:] = [replace(call, x=without_nan(call.x)) for call in calls]
     if not picked.requires_grad:
         raise InvalidOutput(
             f"The explained output of this {type(target.model).__name__} has no gradient to any decomposed matrix: "
@@ -255,6 +283,16 @@ def watched_pass(
         hidden={name: activation.detach() for name, activation in kept.items()},
         run=Run(target, names, inputs, output, replaced, compares),
     )
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape that takes no memory."""
+    return tensor.detach().new_zeros(()).expand(tensor.shape)
+
+
+def as_it_is(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+    """The host's own y."""
+    return original()
 
 
 def _check_differentiable(model: nn.Module) -> None:
@@ -311,15 +349,76 @@ def replaced_pass(
     hidden: Iterable[str] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The explained output, and named hidden activations, with `replaced` in the place of the named weights."""
-    inputs = target.read(batch)
+    picked, _, kept = _run(target, names, replaced, target.read(batch), output, hidden)
+    return picked, kept
+
+
+def _run(
+    target: TargetModel,
+    names: Sequence[str],
+    intercept: Intercept,
+    inputs: Inputs,
+    output: OutputFn,
+    hidden: Iterable[str] = (),
+    observed: Sequence[str] = (),
+    start: Callable[[], None] = lambda: None,
+    keep: bool = False,
+) -> tuple[Tensor, bool, dict[str, Tensor]]:
+    """One pass: the explained output, whether it was NaN at padding, and named hidden activations.
+
+    What comes before the named matrices is not run where it was kept with the inputs, see `Prefix`.
+
+    Args:
+        start: called before each forward.
+        keep: keeps it, if that is worth it.
+    """
+    hidden, key = list(hidden), tuple(names)
+    prefix = None if hidden else inputs.kept.get(key)
+    keep = keep and not hidden and prefix is None and is_worth_it(names, target.weights)
+    recorder, replay = Recorder(target.model), Replay(prefix)
+    beside: Recorder | Replay = recorder if keep else replay
+
+    def of_use(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+        recorder.is_over = recorder.is_over or use.matrix in names
+        return intercept(use, x, original, bias)
+
+    def run() -> Tensor:
+        start()
+        beside.start()
+        return explained_output(output, call(target.model, inputs.batch), inputs)
+
     with (
         outside_traces(target.model),
-        target.intercepted(names, replaced),
+        target.intercepted(names, of_use, observed, beside=beside.patches()),
         activations_kept(target.model, hidden) as kept,
     ):
-        picked, _ = _without_padding(lambda: explained_output(output, call(target.model, inputs.batch), inputs), inputs)
+        picked, has_nan = _without_padding(run, inputs)
         _check_kept(hidden, kept)
-        return picked, kept
+    if not replay.is_whole:  # the model went another way than when it was kept
+        del inputs.kept[key]
+        return _run(target, names, intercept, inputs, output, hidden, observed, start)
+    if keep:
+        _keep(target, names, inputs, output, recorder.prefix(), picked)
+    return picked, has_nan, kept
+
+
+def _keep(
+    target: TargetModel, names: Sequence[str], inputs: Inputs, output: OutputFn, prefix: Prefix, picked: Tensor
+) -> None:
+    """Keeps a prefix with the inputs, if passes with such a one are as those without; the first one is looked at."""
+    key, shape = tuple(names), (tuple(names), prefix.shape)
+    if not prefix.kept or not target.prefixes.get(shape, True):
+        return
+    inputs.kept[key] = prefix
+    if shape not in target.prefixes:
+        try:
+            with torch.no_grad():
+                again, _, _ = _run(target, names, as_it_is, inputs, output)
+            target.prefixes[shape] = key in inputs.kept and torch.equal(again, picked)
+        except Exception:  # whatever a host raises that reads what was not kept
+            target.prefixes[shape] = False
+        if not target.prefixes[shape]:
+            inputs.kept.pop(key, None)
 
 
 def _check_kept(names: Iterable[str], kept: dict[str, Tensor]) -> None:

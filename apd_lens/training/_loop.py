@@ -6,8 +6,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from apd_lens._block import no_inference_mode
-from apd_lens._errors import NonFinite
-from apd_lens._settings import DEFAULTS, RANK, Optimization
+from apd_lens._errors import InvalidSetting, NonFinite
+from apd_lens._settings import DEFAULTS, RANK, Elsewhere, Optimization
 from apd_lens.attribution._attribution import Attribution
 from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import ValidFn
@@ -36,6 +36,8 @@ def decompose(
     optimization: Optimization | None = None,
     moves: Moves | None = DEFAULTS.moves,
     masks: Masking | None = None,
+    others: Iterable[Batch] | Callable[[int], Batch] | None = None,
+    elsewhere: Elsewhere | None = None,
     output: OutputFn = default_output,
     valid: ValidFn | None = None,
     seed: int = 0,
@@ -63,6 +65,11 @@ def decompose(
         optimization: default `Optimization()`.
         moves: `ClusterMoves()`, `SplitMoves()`, `DivisionMoves()`, or None for none.
         masks: a `Masking`, which says what is active in the place of selection and attribution.
+        others: batches that the components are not about, in the same forms as `batches`; a step takes one of each.
+            With them components hold what the `batches` use, and the rest W − Σ P_c stays in the model: on the others
+            the rest, with any part of the components, gives what the model gave. The default losses then are
+            `Losses(faithfulness=0)`. Without others components sum to the weights.
+        elsewhere: what is asked of components on the others; default `Elsewhere()`.
         output: picks the tensor `batch *pos n_outputs` that is explained from what the model returns; the default takes
             a tensor as it is and `.logits` of a Hugging Face output.
         valid: a function of a batch, as the model is called with it, that returns which positions of the explained
@@ -77,6 +84,8 @@ def decompose(
         ApdError: see `init`, `step` and `TargetModel.intercepted`. An error or interrupt in the middle of the training
             carries the unfinished result as its attribute `decomposition`.
     """
+    if elsewhere is not None and others is None:
+        raise InvalidSetting("elsewhere= says what is asked of components on the others; give others= too.")
     state = init(
         model,
         weights=weights,
@@ -88,15 +97,17 @@ def decompose(
         optimization=optimization,
         moves=moves,
         masks=masks,
+        elsewhere=None if others is None else elsewhere or Elsewhere(),
         output=output,
         valid=valid,
         seed=seed,
     )
     n_steps = state.settings.optimization.steps
+    streams = [batches] if others is None else [batches, others]
     try:
         with tqdm(total=n_steps, desc="decompose", disable=not progress, mininterval=0.5, dynamic_ncols=True) as bar:
-            for batch in stream(batches):
-                state, info = step(state, batch)
+            for some in zip(*map(stream, streams), strict=True) if n_steps else ():
+                state, info = step(state, *some)
                 if on_step is not None:
                     on_step(info.step, info)
                 if bar.update():  # drawn anew just now; so the terms are fetched from the device only then

@@ -13,11 +13,10 @@ from apd_lens._block import no_inference_mode
 from apd_lens._codec import decode_settings, encode_settings
 from apd_lens._draws import draws
 from apd_lens._errors import InvalidSetting, NonFinite
-from apd_lens._settings import DEFAULTS, RANK, Optimization, Settings
+from apd_lens._settings import DEFAULTS, RANK, TARGETED, Elsewhere, Optimization, Settings
 from apd_lens.attribution._attribution import Attribution
 from apd_lens.components._components import ParameterComponents, initial_components
-from apd_lens.data._batch import Kept
-from apd_lens.data._finite import LateChecks, Reading, on_gpu
+from apd_lens.data._finite import LateChecks, on_gpu
 from apd_lens.data._inputs import ValidFn
 from apd_lens.decomposition._decomposition import Decomposition
 from apd_lens.host._target import TargetModel
@@ -29,31 +28,13 @@ from apd_lens.masks._selection import Selection
 from apd_lens.moves._moves import Moves
 from apd_lens.moves._start import start_with_matrices
 from apd_lens.passes._output import OutputFn, default_output
-from apd_lens.passes._watch import WatchedPass
 from apd_lens.training._optimizer import adam
-from apd_lens.training._streams import Stream
+from apd_lens.training._seen import Seen
+from apd_lens.training._streams import Stream, first_stream, stream_of_others
 from apd_lens.training._unit_norm import normalize_columns
 
 # A component counts as alive if it was active at least once in so many steps.
 ALIVE_WINDOW = 100
-
-
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """A batch as the user gave it, and the target's pass over it.
-
-    The target never changes, so when the same batch comes again (training on all the data at once), its pass and the
-    Jacobian need not be computed again.
-
-    Attributes:
-        stream: the name of the stream that it is of.
-        readings: of the batch and the target's output; looked at already where checks are not late.
-    """
-
-    stream: str
-    kept: Kept
-    watched: WatchedPass
-    readings: list[Reading]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +47,7 @@ class State:
         scales: what the sums of squared errors and of Schatten norms are divided by.
         last_active: for every component the step in which it was last active.
         late: on a GPU, checks for NaN and infinity that are looked at a step later; None where they are made at once.
-        seen: the last batch of each stream, and what the target made of it.
+        seen: batches that may come again, and what the target made of them.
         others: streams beside that of the settings.
     """
 
@@ -87,7 +68,7 @@ class State:
     @property
     def streams(self) -> tuple[Stream, ...]:
         """What is asked on each kind of data; a step takes a batch of each. Moves look at the first one."""
-        return (Stream(self.settings.masking, self.settings.losses), *self.others)
+        return (first_stream(self.settings, self.output), *self.others)
 
     def draws(self, what: str) -> torch.Generator:
         """A generator for one purpose in the next step, on the CPU."""
@@ -206,6 +187,7 @@ def init(
     optimization: Optimization | None = None,
     moves: Moves | None = DEFAULTS.moves,
     masks: Masking | None = None,
+    elsewhere: Elsewhere | None = None,
     output: OutputFn = default_output,
     valid: ValidFn | None = None,
     seed: int = 0,
@@ -224,11 +206,12 @@ def init(
     settings = Settings(
         selection=selection or DEFAULTS.selection,
         attribution=attribution or DEFAULTS.attribution,
-        losses=losses or DEFAULTS.losses,
+        losses=losses or (DEFAULTS if elsewhere is None else TARGETED).losses,
         optimization=optimization or DEFAULTS.optimization,
         moves=moves,
         seed=seed,
         masks=masks,
+        elsewhere=elsewhere,
     )
     if masks is not None and not (selection is attribution is None):
         raise InvalidSetting(
@@ -270,6 +253,7 @@ def init(
         scales=scales_of(settings.losses, list(originals.values())),
         last_active=torch.full((n_components,), -ALIVE_WINDOW, device=device),
         late=late,
+        others=() if elsewhere is None else (stream_of_others(settings, elsewhere, output),),
     )
 
 

@@ -10,19 +10,19 @@ from torch import Tensor
 
 from apd_lens._block import full_precision, no_inference_mode
 from apd_lens._errors import InvalidBatches
-from apd_lens.data._batch import Batch, Kept, tensors
+from apd_lens.data._batch import Batch
 from apd_lens.data._finite import Reading, raise_first, reading_of_attributions
-from apd_lens.data._inputs import readings_of_inputs
 from apd_lens.data._points import without_padding
 from apd_lens.host._target import evaluating
 from apd_lens.host._unchanged import check_unchanged
 from apd_lens.losses._terms import LOSS_TERMS, distance_scale, hidden_terms, output_distance, weight_terms, weighted_sum
 from apd_lens.masks._masking import Masks
-from apd_lens.masks._sampling import path_mask
 from apd_lens.moves._moves import MoveContext, are_due
-from apd_lens.passes._watch import WatchedPass, reading_of_output, sparse_pass, watched_pass
+from apd_lens.passes._replace import Mixture
+from apd_lens.passes._watch import WatchedPass, replaced_pass
 from apd_lens.training._optimizer import update
-from apd_lens.training._state import Seen, State, StepInfo
+from apd_lens.training._seen import remembered, watch
+from apd_lens.training._state import State, StepInfo
 from apd_lens.training._streams import Stream
 from apd_lens.training._unit_norm import normalize_columns
 
@@ -47,13 +47,16 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
     check_unchanged(state.target, state.fingerprints, thorough=False)
 
     with evaluating(state.target.model):
-        seen = tuple(watch(state, stream, batch) for stream, batch in zip(streams, batches, strict=True))
+        names, device, where = state.components.names, state.last_active.device, f"step {state.step}"
+        seen = [
+            watch(state.seen, stream, batch, state.target, names, device, state.late, where)
+            for stream, batch in zip(streams, batches, strict=True)
+        ]
         terms, losses, readings, masks = {}, [], [], None
         for stream, one in zip(streams, seen, strict=True):
-            of_stream, stream_masks = stream_terms(state, stream, one.watched, progress)
+            of_stream, stream_masks = stream_terms(state, stream, one.pass_, progress)
             losses.append(weighted_sum(stream.losses, of_stream, progress))
             named = {stream.named(name): term for name, term in of_stream.items()}
-            where = f"step {state.step}"
             readings += [reading_of_attributions(stream_masks.attributions, where), *readings_of_terms(named, where)]
             terms |= named
             masks = masks or stream_masks
@@ -66,7 +69,7 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
             state.late.add([*(reading for one in seen for reading in one.readings), *readings, *changed])
         rate = update(state.optimizer, state.components, loss, settings.optimization, state.step, state.target.model)
 
-    last_active, mean_active, watched = state.last_active, None, seen[0].watched
+    last_active, mean_active, watched = state.last_active, None, seen[0].pass_
     if masks.active is not None:
         last_active = torch.where(masks.active.flatten(0, -2).any(0), state.step, last_active)
         mean_active = without_padding(masks.active, watched.valid).sum(-1).float().mean()
@@ -86,7 +89,14 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
     settings = settings.after(info.terms["minimality"], progress)
     steps = settings.optimization.steps
     others = tuple(one.after(info.terms[one.named("minimality")], progress, steps) for one in state.others)
-    later = replace(state, settings=settings, others=others, last_active=last_active, step=state.step + 1, seen=seen)
+    later = replace(
+        state,
+        settings=settings,
+        others=others,
+        last_active=last_active,
+        step=state.step + 1,
+        seen=remembered(state.seen, seen, streams),
+    )
     return later, info
 
 
@@ -96,47 +106,27 @@ def stream_terms(
     """The loss terms of a stream on a batch, without coefficients, and its masks."""
     losses, components, run = stream.losses, state.components, watched.run
     scale = distance_scale(watched, losses)
-    masks = stream.masking.masks(watched, components, progress, scale, state.draws_on_device("attribution"))
+    draws = state.draws_on_device(stream.named("attribution"))
+    masks = stream.masking.masks(watched, components, progress, scale, draws)
     importance = without_padding(masks.importance, watched.valid)
-    share, hidden, distances = 1.0, {}, {}
+    share, hidden, terms = 1.0, {}, {}
     if masks.minimality is not None:
-        distances["minimality"] = masks.minimality
+        terms["minimality"] = masks.minimality
     else:
         assert masks.active is not None
         if losses.normalization == "relative":
             share = importance.float().mean().clamp_min(1e-12)  # none may be active
-        outputs = {}
-        outputs["minimality"], hidden = sparse_pass(
-            state.target, components, run.inputs, masks.active, run.output, losses.hidden_at, masks.n_active
-        )
-        if losses.path:
-            path = path_mask(masks.active, state.draws_on_device("path"))
-            outputs["path"], _ = sparse_pass(state.target, components, run.inputs, path, run.output)
-        distances = {name: output_distance(watched, output, losses, scale) for name, output in outputs.items()}
-    of_weights = weight_terms(losses, state.scales, state.weights, components, importance, share)
-    terms = {**of_weights, **distances, **hidden_terms(losses, watched, hidden)}
+        mixes = stream.mixes(masks.active, masks.n_active, losses, state.draws_on_device(stream.named("path")))
+        for name, mix in mixes.items():
+            hidden_at = losses.hidden_at if name == "minimality" else ()
+            mixture = Mixture(components, mix.on, mix.rest, mix.n_active)
+            output, found = replaced_pass(state.target, components.names, mixture, run.inputs, run.output, hidden_at)
+            terms[name] = output_distance(watched, output, losses, scale)
+            hidden |= found
+    if losses.faithfulness or losses.simplicity:
+        terms |= weight_terms(losses, state.scales, state.weights, components, importance, share)
+    terms |= hidden_terms(losses, watched, hidden)
     return {name: terms[name] for name in LOSS_TERMS if name in terms}, masks
-
-
-def watch(state: State, stream: Stream, batch: Batch) -> Seen:
-    """The target's pass over the batch: that of the last step, if this is the same batch again."""
-    for last in state.seen if tensors(batch) else ():
-        if last.stream == stream.name and last.watched.can_be_attributed and last.kept.is_same(batch):
-            return last
-    where = f"step {state.step}"
-    kept = Kept.of(batch)
-    inputs = state.target.read(batch, state.last_active.device)
-    readings = readings_of_inputs(inputs, where)
-    if state.late is None:
-        raise_first(readings)
-    losses, names = stream.losses, state.components.names
-    watched = watched_pass(
-        state.target, names, inputs, state.output, hidden=losses.hidden_at, compares=losses.compares
-    )
-    readings.append(reading_of_output(watched.output, where, watched))
-    if state.late is None:
-        raise_first(readings[-1:])
-    return Seen(stream.name, kept, watched, readings)
 
 
 @full_precision()

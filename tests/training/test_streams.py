@@ -1,5 +1,6 @@
 """Several streams in one step: what each asks for is added up."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from support.toy_models import ResidualMLP
 from torch.testing import assert_close
 
 import apd_lens as apd
+from apd_lens.masks._sampling import path_mask
 from apd_lens.masks._selection import Needed
 from apd_lens.training._streams import Stream
 
@@ -38,15 +40,6 @@ def test_the_losses_of_two_streams_are_added_up():
     assert info.k == info_first.k == 1
 
 
-def test_a_batch_that_comes_again_is_watched_once_in_each_stream():
-    first, second = states()
-    x, y = torch.randn(8, 4), torch.randn(6, 4)
-    both = replace(first, others=(Stream(second.settings.masking, second.settings.losses, "others"),))
-    once, _ = apd.step(both, x, y)
-    again, _ = apd.step(once, x, y)
-    assert [seen.watched for seen in again.seen] == [seen.watched for seen in once.seen]
-
-
 def test_the_maskings_of_all_streams_go_on_and_are_restored():
     first, second = states()
     masking = apd.Attributed(selection=apd.BatchTopK(Needed(hold=0.0), least=0.1))
@@ -61,3 +54,68 @@ def test_every_stream_needs_a_batch():
     first, _ = states()
     with pytest.raises(apd.InvalidBatches, match="a batch for each of the 1 streams, got 2"):
         apd.step(first, torch.randn(8, 4), torch.randn(6, 4))
+
+
+def test_with_others_the_rest_is_off_on_the_data_and_on_elsewhere():
+    """Each term is what substituted weights give, with the draws of the step."""
+    torch.manual_seed(1)
+    model = ResidualMLP(4, 6, 5, 1)
+    state = apd.init(
+        model,
+        n_components=5,
+        rank=2,
+        moves=None,
+        selection=apd.TopK(1),
+        losses=apd.Losses(faithfulness=0.0, path=2.0, normalization="paper"),
+        elsewhere=apd.Elsewhere(weight=3.0),
+    )
+    x, y = torch.randn(8, 4), torch.randn(6, 4)
+    d = state.decomposition()
+
+    def distance(batch: torch.Tensor, on: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+        errors = []
+        for i in range(len(batch)):
+            other = copy.deepcopy(model)
+            for name, matrix in apd.wrap(other).weights.items():
+                P = d.components.component_weights(name)
+                W = matrix.value()
+                mixed = rest[i] * W + torch.einsum("c,cio->io", on[i] - rest[i], P)
+                matrix.parameter.data.copy_(mixed if matrix.parameter.shape == mixed.shape else mixed.mT)
+            errors.append((other(batch[i : i + 1]) - model(batch[i : i + 1])).square().mean())
+        return torch.stack(errors).mean()
+
+    active = d.select(x)
+    draws = state.draws_on_device("path")
+    on = path_mask(active, draws)
+    rest = torch.rand(8, generator=draws)
+    elsewhere = path_mask(torch.zeros(6, 5, dtype=torch.bool), state.draws_on_device("others path"), bare=0.5)
+    _, info = apd.step(state, x, y)
+    assert_close(info.terms["minimality"], distance(x, active.float(), torch.zeros(8)), rtol=1e-4, atol=1e-6)
+    assert_close(info.terms["path"], distance(x, on, rest), rtol=1e-4, atol=1e-6)
+    assert_close(info.terms["others minimality"], distance(y, elsewhere, torch.ones(6)), rtol=1e-4, atol=1e-6)
+    assert (elsewhere.sum(1) == 0).any()
+    assert (elsewhere.sum(1) > 0).any()
+
+
+def test_with_others_nothing_may_ask_that_components_sum_to_the_weights():
+    model = ResidualMLP(4, 6, 5, 1)
+    with pytest.raises(apd.InvalidSetting, match="faithfulness=0"):
+        apd.init(model, n_components=5, losses=apd.Losses(), elsewhere=apd.Elsewhere())
+    with pytest.raises(apd.InvalidSetting, match="give others="):
+        apd.decompose(model, [torch.randn(3, 4)], n_components=5, elsewhere=apd.Elsewhere())
+
+
+def test_a_targeted_decomposition_is_saved_with_its_settings(tmp_path):
+    model = ResidualMLP(4, 6, 5, 1)
+    d = apd.decompose(
+        model,
+        [torch.randn(8, 4)],
+        n_components=5,
+        others=[torch.randn(6, 4)],
+        optimization=apd.Optimization(steps=3),
+        progress=False,
+    )
+    d.save(tmp_path / "targeted")
+    loaded = apd.load(tmp_path / "targeted", model)
+    assert loaded.settings == d.settings
+    assert loaded.settings.elsewhere == apd.Elsewhere()

@@ -1,0 +1,123 @@
+"""What is kept of a batch for the time that it comes again: the target never changes, so nothing of it is run twice.
+
+Kept are the inputs with what comes before the first decomposed matrix, x of every use, the gradients of the outputs if
+they are the same each time, and the target's output. They are kept as long as the user keeps the batch's tensors and
+while they fit into `KEPT` bytes; the outputs go first, since they are the largest and cost one pass.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from apd_lens.data._batch import Batch, Kept, mapped
+from apd_lens.data._finite import LateChecks, Reading, raise_first
+from apd_lens.data._inputs import Inputs, readings_of_inputs
+from apd_lens.host._target import TargetModel
+from apd_lens.passes._watch import WatchedPass, as_it_is, reading_of_output, replaced_pass, watched_pass
+from apd_lens.training._streams import Stream
+
+# Bytes that all batches together may take.
+KEPT = 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A batch as the user gave it, and the target's pass over it.
+
+    Attributes:
+        stream: the name of the stream that it is of.
+        watched: the pass; None where its graph was needed and was freed.
+        has_output: whether the pass still has the output, and not a stand-in for it.
+        readings: of the batch and the target's output; looked at already where checks are not late.
+    """
+
+    stream: str
+    kept: Kept
+    inputs: Inputs
+    watched: WatchedPass | None
+    has_output: bool
+    readings: list[Reading]
+
+    @property
+    def pass_(self) -> WatchedPass:
+        """The pass, of a batch that was watched in this step."""
+        assert self.watched is not None
+        return self.watched
+
+    def n_bytes(self) -> int:
+        """What it takes, without what the user keeps."""
+        held = [*self.kept.copies, *(one for prefix in self.inputs.kept.values() for one in prefix.tensors())]
+        if self.watched is not None:
+            held += self.watched.tensors()
+        return sum(tensor.untyped_storage().nbytes() for tensor in held)
+
+
+def watch(
+    seen: Sequence[Seen],
+    stream: Stream,
+    batch: Batch,
+    target: TargetModel,
+    names: Sequence[str],
+    device: torch.device,
+    late: LateChecks | None,
+    where: str,
+) -> Seen:
+    """The target's pass over the batch: that which was kept, if this is the same batch again.
+
+    Raises:
+        NonFinite: NaN or infinity in the batch or in the target's output, unless checks are late.
+    """
+    found = next((one for one in seen if one.stream == stream.name and one.kept.is_same(batch)), None)
+    losses = stream.losses
+    if found is not None and found.watched is not None:
+        usable = found.watched.can_be_attributed or not stream.masking.needs_gradients
+        if usable and found.has_output:
+            return found
+        if usable:
+            with torch.no_grad():
+                again, _ = replaced_pass(target, names, as_it_is, found.inputs, stream.output)
+            return replace(found, watched=replace(found.watched, output=again), has_output=True)
+    kept = Kept.of(batch) if found is None else found.kept
+    # An alias, so that what is kept does not keep the user's tensors alive.
+    aliased = mapped(batch, lambda _, value: value.detach() if isinstance(value, Tensor) else value)
+    inputs = target.read(aliased, device) if found is None else found.inputs
+    readings = readings_of_inputs(inputs, where)
+    if late is None:
+        raise_first(readings)
+    watched = watched_pass(target, names, inputs, stream.output, hidden=losses.hidden_at, compares=losses.compares)
+    readings.append(reading_of_output(watched.output, where, watched))
+    if late is None:
+        raise_first(readings[-1:])
+    return Seen(stream.name, kept, inputs, watched, True, readings)
+
+
+def remembered(seen: Sequence[Seen], now: Iterable[Seen], streams: Iterable[Stream]) -> tuple[Seen, ...]:
+    """What is kept after a step: the batches of before that the user still has, and those of now."""
+    now = list(now)
+    of_now = {id(one.kept) for one in now}
+    before = [_without_graph(one) for one in seen if id(one.kept) not in of_now and one.kept.is_alive]
+    left = KEPT - sum(one.n_bytes() for one in before)
+    after = []
+    for one, stream in zip(now, streams, strict=True):
+        if not one.kept.copies:
+            continue
+        kept = one if _needs_its_graph(one, stream) else replace(one, watched=one.pass_.without_graph())
+        if kept.n_bytes() > left and before:
+            kept = replace(kept, watched=kept.pass_.without_output(), has_output=False)
+        if kept.n_bytes() > left and before:
+            continue
+        left -= kept.n_bytes()
+        after.append(kept)
+    return (*before, *after)
+
+
+def _needs_its_graph(seen: Seen, stream: Stream) -> bool:
+    return stream.masking.needs_gradients and not seen.pass_.has_jacobians
+
+
+def _without_graph(seen: Seen) -> Seen:
+    """A batch of an earlier step; a graph that was not freed is not held for longer."""
+    holds_graph = seen.watched is not None and seen.watched.output.grad_fn is not None
+    return replace(seen, watched=None) if holds_graph else seen

@@ -1,0 +1,98 @@
+"""What is kept of a batch for the time that it comes again."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.toy_models import ResidualMLP
+from torch.testing import assert_close
+
+import apd_lens as apd
+from apd_lens.training import _seen
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[str]:
+    """Which passes of the target were run."""
+    found = []
+    for name in ("watched_pass", "replaced_pass"):
+        original = getattr(_seen, name)
+        monkeypatch.setattr(
+            _seen, name, lambda *args, name=name, original=original, **kw: found.append(name) or original(*args, **kw)
+        )
+    return found
+
+
+def state(**options) -> apd.State:
+    torch.manual_seed(1)
+    model = ResidualMLP(4, 6, 5, 1)
+    settings = {"n_components": 5, "rank": 2, "moves": None, "selection": apd.TopK(1)} | options
+    return apd.init(model, **settings)
+
+
+def run(state: apd.State, *batches) -> apd.State:
+    for batch in batches:
+        state, _ = apd.step(state, *batch)
+    return state
+
+
+def test_a_batch_that_comes_again_is_watched_once_in_each_stream(passes):
+    x, y = torch.randn(8, 4), torch.randn(6, 4)
+    some = state(elsewhere=apd.Elsewhere(), losses=apd.Losses(faithfulness=0.0))
+    run(some, (x, y), (x, y), (x, y))
+    assert passes == ["watched_pass"] * 2
+
+
+def test_of_many_batches_each_is_watched_once(passes):
+    batches = [(torch.randn(3, 4),) for _ in range(4)]
+    after = run(state(), *batches, *batches)
+    assert passes == ["watched_pass"] * 4
+    assert len(after.seen) == 4
+
+
+def test_with_what_was_kept_factors_are_bit_for_bit_the_same():
+    batches = [(torch.randn(3, 4),) for _ in range(3)]
+    kept, fresh = state(), state()
+    for batch in [*batches, *batches]:
+        kept, _ = apd.step(kept, *batch)
+        fresh, _ = apd.step(replace(fresh, seen=()), *batch)
+    for one, other in zip(kept.components.parameters(), fresh.components.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_batch_that_was_changed_is_another(passes):
+    x = torch.randn(3, 4)
+    some = run(state(), (x,))
+    x.data[0] = 0
+    run(some, (x,))
+    assert passes == ["watched_pass"] * 2
+
+
+def test_batches_that_the_user_has_given_up_are_forgotten():
+    some = state()
+    for _ in range(5):
+        some = run(some, (torch.randn(3, 4),))
+    assert len(some.seen) <= 2
+
+
+def test_where_memory_is_short_outputs_go_first_and_nothing_changes(passes, monkeypatch):
+    batches = [(torch.randn(3, 4),) for _ in range(3)]
+    whole = run(state(), *batches, *batches)
+    passes.clear()
+    n_bytes = whole.seen[0].n_bytes()
+    monkeypatch.setattr(_seen, "KEPT", 2 * n_bytes - 10)
+    short = run(state(), *batches, *batches)
+    assert passes == ["watched_pass"] * 3 + ["replaced_pass"] + ["watched_pass"]
+    for one, other in zip(short.components.parameters(), whole.components.parameters(), strict=True):
+        assert_close(one, other)
+
+
+def test_fresh_projections_watch_again():
+    passes = []
+    attribution = apd.GradientAttribution(projections=2)
+    some, x = state(attribution=attribution), torch.randn(3, 4)
+    original = _seen.watched_pass
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_seen, "watched_pass", lambda *args, **kw: passes.append(1) or original(*args, **kw))
+        run(some, (x,), (x,))
+    assert len(passes) == 2
