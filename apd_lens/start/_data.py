@@ -185,10 +185,10 @@ def _groups(regressions: list[_Regression], n_points: int, most: int) -> Int[Ten
 
     Those of a matrix count as much as the squared effects of own rows there.
     """
-    first = regressions[0]
     if n_points <= most:
-        return torch.arange(n_points, device=first.x.device)
-    total = first.importance.new_zeros(n_points, n_points)
+        return torch.arange(n_points, device=regressions[0].x.device)
+    similarities = regressions[0].importance.new_zeros(n_points, n_points)
+    squares = similarities.new_zeros(n_points)
     for of in regressions:
         importance = of.importance[of.n_shared :]
         kept = importance > _NOTHING * importance.max()
@@ -201,8 +201,10 @@ def _groups(regressions: list[_Regression], n_points: int, most: int) -> Int[Ten
             Z = torch.linalg.solve_triangular(torch.linalg.cholesky(of.metric), x.mT, upper=False).mT
             products = Z @ Z.mT
         gram = similarities_of_points(products, of.own.gradients[:, kept], points, n_points)
-        total += importance.square().sum() * cosines(gram)
-    return grouped(total / total.diagonal().max(), most)
+        done = importance[kept].square()
+        similarities += done.sum() * cosines(gram)
+        squares.index_add_(0, points, done)
+    return grouped(similarities / squares.sum(), squares.sqrt(), most)
 
 
 def _fit(

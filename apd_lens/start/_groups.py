@@ -7,6 +7,9 @@ from torch import Tensor
 from apd_lens._errors import MissingExtra
 from apd_lens._memory import chunks
 
+# Data points that do less than this share of the root mean square have no say in which groups there are.
+_LITTLE = 1 / 3
+
 
 def similarities_of_points(
     of_inputs: Float[Tensor, "rows rows"],
@@ -45,17 +48,23 @@ def centred(gram: Float[Tensor, "items items"], kinds: Int[Tensor, " items"]) ->
 
 
 def cosines(gram: Float[Tensor, "items items"]) -> Float[Tensor, "items items"]:
-    """Cosines of items, of which those without length are similar to none."""
+    """Cosines of items; one of no length is similar to none."""
     lengths = gram.diagonal().clamp_min(0).sqrt()
     inverse = torch.where(lengths > 1e-6 * lengths.max(), 1 / lengths, 0.0)
     return inverse[:, None] * gram * inverse
 
 
-def grouped(similarities: Float[Tensor, "points points"], most: int) -> Int[Tensor, " points"]:
-    """The group of each data point, by average linkage of 1 − similarity.
+def grouped(
+    similarities: Float[Tensor, "points points"], sizes: Float[Tensor, " points"], most: int
+) -> Int[Tensor, " points"]:
+    """The group of each data point, by average linkage of 1 − similarity. Groups are numbered by their first point.
 
-    With as few data points as groups may be, each is one. Else the tree of merges is cut where its heights leave the
-    largest gap, among the cuts that leave at most so many groups. Groups are numbered by their first data point.
+    With as few data points as there may be groups, each is one. Else the tree of merges is cut where its heights leave
+    the largest gap, among the cuts that leave 2 to `most` groups. Data points that do little are given to the group
+    that they are most similar to, on average, after the others are grouped.
+
+    Args:
+        sizes: how much each data point does. Little is less than a third of the root mean square.
 
     Raises:
         MissingExtra: there are more data points than groups, and scipy is not installed.
@@ -63,23 +72,36 @@ def grouped(similarities: Float[Tensor, "points points"], most: int) -> Int[Tens
     n, device = len(similarities), similarities.device
     if n <= most:
         return torch.arange(n, device=device)
-    if most < 2:
-        return torch.zeros(n, dtype=torch.long, device=device)
+    similarities, sizes = similarities.double().cpu(), sizes.double().cpu()
+    say = sizes >= _LITTLE * sizes.square().mean().sqrt()
+    labels = _cut(1 - similarities[say][:, say], most)
+    members = torch.nn.functional.one_hot(labels).double()
+    of_groups = similarities[:, say] @ (members / members.sum(0))
+    everyone = of_groups.argmax(1)
+    everyone[say] = labels
+    return _in_order(everyone).to(device)
+
+
+def _cut(distances: Float[Tensor, "points points"], most: int) -> Int[Tensor, " points"]:
+    n = len(distances)
+    if n <= most:
+        return torch.arange(n)
+    if most < 2 or n < 3:
+        return torch.zeros(n, dtype=torch.long)
     try:
         from scipy.cluster.hierarchy import fcluster, linkage
         from scipy.spatial.distance import squareform
     except ImportError:
         raise MissingExtra(
-            f"Grouping {n} data points for {most} components needs scipy: pip install scipy. Or give no more data "
-            "points than components."
+            f"Grouping {n} data points into at most {most} components needs scipy: pip install scipy. Or give no more "
+            "data points than components."
         ) from None
-    distances = (1 - similarities.double().cpu()).clamp_min(0).fill_diagonal_(0)
-    merges = linkage(squareform(((distances + distances.mT) / 2).numpy(), checks=False), "average")
+    distances = ((distances + distances.mT) / 2).clamp_min(0).fill_diagonal_(0)
+    merges = linkage(squareform(distances.numpy(), checks=False), "average")
     heights = torch.from_numpy(merges[:, 2])
-    gaps = heights.diff()[n - most - 1 :]  # the cut after merge j leaves n − 1 − j groups
-    n_groups = most - int(gaps.argmax()) if len(gaps) else most
-    labels = torch.from_numpy(fcluster(merges, n_groups, "maxclust")).long()
-    return _in_order(labels).to(device)
+    first = n - 1 - most  # the cut between merges i and i + 1 leaves n − 1 − i groups
+    cut = first + int(heights.diff()[first:].argmax())
+    return torch.from_numpy(fcluster(merges, float(heights[cut : cut + 2].mean()), "distance")).long() - 1
 
 
 def _in_order(labels: Int[Tensor, " points"]) -> Int[Tensor, " points"]:

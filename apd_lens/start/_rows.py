@@ -111,12 +111,13 @@ def rows_of(
         projections = _projections(watched.output, K, seed)
         for part, chunks in jacobians_in_parts(watched, projections, memory):
             gradients = [jacobians.as_whole() for jacobians in chunks]
-            of_examples = _shapes(part, numbers, granularity)
-            points = n_points + torch.arange(of_examples.numel(), device=of_examples.device).view_as(of_examples)
-            shapes.append(of_examples.flatten())
-            n_points += points.numel()
+            of_points = _shapes(part, numbers, granularity)
+            is_point = of_points >= 0
+            points = n_points - 1 + is_point.flatten().cumsum(0).view_as(of_points)
+            shapes.append(of_points[is_point])
+            n_points += len(shapes[-1])
             for call in _whole_calls(target, part.calls, gradients, K):
-                rows = _rows(call, part, points, of_examples, numbers, most)
+                rows = _rows(call, part, points, of_points, numbers, most)
                 found.setdefault(call.side, []).append(rows)
                 n_bytes += rows.gradients.nbytes
         if n_points >= most or n_bytes > _ENOUGH:
@@ -135,11 +136,11 @@ def _projections(output: Float[Tensor, "batch *pos n_outputs"], K: int, seed: in
 
 
 def _shapes(part: WatchedPass, numbers: _Numbers, granularity: Granularity) -> Int[Tensor, "examples data_pos"]:
-    """The shape of every data point of a pass."""
+    """The shape of every data point of a pass; -1 for a position that is padding."""
     examples, device = len(part.output), part.output.device
     if granularity == "position":
-        n_positions = shared_positions(part.calls).numel()
-        return torch.full((examples, n_positions), numbers["positions"], device=device)
+        shared_positions(part.calls)
+        return torch.where(_is_data(part.calls[0].y, part), numbers["positions"], -1)
     lengths = tuple(call.y.shape[1:-1] for call in part.calls)
     valid = [None] * examples if part.valid is None else [tuple(row) for row in part.valid.tolist()]
     return torch.tensor([[numbers[lengths, pattern]] for pattern in valid], device=device)
