@@ -35,28 +35,27 @@ _TINY = 0.01
 
 @dataclass(frozen=True, eq=False)
 class _Regression:
-    """What components should do in one matrix: x P = x W for some inputs x each, and 0 for those of the others.
+    """What components should do in one matrix: of y = x W the share that is their own.
 
     Attributes:
         weight: W, transposed where x comes from the other side.
         transposed: whether it does.
-        x: `shared + rows d`: the mean at each place, 0 where a data point is alone in its shape; then each input less
-            the mean at its place. For lookups the numbers looked up, `rows`.
-        importance: root mean square of the first-order effects of x W on projections of the output.
-        own: the rows behind the means.
-        metric: second moments of the others' inputs, made invertible.
+        rows: the inputs x.
+        shared: `places d`, the mean input at each place; 0 where a data point is alone in its shape. None for lookups.
+        own: `rows d`, x less the mean at its place. None for lookups.
+        importance, importance_of_own: root mean square of the first-order effects of x W, and of the own part alone, on
+            projections of the output.
+        metric: second moments of the others' inputs, made invertible. None for lookups.
     """
 
     weight: Float[Tensor, "d d_out"]
     transposed: bool
-    x: Float[Tensor, "inputs d"] | Int[Tensor, " rows"]
-    importance: Float[Tensor, " inputs"]
-    own: Rows
+    rows: Rows
+    shared: Float[Tensor, "places d"] | None
+    own: Float[Tensor, "rows d"] | None
+    importance: Float[Tensor, " rows"]
+    importance_of_own: Float[Tensor, " rows"]
     metric: Float[Tensor, "d d"] | None
-
-    @property
-    def n_shared(self) -> int:
-        return len(self.x) - len(self.own.points)
 
 
 @no_inference_mode()
@@ -73,16 +72,18 @@ def fit_to_data(
     granularity: Granularity = "example",
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, " points"]:
-    """Component 0 does what all data points share, each further one what a group of them does alone: x_j P_g =
-    [j in g] x_j W for their inputs, and little for inputs of other data.
+    """Component 0 does what all data points share, each further one the rest of what one of them, or a group, does.
 
-    For every matrix, and over the positions of all data points, the mean input at a place is shared and the rest of
-    each input is its own. With R these rows, R_g those of group g, D how much each matters for the output, and G the
-    second moments of the others' inputs,
+    At each place (a position of data points of one shape) the mean input x̄ is shared and x − x̄ is a data point's own.
+    On an input x of group g, component 0 should give x̄ W, component g (x − x̄) W, all others 0; and they should do
+    little to inputs of other data. With inputs X, their importance for the output D, and the second moments G of the
+    others' inputs,
 
-        P_g = (ε G + Rᵀ D² R)⁻¹ R_gᵀ D² R_g W,
+        P_g = (ε G + Xᵀ D² X)⁻¹ Xᵀ D² T_g,    T_0 = X̄ W,    T_g = (X − X̄) W in the rows of g and 0 elsewhere,
 
-    cut to the rank of the components. In a matrix whose rows are looked up, component g gets the rows that only its
+    cut to the rank of the components.
+
+    In a matrix whose rows are looked up, component g gets the rows that only its
     data points use, and component 0 those that several use. A matrix that is multiplied from both sides is fitted to
     the inputs of its longer side.
 
@@ -125,7 +126,7 @@ def fit_to_data(
         components_of_points = 1 + _groups(list(regressions.values()), len(rows.shapes), components.n_components - 1)
         for name, regression in regressions.items():
             A, B = components.A[name].mul_(_TINY), components.B[name].mul_(_TINY)
-            fit = _fit if regression.x.is_floating_point() else _fit_lookups
+            fit = _fit if regression.rows.x.is_floating_point() else _fit_lookups
             fit(regression, components_of_points, *((B.mT, A.mT) if regression.transposed else (A, B)))
     return components_of_points
 
@@ -146,26 +147,23 @@ def _in_metric(output: OutputFn, distance: Any) -> OutputFn:
 def _regression(
     weight: Float[Tensor, "d_in d_out"], transposed: bool, rows: Rows, moments: Float[Tensor, "d d"] | None
 ) -> _Regression:
-    weight = (weight.mT if transposed else weight).double()
-    gradients = rows.gradients
-    if not rows.x.is_floating_point():
-        effects = (gradients * weight[rows.x].to(gradients.dtype)).sum(-1)
-        return _Regression(weight, transposed, rows.x, effects.square().mean(0).sqrt().double(), rows, None)
-    x = rows.x.double()
-    own = less_means(x, rows.places)
-    n_places = int(rows.places.max()) + 1
-    counts = torch.bincount(rows.places, minlength=n_places)
-    shared = x.new_zeros(n_places, x.shape[1]).index_add_(0, rows.places, x - own).div_(counts[:, None])
-    squares_of_shared, squares_of_own = (
-        (gradients * some.to(gradients.dtype)).sum(-1).square().mean(0).double()
-        for some in ((shared @ weight)[rows.places], own @ weight)
-    )
-    mean_squares = x.new_zeros(n_places).index_add_(0, rows.places, squares_of_shared).div_(counts)
+    weight, x, places = (weight.mT if transposed else weight).double(), rows.x, rows.places
+
+    def importance(written: Float[Tensor, "rows d_out"]) -> Float[Tensor, " rows"]:
+        return (rows.gradients * written.to(rows.gradients.dtype)).sum(-1).square().mean(0).sqrt().double()
+
+    if not x.is_floating_point():
+        of_rows = importance(weight[x])
+        return _Regression(weight, transposed, rows, None, None, of_rows, of_rows, None)
+    x = x.double()
+    own = less_means(x, places)
+    counts = torch.bincount(places)
+    shared = x.new_zeros(len(counts), x.shape[1]).index_add_(0, places, x - own).div_(counts[:, None])
     metric = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     if moments is not None and (mean := moments.diagonal().mean()) > 0:
         metric = moments.to(x) + _METRIC_RIDGE * mean * metric
-    importance = torch.cat([mean_squares, squares_of_own]).sqrt()
-    return _Regression(weight, transposed, torch.cat([shared, own]), importance, rows, metric)
+    of_rows, of_own = importance(x @ weight), importance(own @ weight)
+    return _Regression(weight, transposed, rows, shared, own, of_rows, of_own, metric)
 
 
 def _check_importances(importances: Mapping[str, Float[Tensor, " inputs"]]) -> None:
@@ -186,24 +184,24 @@ def _groups(regressions: list[_Regression], n_points: int, most: int) -> Int[Ten
     Those of a matrix count as much as the squared effects of own rows there.
     """
     if n_points <= most:
-        return torch.arange(n_points, device=regressions[0].x.device)
+        return torch.arange(n_points, device=regressions[0].weight.device)
     similarities = regressions[0].importance.new_zeros(n_points, n_points)
     squares = similarities.new_zeros(n_points)
     for of in regressions:
-        importance = of.importance[of.n_shared :]
-        kept = importance > _NOTHING * importance.max()
-        x, points = of.x[of.n_shared :][kept], of.own.points[kept]
-        if not len(x):
+        kept = of.importance_of_own > _NOTHING * of.importance_of_own.max()
+        if not bool(kept.any()):
             continue
-        if of.metric is None:
-            products = centred((x[:, None] == x).double(), of.own.places[kept])
+        rows = of.rows
+        if of.own is None or of.metric is None:
+            products = centred((rows.x[kept, None] == rows.x[kept]).double(), rows.places[kept])
         else:
-            Z = torch.linalg.solve_triangular(torch.linalg.cholesky(of.metric), x.mT, upper=False).mT
-            products = Z @ Z.mT
-        gram = similarities_of_points(products, of.own.gradients[:, kept], points, n_points)
-        done = importance[kept].square()
+            L = torch.linalg.cholesky(of.metric)
+            whitened = torch.linalg.solve_triangular(L, of.own[kept].mT, upper=False)
+            products = whitened.mT @ whitened
+        gram = similarities_of_points(products, rows.gradients[:, kept], rows.points[kept], n_points)
+        done = of.importance_of_own[kept].square()
         similarities += done.sum() * cosines(gram)
-        squares.index_add_(0, points, done)
+        squares.index_add_(0, rows.points[kept], done)
     return grouped(similarities / squares.sum(), squares.sqrt(), most)
 
 
@@ -213,17 +211,24 @@ def _fit(
     A: Float[Tensor, "C d m"],
     B: Float[Tensor, "C m d_out"],
 ) -> None:
-    importance = regression.importance / regression.importance.max()
-    kept = importance > _NOTHING
+    """Component 0 maps each input to what the mean at its place is mapped to, and its own component to the rest."""
+    of, largest = regression, regression.importance.max()
+    own, shared, metric = of.own, of.shared, of.metric
+    assert own is not None
+    assert shared is not None
+    assert metric is not None
+    kept, has_own = of.importance > _NOTHING * largest, of.importance_of_own > _NOTHING * largest
     if not bool(kept.any()):
         return
-    of_own = components_of_points[regression.own.points]
-    owners = torch.cat([of_own.new_zeros(regression.n_shared), of_own])[kept]
-    x = regression.x[kept]
-    assert regression.metric is not None
-    dual, written = dual_basis(x, importance[kept], regression.metric), x @ regression.weight
-    for numbers, picked in groups_at_once(owners, sum(regression.weight.shape)):
-        left, right = truncated(padded_rows(dual, picked).mT, padded_rows(written, picked), A.shape[-1])
+    dual = torch.zeros_like(own)
+    dual[kept] = dual_basis(of.rows.x[kept].double(), of.importance[kept] / largest, metric)
+    of_places = torch.zeros_like(shared).index_add_(0, of.rows.places, dual)
+    owners = components_of_points[of.rows.points[has_own]]
+    owners = torch.cat([owners.new_zeros(len(of_places)), owners])
+    lefts = torch.cat([of_places, dual[has_own]])
+    rights = torch.cat([shared, own[has_own]]) @ of.weight
+    for numbers, picked in groups_at_once(owners, sum(of.weight.shape)):
+        left, right = truncated(padded_rows(lefts, picked).mT, padded_rows(rights, picked), A.shape[-1])
         _put(A, B, numbers, left, right)
 
 
@@ -234,8 +239,8 @@ def _fit_lookups(
     B: Float[Tensor, "C m d_out"],
 ) -> None:
     """Component g gets the rows that only its data points look up, component 0 those that several do."""
-    looked_up, numbers = regression.x.unique(return_inverse=True)
-    of_rows = components_of_points[regression.own.points]
+    looked_up, numbers = regression.rows.x.unique(return_inverse=True)
+    of_rows = components_of_points[regression.rows.points]
     least, largest = (
         torch.zeros_like(looked_up).scatter_reduce(0, numbers, of_rows, how, include_self=False)
         for how in ("amin", "amax")
