@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +15,7 @@ from apd_lens.data._inputs import Inputs
 from apd_lens.data._points import Granularity
 from apd_lens.data._stream import one_pass
 from apd_lens.host._target import TargetModel
+from apd_lens.losses._outputs import Distance
 from apd_lens.passes._output import OutputFn
 from apd_lens.start._fitted import dual_basis, groups_at_once, padded_rows, truncated
 from apd_lens.start._groups import centred, cosines, grouped, less_means, similarities_of_points
@@ -68,7 +68,7 @@ def fit_to_data(
     others: Iterable[Batch | Inputs] | None,
     output: OutputFn,
     *,
-    distance: Any = "mse",
+    distance: Distance = "mse",
     granularity: Granularity = "example",
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, " points"]:
@@ -112,9 +112,9 @@ def fit_to_data(
             "A start fitted to data takes one component for what data points share and others for what they do not; "
             f"got n_components={components.n_components}."
         )
-    explained, names = _in_metric(output, distance), list(weights)
-    seed = int(torch.randint(2**31, (), generator=generator))
-    rows = rows_of(target, names, one_pass(batches), explained, granularity, PROJECTIONS, seed, MOST_POINTS)
+    names, seed = list(weights), int(torch.randint(2**31, (), generator=generator))
+    compares = "distributions" if distance == "kl" else "numbers"
+    rows = rows_of(target, names, one_pass(batches), output, granularity, PROJECTIONS, seed, MOST_POINTS, compares)
     with no_grad():
         moments = {} if others is None else second_moments(target, names, one_pass(others), output)
         regressions = {}
@@ -129,19 +129,6 @@ def fit_to_data(
             fit = _fit if regression.rows.x.is_floating_point() else _fit_lookups
             fit(regression, components_of_points, *((B.mT, A.mT) if regression.transposed else (A, B)))
     return components_of_points
-
-
-def _in_metric(output: OutputFn, distance: Any) -> OutputFn:
-    """For "kl" z = √p ∘ (logits − Σ p · logits), p constant: Σ dz² is twice the KL, to second order. Else as it is."""
-    if distance != "kl":
-        return output
-
-    def explained(value: Any) -> Tensor:
-        logits = output(value)
-        p = logits.detach().softmax(-1)
-        return p.sqrt() * (logits - (p * logits).sum(-1, keepdim=True))
-
-    return explained
 
 
 def _regression(

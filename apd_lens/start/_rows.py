@@ -20,7 +20,7 @@ from apd_lens.host._matrix import Use
 from apd_lens.host._target import TargetModel
 from apd_lens.passes._cotangents import Cotangents
 from apd_lens.passes._output import OutputFn
-from apd_lens.passes._watch import Call, WatchedPass, replaced_pass, watched_pass
+from apd_lens.passes._watch import Call, Compares, WatchedPass, replaced_pass, watched_pass
 
 # The name of a matrix, and whether it is multiplied from its other side.
 Side = tuple[str, bool]
@@ -92,6 +92,7 @@ def rows_of(
     K: int,
     seed: int,
     most: int,
+    compares: Compares = "numbers",
     memory: int = BUDGET,
 ) -> TargetRows:
     """Inputs and gradients at every position of the first data points, padding left out.
@@ -99,6 +100,7 @@ def rows_of(
     Args:
         K: number of random projections, with entries ±1. They are the same for all examples.
         most: number of data points. Fewer are looked at where their gradients take more than 1 GiB.
+        compares: "distributions" takes the outputs in the metric of their distribution.
     """
     found: dict[Side, list[Rows]] = {}
     shapes: list[Tensor] = []
@@ -107,7 +109,8 @@ def rows_of(
         inputs = target.read(batch)
         if granularity == "example":
             inputs = inputs.some(slice(0, most - n_points))
-        watched = watched_pass(target, names, inputs, output)
+        watched = watched_pass(target, names, inputs, output, compares=compares)
+        watched = watched.in_fisher_metric() if compares == "distributions" else watched
         projections = _projections(watched.output, K, seed)
         for part, chunks in jacobians_in_parts(watched, projections, memory):
             gradients = [jacobians.as_whole() for jacobians in chunks]
@@ -132,7 +135,7 @@ def _projections(output: Float[Tensor, "batch *pos n_outputs"], K: int, seed: in
     shape = (*positions, K, n_outputs)
     drawn = torch.randint(2, shape, generator=generator, device=output.device, dtype=torch.int8).mul_(2).sub_(1)
     of_each = drawn.flip(list(range(len(positions)))).movedim(-2, 0)
-    return Cotangents(K, lambda first, last: of_each[first:last].to(output.dtype), scale=K, exact=False)
+    return Cotangents(K, lambda first, last: of_each[first:last].to(output.dtype), scale=K, exact=False, lasting=False)
 
 
 def _shapes(part: WatchedPass, numbers: _Numbers, granularity: Granularity) -> Int[Tensor, "examples data_pos"]:
