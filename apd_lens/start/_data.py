@@ -81,20 +81,20 @@ def fit_to_data(
 
         P_g = (ε G + Xᵀ D² X)⁻¹ Xᵀ D² T_g,    T_0 = X̄ W,    T_g = (X − X̄) W in the rows of g and 0 elsewhere,
 
-    cut to the rank of the components.
+    cut to the rank of the components. ε is a thousandth of the mean of D² x G⁻¹ xᵀ. The importance of an input is the
+    root mean square of the first-order effects of x W on 8 random projections of the output, as a share of the largest
+    in its matrix.
 
-    In a matrix whose rows are looked up, component g gets the rows that only its
-    data points use, and component 0 those that several use. A matrix that is multiplied from both sides is fitted to
-    the inputs of its longer side.
-
-    With at most `n_components − 1` data points each is a group. More are grouped by what they do to the output, see
+    In a matrix whose rows are looked up, component g gets the rows that only its data points look up, and component 0
+    those that several do. A matrix that is multiplied from both sides is fitted to the inputs of its longer side. With
+    at most `n_components − 1` data points each is a group. More are grouped by what they do to the output, see
     `grouped`. Factors in which nothing is fitted are those drawn, a hundred times smaller.
 
     Args:
         components: changed in place.
         weights: name -> matrix, of all components.
         batches: the target data. The first 4096 data points count, fewer where their gradients take more than 1 GiB.
-        others: data on which components should do little; None for a metric that is the identity.
+        others: data on which components should do little, all of which is run; None where G is to be the identity.
         distance: of the minimality loss. With "kl" effects are those on the output's distribution.
         generator: of the projections, on the CPU.
 
