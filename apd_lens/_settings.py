@@ -38,7 +38,9 @@ class Optimization:
             the second and so on, as far as their rank holds them, and each is nothing in the other matrices, which
             only moves can change; the rest are drawn. A matrix that serves every data point, such as a hidden identity,
             can then stay one component, which is not found from random factors; one that does not is split by the
-            moves.
+            moves. "data" fits them to the first data in closed form: component 0 does what all data points have in
+            common, each further one what a data point, or a group of them, does alone, and little on other data. The
+            rest of the factors are tiny. See `apd_lens.start.fit_to_data`.
         unit_norm: keep every column A_c[:, i] of the input sides at norm 1. What the gradient has along a column is
             taken out before Adam's step, and the column is brought back to norm 1 after it. At the start and after
             moves its norm goes to the row B_c[i, :], so that P_c stays. A column of zeros has no direction, and stays.
@@ -51,7 +53,7 @@ class Optimization:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.05
     init_scale: float = 0.5
-    start: Literal["random", "matrices"] = "random"
+    start: Literal["random", "matrices", "data"] = "random"
     unit_norm: bool = False
 
     def __post_init__(self) -> None:

@@ -1,0 +1,258 @@
+"""Components fitted to data in closed form, before any training."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from apd_lens._block import full_precision, no_grad, no_inference_mode
+from apd_lens._errors import InvalidBatches, InvalidSetting, NonFinite
+from apd_lens.components._components import ParameterComponents
+from apd_lens.data._batch import Batch
+from apd_lens.data._inputs import Inputs
+from apd_lens.data._points import Granularity
+from apd_lens.data._stream import one_pass
+from apd_lens.host._target import TargetModel
+from apd_lens.losses._outputs import Distance
+from apd_lens.passes._output import OutputFn
+from apd_lens.start._fitted import dual_basis, groups_at_once, padded_rows, truncated
+from apd_lens.start._groups import centred, cosines, grouped, less_means, similarities_of_points
+from apd_lens.start._rows import Rows, rows_of, second_moments
+
+# Only so many data points are looked at, each with so many projections of the outputs.
+MOST_POINTS = 2**12
+PROJECTIONS = 8
+
+# Inputs that matter less than this share of the one that matters most are left out.
+_NOTHING = 1e-3
+# What is added to the metric, as a share of its mean diagonal.
+_METRIC_RIDGE = 1e-3
+# All that is not fitted is made this much smaller than it was drawn.
+_TINY = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class _Regression:
+    """What components should do in one matrix: of y = x W the share that is their own.
+
+    Attributes:
+        weight: W, transposed where x comes from the other side.
+        transposed: whether it does.
+        rows: the inputs x.
+        shared: `places d`, the mean input at each place; 0 where a data point is alone in its shape. None for lookups.
+        own: `rows d`, x less the mean at its place. None for lookups.
+        importance, importance_of_own: root mean square of the first-order effects of x W, and of the own part alone, on
+            projections of the output.
+        metric: second moments of the others' inputs, made invertible. None for lookups.
+    """
+
+    weight: Float[Tensor, "d d_out"]
+    transposed: bool
+    rows: Rows
+    shared: Float[Tensor, "places d"] | None
+    own: Float[Tensor, "rows d"] | None
+    importance: Float[Tensor, " rows"]
+    importance_of_own: Float[Tensor, " rows"]
+    metric: Float[Tensor, "d d"] | None
+
+
+@no_inference_mode()
+@full_precision()
+def fit_to_data(
+    target: TargetModel,
+    components: ParameterComponents,
+    weights: Mapping[str, Float[Tensor, "d_in d_out"]],
+    batches: Iterable[Batch | Inputs],
+    others: Iterable[Batch | Inputs] | None,
+    output: OutputFn,
+    *,
+    distance: Distance = "mse",
+    granularity: Granularity = "example",
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, " points"]:
+    """Component 0 does what all data points share, each further one the rest of what one of them, or a group, does.
+
+    At each place (a position of data points of one shape) the mean input x̄ is shared and x − x̄ is a data point's own.
+    On an input x of group g, component 0 should give x̄ W, component g (x − x̄) W, all others 0; and they should do
+    little to inputs of other data. With inputs X, their importance for the output D, and the second moments G of the
+    others' inputs,
+
+        P_g = (ε G + Xᵀ D² X)⁻¹ Xᵀ D² T_g,    T_0 = X̄ W,    T_g = (X − X̄) W in the rows of g and 0 elsewhere,
+
+    cut to the rank of the components. ε is a thousandth of the mean of D² x G⁻¹ xᵀ. The importance of an input is the
+    root mean square of the first-order effects of x W on 8 random projections of the output, as a share of the largest
+    in its matrix.
+
+    In a matrix whose rows are looked up, component g gets the rows that only its data points look up, and component 0
+    those that several do. A matrix that is multiplied from both sides is fitted to the inputs of its longer side. With
+    at most `n_components − 1` data points each is a group. More are grouped by what they do to the output, see
+    `grouped`. Factors in which nothing is fitted are those drawn, a hundred times smaller.
+
+    Args:
+        components: changed in place.
+        weights: name -> matrix, of all components.
+        batches: the target data. The first 4096 data points count, fewer where their gradients take more than 1 GiB.
+        others: data on which components should do little, all of which is run; None where G is to be the identity.
+        distance: of the minimality loss. With "kl" effects are those on the output's distribution.
+        generator: of the projections, on the CPU.
+
+    Returns:
+        The component of each data point that was looked at.
+
+    Raises:
+        InvalidSetting: fewer than two components.
+        InvalidBatches: no batch, or nothing that the matrices do there matters for the output.
+        NonFinite: a gradient is NaN or infinite.
+        MissingExtra: data points must be grouped, and scipy is not installed.
+    """
+    if components.n_components < 2:
+        raise InvalidSetting(
+            "A start fitted to data takes one component for what data points share and others for what they do not; "
+            f"got n_components={components.n_components}."
+        )
+    names, seed = list(weights), int(torch.randint(2**31, (), generator=generator))
+    compares = "distributions" if distance == "kl" else "numbers"
+    rows = rows_of(target, names, one_pass(batches), output, granularity, PROJECTIONS, seed, MOST_POINTS, compares)
+    with no_grad():
+        moments = {} if others is None else second_moments(target, names, one_pass(others), output)
+        regressions = {}
+        for name, weight in weights.items():
+            transposed = max((side[1] for side in rows.of_sides if side[0] == name), key=lambda t: weight.shape[t])
+            side = (name, transposed)
+            regressions[name] = _regression(weight, transposed, rows.of_sides[side], moments.get(side))
+        _check_importances({name: regression.importance for name, regression in regressions.items()})
+        components_of_points = 1 + _groups(list(regressions.values()), len(rows.shapes), components.n_components - 1)
+        for name, regression in regressions.items():
+            A, B = components.A[name].mul_(_TINY), components.B[name].mul_(_TINY)
+            fit = _fit if regression.rows.x.is_floating_point() else _fit_lookups
+            fit(regression, components_of_points, *((B.mT, A.mT) if regression.transposed else (A, B)))
+    return components_of_points
+
+
+def _regression(
+    weight: Float[Tensor, "d_in d_out"], transposed: bool, rows: Rows, moments: Float[Tensor, "d d"] | None
+) -> _Regression:
+    weight, x, places = (weight.mT if transposed else weight).double(), rows.x, rows.places
+
+    def importance(written: Float[Tensor, "rows d_out"]) -> Float[Tensor, " rows"]:
+        return (rows.gradients * written.to(rows.gradients.dtype)).sum(-1).square().mean(0).sqrt().double()
+
+    if not x.is_floating_point():
+        of_rows = importance(weight[x])
+        return _Regression(weight, transposed, rows, None, None, of_rows, of_rows, None)
+    x = x.double()
+    own = less_means(x, places)
+    counts = torch.bincount(places)
+    shared = x.new_zeros(len(counts), x.shape[1]).index_add_(0, places, x - own).div_(counts[:, None])
+    metric = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    if moments is not None and (mean := moments.diagonal().mean()) > 0:
+        metric = moments.to(x) + _METRIC_RIDGE * mean * metric
+    of_rows, of_own = importance(x @ weight), importance(own @ weight)
+    return _Regression(weight, transposed, rows, shared, own, of_rows, of_own, metric)
+
+
+def _check_importances(importances: Mapping[str, Float[Tensor, " inputs"]]) -> None:
+    for name, importance in importances.items():
+        if not bool(importance.isfinite().all()):
+            raise NonFinite(f"The gradient of the output at {name} is NaN or infinite on the target data.")
+    if not any(bool(importance.any()) for importance in importances.values()):
+        raise InvalidBatches(
+            "On the target data the output does not depend on any of the decomposed matrices, so there is nothing to "
+            "fit. Check output= and weights=, and that the output is not the same whatever they are (a softmax that is "
+            "1 for one of the outputs)."
+        )
+
+
+def _groups(regressions: list[_Regression], n_points: int, most: int) -> Int[Tensor, " points"]:
+    """The group of each data point, by the cosines of Σ_t x_t ⊗ g_t over its own rows, in the metric of the others.
+
+    Those of a matrix count as much as the squared effects of own rows there.
+    """
+    if n_points <= most:
+        return torch.arange(n_points, device=regressions[0].weight.device)
+    similarities = regressions[0].importance.new_zeros(n_points, n_points)
+    squares = similarities.new_zeros(n_points)
+    for of in regressions:
+        kept = of.importance_of_own > _NOTHING * of.importance_of_own.max()
+        if not bool(kept.any()):
+            continue
+        rows = of.rows
+        if of.own is None or of.metric is None:
+            products = centred((rows.x[kept, None] == rows.x[kept]).double(), rows.places[kept])
+        else:
+            L = torch.linalg.cholesky(of.metric)
+            whitened = torch.linalg.solve_triangular(L, of.own[kept].mT, upper=False)
+            products = whitened.mT @ whitened
+        gram = similarities_of_points(products, rows.gradients[:, kept], rows.points[kept], n_points)
+        done = of.importance_of_own[kept].square()
+        similarities += done.sum() * cosines(gram)
+        squares.index_add_(0, rows.points[kept], done)
+    return grouped(similarities / squares.sum(), squares.sqrt(), most)
+
+
+def _fit(
+    regression: _Regression,
+    components_of_points: Int[Tensor, " points"],
+    A: Float[Tensor, "C d m"],
+    B: Float[Tensor, "C m d_out"],
+) -> None:
+    """Component 0 maps each input to what the mean at its place is mapped to, and its own component to the rest."""
+    of, largest = regression, regression.importance.max()
+    own, shared, metric = of.own, of.shared, of.metric
+    assert own is not None
+    assert shared is not None
+    assert metric is not None
+    kept, has_own = of.importance > _NOTHING * largest, of.importance_of_own > _NOTHING * largest
+    if not bool(kept.any()):
+        return
+    dual = torch.zeros_like(own)
+    dual[kept] = dual_basis(of.rows.x[kept].double(), of.importance[kept] / largest, metric)
+    of_places = torch.zeros_like(shared).index_add_(0, of.rows.places, dual)
+    owners = components_of_points[of.rows.points[has_own]]
+    owners = torch.cat([owners.new_zeros(len(of_places)), owners])
+    lefts = torch.cat([of_places, dual[has_own]])
+    rights = torch.cat([shared, own[has_own]]) @ of.weight
+    for numbers, picked in groups_at_once(owners, sum(of.weight.shape)):
+        left, right = truncated(padded_rows(lefts, picked).mT, padded_rows(rights, picked), A.shape[-1])
+        _put(A, B, numbers, left, right)
+
+
+def _fit_lookups(
+    regression: _Regression,
+    components_of_points: Int[Tensor, " points"],
+    A: Float[Tensor, "C d m"],
+    B: Float[Tensor, "C m d_out"],
+) -> None:
+    """Component g gets the rows that only its data points look up, component 0 those that several do."""
+    looked_up, numbers = regression.rows.x.unique(return_inverse=True)
+    of_rows = components_of_points[regression.rows.points]
+    least, largest = (
+        torch.zeros_like(looked_up).scatter_reduce(0, numbers, of_rows, how, include_self=False)
+        for how in ("amin", "amax")
+    )
+    for some, picked in groups_at_once(torch.where(least == largest, least, 0), sum(regression.weight.shape)):
+        written = padded_rows(regression.weight[looked_up], picked)
+        eye = torch.eye(picked.shape[1], dtype=written.dtype, device=written.device).expand(len(some), -1, -1)
+        of_picked, right = truncated(eye, written, A.shape[-1])
+        left = written.new_zeros(len(some), len(regression.weight), of_picked.shape[-1])
+        there = (picked >= 0).nonzero(as_tuple=True)
+        left[there[0], looked_up[picked[there]]] = of_picked[there]
+        _put(A, B, some, left, right)
+
+
+def _put(
+    A: Float[Tensor, "C d m"],
+    B: Float[Tensor, "C m d_out"],
+    numbers: Int[Tensor, " groups"],
+    left: Float[Tensor, "groups d k"],
+    right: Float[Tensor, "groups k d_out"],
+) -> None:
+    """Writes factors into the first k inner dimensions of some components, but for those that are 0: in both factors
+    they would stay 0 in training."""
+    k = left.shape[-1]
+    sizes = right.norm(dim=-1)
+    there = sizes > 1e-5 * sizes.max()
+    A[numbers, :, :k] = torch.where(there[:, None], left.to(A), A[numbers, :, :k])
+    B[numbers, :k] = torch.where(there[..., None], right.to(B), B[numbers, :k])

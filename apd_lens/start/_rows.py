@@ -1,0 +1,255 @@
+"""Inputs of the matrices at the positions of the target data, with gradients there; second moments of other inputs."""
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from apd_lens._block import no_grad
+from apd_lens._memory import BUDGET
+from apd_lens.attribution._over_outputs import shared_positions
+from apd_lens.attribution._pullback import jacobians_in_parts
+from apd_lens.components._factors import MatrixInput
+from apd_lens.data._batch import Batch
+from apd_lens.data._inputs import Inputs
+from apd_lens.data._points import Granularity, padded
+from apd_lens.host._matrix import Use
+from apd_lens.host._target import TargetModel
+from apd_lens.passes._cotangents import Cotangents
+from apd_lens.passes._output import OutputFn
+from apd_lens.passes._watch import Call, Compares, WatchedPass, replaced_pass, watched_pass
+
+# The name of a matrix, and whether it is multiplied from its other side.
+Side = tuple[str, bool]
+
+# Bytes of gradients beyond which no further batch is looked at.
+_ENOUGH = 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Inputs of one side of a matrix, one for each position of each data point.
+
+    Attributes:
+        x: `rows d`, or the number that is looked up.
+        gradients: of K projections of the outputs with respect to y.
+        points: the data point of each row, counted over all batches.
+        places: equal for rows at the same position of data points of one shape.
+    """
+
+    x: Float[Tensor, "rows d"] | Int[Tensor, " rows"]
+    gradients: Float[Tensor, "K rows d_out"]
+    points: Int[Tensor, " rows"]
+    places: Int[Tensor, " rows"]
+
+
+@dataclass(frozen=True, eq=False)
+class TargetRows:
+    """What passes over the target data gave.
+
+    Attributes:
+        of_sides: rows of each side of a matrix that was used.
+        shapes: of each data point. Examples with as many positions and the same padding are of one shape, and so are
+            all positions.
+    """
+
+    of_sides: dict[Side, Rows]
+    shapes: Int[Tensor, " points"]
+
+
+@dataclass(frozen=True, eq=False)
+class _WholeCall:
+    """A call with its whole matrix; where a host multiplies head by head, the heads stand side by side.
+
+    Attributes:
+        place: which call of the forward it is.
+    """
+
+    place: Hashable
+    side: Side
+    x: MatrixInput
+    y: Float[Tensor, "examples *pos d"]
+    gradient: Float[Tensor, "K examples *pos d_out"]
+
+
+class _Numbers(dict[Hashable, int]):
+    """Counts what it has not met before."""
+
+    def __missing__(self, key: Hashable) -> int:
+        self[key] = len(self)
+        return self[key]
+
+
+def rows_of(
+    target: TargetModel,
+    names: Sequence[str],
+    batches: Iterable[Batch | Inputs],
+    output: OutputFn,
+    granularity: Granularity,
+    K: int,
+    seed: int,
+    most: int,
+    compares: Compares = "numbers",
+    memory: int = BUDGET,
+) -> TargetRows:
+    """Inputs and gradients at every position of the first data points, padding left out.
+
+    Args:
+        K: number of random projections, with entries ±1. They are the same for all examples.
+        most: number of data points. Fewer are looked at where their gradients take more than 1 GiB.
+        compares: "distributions" takes the outputs in the metric of their distribution.
+    """
+    found: dict[Side, list[Rows]] = {}
+    shapes: list[Tensor] = []
+    numbers, n_points, n_bytes = _Numbers(), 0, 0
+    for batch in batches:
+        inputs = target.read(batch)
+        if granularity == "example":
+            inputs = inputs.some(slice(0, most - n_points))
+        watched = watched_pass(target, names, inputs, output, compares=compares)
+        watched = watched.in_fisher_metric() if compares == "distributions" else watched
+        projections = _projections(watched.output, K, seed)
+        for part, chunks in jacobians_in_parts(watched, projections, memory):
+            gradients = [jacobians.as_whole() for jacobians in chunks]
+            of_points = _shapes(part, numbers, granularity)
+            is_point = of_points >= 0
+            points = n_points - 1 + is_point.flatten().cumsum(0).view_as(of_points)
+            shapes.append(of_points[is_point])
+            n_points += len(shapes[-1])
+            for call in _whole_calls(target, part.calls, gradients, K):
+                rows = _rows(call, part, points, of_points, numbers, most)
+                found.setdefault(call.side, []).append(rows)
+                n_bytes += rows.gradients.nbytes
+        if n_points >= most or n_bytes > _ENOUGH:
+            break
+    return TargetRows({side: _joined(target, side, parts) for side, parts in found.items()}, torch.cat(shapes)[:most])
+
+
+def _projections(output: Float[Tensor, "batch *pos n_outputs"], K: int, seed: int) -> Cotangents:
+    """K random ±1 each. Those of the last position are the same whatever the number of positions."""
+    _, *positions, n_outputs = output.shape
+    generator = torch.Generator(output.device).manual_seed(seed)
+    shape = (*positions, K, n_outputs)
+    drawn = torch.randint(2, shape, generator=generator, device=output.device, dtype=torch.int8).mul_(2).sub_(1)
+    of_each = drawn.flip(list(range(len(positions)))).movedim(-2, 0)
+    return Cotangents(K, lambda first, last: of_each[first:last].to(output.dtype), scale=K, exact=False, lasting=False)
+
+
+def _shapes(part: WatchedPass, numbers: _Numbers, granularity: Granularity) -> Int[Tensor, "examples data_pos"]:
+    """The shape of every data point of a pass; -1 for a position that is padding."""
+    examples, device = len(part.output), part.output.device
+    if granularity == "position":
+        shared_positions(part.calls)
+        return torch.where(_is_data(part.calls[0].y, part), numbers["positions"], -1)
+    lengths = tuple(call.y.shape[1:-1] for call in part.calls)
+    valid = [None] * examples if part.valid is None else [tuple(row) for row in part.valid.tolist()]
+    return torch.tensor([[numbers[lengths, pattern]] for pattern in valid], device=device)
+
+
+def _whole_calls(
+    target: TargetModel, calls: Sequence[Call], chunks: Sequence[Sequence[Tensor | None]], K: int
+) -> list[_WholeCall]:
+    """The calls of a pass with their gradients, which come in chunks of projections; zero where nothing depends on y.
+
+    A matrix's heads are joined where x or y of each is a part of one site's; K of all chunks.
+    """
+    met: dict[str, int] = {}
+    heads: dict[Hashable, list[tuple[Call, Tensor]]] = {}
+    for number, call in enumerate(calls):
+        time = met[repr(call.use)] = met.get(repr(call.use), -1) + 1
+        of_chunks = [at_y for chunk in chunks if (at_y := chunk[number]) is not None]
+        gradient = torch.cat(of_chunks) if of_chunks else call.y.detach().new_zeros(K, *call.y.shape)
+        gradient = call.use.scale * gradient.expand(-1, *call.y.shape)
+        heads.setdefault((call.use.matrix, call.use.site, time), []).append((call, gradient))
+    joined = []
+    for place, some in heads.items():
+        call, gradient = some[0]
+        matrix, use, x = target.weights[call.use.matrix], call.use, call.x
+        if use.rows != slice(None):
+            x = torch.cat([other.x for other, _ in some], -1)
+        if use.columns != slice(None):
+            gradient = gradient.new_zeros(*gradient.shape[:-1], matrix.d_in if use.transposed else matrix.d_out)
+            for other, at_y in some:
+                gradient[..., other.use.columns] = at_y
+        joined.append(_WholeCall(place, (use.matrix, use.transposed), x, call.y, gradient))
+    return joined
+
+
+def _rows(
+    call: _WholeCall,
+    part: WatchedPass,
+    points: Int[Tensor, "examples data_pos"],
+    shapes: Int[Tensor, "examples data_pos"],
+    numbers: _Numbers,
+    most: int,
+) -> Rows:
+    """One row for every position of a call that is of one of the first data points and no padding."""
+    gradient = call.gradient.flatten(2, -2) if call.y.ndim > 2 else call.gradient[:, :, None]
+    _, examples, n_positions, _ = gradient.shape
+    positions = torch.arange(n_positions, device=points.device)
+    kinds, of_kinds = shapes.unique(return_inverse=True)
+    starts = torch.tensor([numbers[call.place, shape] for shape in kinds.tolist()], device=points.device)
+    within = positions if points.shape[1] == 1 else torch.zeros_like(positions)
+    places = starts[of_kinds] * 2**32 + within
+    kept = (points < most).expand(-1, n_positions) & _is_data(call.y, part)
+    x = call.x.reshape(examples, n_positions, -1)
+    return Rows(
+        x[kept] if call.x.is_floating_point() else x[kept][:, 0],
+        gradient[:, kept],
+        points.expand(-1, n_positions)[kept],
+        places[kept],
+    )
+
+
+def _is_data(y: Float[Tensor, "examples *pos d"], part: WatchedPass) -> Bool[Tensor, "examples positions"]:
+    """False at padding; all positions of a call in one row."""
+    valid = padded(y, part.valid)
+    if valid is None:
+        return torch.ones(len(y), y[0, ..., 0].numel(), dtype=torch.bool, device=y.device)
+    return valid.reshape(*valid.shape, *[1] * (y.ndim - 3)).expand(y.shape[:-1]).flatten(1)
+
+
+def _joined(target: TargetModel, side: Side, parts: Sequence[Rows]) -> Rows:
+    """The rows of all calls. Where some are looked up and others multiplied, all are as if multiplied."""
+    x = [part.x for part in parts]
+    if len({part.is_floating_point() for part in x}) == 2:
+        matrix = target.weights[side[0]]
+        d = matrix.d_out if side[1] else matrix.d_in
+        x = [part if part.is_floating_point() else F.one_hot(part, d).float() for part in x]
+    return Rows(
+        torch.cat(x),
+        torch.cat([part.gradients for part in parts], 1),
+        torch.cat([part.points for part in parts]),
+        torch.cat([part.places for part in parts]).unique(return_inverse=True)[1],
+    )
+
+
+@no_grad()
+def second_moments(
+    target: TargetModel, names: Sequence[str], batches: Iterable[Batch | Inputs], output: OutputFn
+) -> dict[Side, Float[Tensor, "d d"]]:
+    """Mean of xᵀ x over all positions, padding left out, of each side of a matrix that something is multiplied by."""
+    sums: dict[Side, Tensor] = {}
+    counts: dict[Side, float] = {}
+
+    def watch(use: Use, x: MatrixInput, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+        y = original()
+        if not x.is_floating_point():
+            return y
+        valid = padded(y, inputs.valid)
+        rows = (x if valid is None else x[valid]).flatten(0, -2).double()
+        side, matrix = (use.matrix, use.transposed), target.weights[use.matrix]
+        d = matrix.d_out if use.transposed else matrix.d_in
+        if side not in sums:
+            sums[side], counts[side] = rows.new_zeros(d, d), 0
+        sums[side][use.rows, use.rows] += rows.mT @ rows
+        counts[side] += len(rows) * rows.shape[-1] / d
+        return y
+
+    for batch in batches:
+        inputs = target.read(batch)
+        replaced_pass(target, names, watch, inputs, output)
+    return {side: moments / counts[side] for side, moments in sums.items()}
