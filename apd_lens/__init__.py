@@ -62,6 +62,8 @@ from apd_lens.masks._selection import TopK as TopK
 from apd_lens.moves._cluster import ClusterMoves as ClusterMoves
 from apd_lens.moves._division import DivisionMoves as DivisionMoves
 from apd_lens.moves._split import SplitMoves as SplitMoves
+from apd_lens.passes._positions import last_position as last_position
+from apd_lens.passes._positions import positions as positions
 from apd_lens.responses._responses import CoActivation as CoActivation
 from apd_lens.responses._responses import Effects as Effects
 from apd_lens.responses._responses import Responses as Responses

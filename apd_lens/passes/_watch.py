@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from apd_lens._errors import InvalidOutput, ShapeMismatch, SiteNotCalled, UnsupportedModel
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import Mask
-from apd_lens.data._batch import Batch, call
+from apd_lens.data._batch import Batch
 from apd_lens.data._finite import Reading, count_not_finite, on_gpu, raise_first
 from apd_lens.data._inputs import Inputs
 from apd_lens.data._points import Valid, padded, zero_at_padding
@@ -21,7 +21,7 @@ from apd_lens.host._matrix import Use
 from apd_lens.host._patch import outside_traces
 from apd_lens.host._sites import activations_kept
 from apd_lens.host._target import TargetModel
-from apd_lens.passes._output import OutputFn, explained_output, no_batch_axis
+from apd_lens.passes._output import OutputFn, explained_call, no_batch_axis
 from apd_lens.passes._replace import Mixture
 
 
@@ -190,7 +190,7 @@ def watched_pass(
     def run() -> Tensor:
         calls.clear()
         before_others.clear()
-        return explained_output(output, call(target.model, inputs.batch), inputs)
+        return explained_call(target, names, output, inputs, hidden)
 
     with (
         torch.enable_grad(),
@@ -278,7 +278,7 @@ def replaced_pass(
         target.intercepted(names, replaced),
         activations_kept(target.model, hidden) as kept,
     ):
-        picked, _ = _without_padding(lambda: explained_output(output, call(target.model, inputs.batch), inputs), inputs)
+        picked, _ = _without_padding(lambda: explained_call(target, names, output, inputs, hidden), inputs)
         _check_kept(hidden, kept)
         return picked, kept
 

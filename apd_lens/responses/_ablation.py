@@ -176,7 +176,7 @@ class _Ablation:
 
     def counted(
         self, top: TopExamples, component: Tensor, rank: Tensor, change: Tensor, valid: Valid
-    ) -> Float[Tensor, "pairs pos"]:
+    ) -> Float[Tensor, "pairs output_pos"]:
         """1 at the positions of the output over which effects are averaged: where the component was active."""
         n_positions, everywhere = change.shape[1], torch.ones_like(change[:, :, 0])
         if valid is not None and valid.shape[1] == n_positions:

@@ -64,7 +64,8 @@ def decompose(
         moves: `ClusterMoves()`, `SplitMoves()`, `DivisionMoves()`, or None for none.
         masks: a `Masking`, which says what is active in the place of selection and attribution.
         output: picks the tensor `batch *pos n_outputs` that is explained from what the model returns; the default takes
-            a tensor as it is and `.logits` of a Hugging Face output.
+            a tensor as it is and `.logits` of a Hugging Face output. `apd_lens.last_position()` and
+            `apd_lens.positions(...)` pick logits at positions that are data, whatever padding a batch has.
         valid: a function of a batch, as the model is called with it, that returns which positions of the explained
             output are data, bool `batch pos`. The default goes by masks of attention (`attention_mask`, a decoder's own
             `decoder_attention_mask`) and raises ShapeMismatch where these do not say it.
