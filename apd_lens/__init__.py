@@ -12,6 +12,7 @@ from os import PathLike as _PathLike
 from pathlib import Path as _Path
 from typing import Any as _Any
 
+from apd_lens import language as language
 from apd_lens import metrics as metrics
 from apd_lens import monitor as monitor
 from apd_lens._checks import checked as _checked
