@@ -12,6 +12,7 @@ from os import PathLike as _PathLike
 from pathlib import Path as _Path
 from typing import Any as _Any
 
+from apd_lens import language as language
 from apd_lens import metrics as metrics
 from apd_lens import monitor as monitor
 from apd_lens._checks import checked as _checked
@@ -63,6 +64,8 @@ from apd_lens.masks._selection import TopK as TopK
 from apd_lens.moves._cluster import ClusterMoves as ClusterMoves
 from apd_lens.moves._division import DivisionMoves as DivisionMoves
 from apd_lens.moves._split import SplitMoves as SplitMoves
+from apd_lens.passes._positions import last_position as last_position
+from apd_lens.passes._positions import positions as positions
 from apd_lens.responses._responses import CoActivation as CoActivation
 from apd_lens.responses._responses import Effects as Effects
 from apd_lens.responses._responses import Responses as Responses

@@ -18,6 +18,17 @@ def saved(cls: _C) -> _C:
     return cls
 
 
+def can_be_saved(value: Any) -> bool:
+    """Whether a value is of a class that is saved, and holds no function of the user's."""
+    return _CLASSES.get(type(value).__name__) is type(value) and _holds_no_function(encode_settings(value))
+
+
+def _holds_no_function(encoded: Any) -> bool:
+    if isinstance(encoded, dict):
+        return encoded.get("type") != "function" and all(map(_holds_no_function, encoded.values()))
+    return not isinstance(encoded, list) or all(map(_holds_no_function, encoded))
+
+
 class UserFunction:
     """What stands in loaded settings where a function of the user's was; functions are not saved."""
 

@@ -15,7 +15,8 @@ ROOMS = re.findall(
     r"\w+",
     """
     _errors _block _files _memory _draws _checks _codec _table _schedules data host components passes attribution losses
-    masks moves start _settings decomposition training metrics responses compare plots monitor report toys __init__
+    masks moves start _settings decomposition training metrics responses language compare plots monitor report toys
+    __init__
     """,
 )
 

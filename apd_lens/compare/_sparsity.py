@@ -24,7 +24,7 @@ from apd_lens.compare._activations import Pool, pooled
 from apd_lens.compare._dictionaries import Dictionary, Latents, moved, random_dictionary
 from apd_lens.compare._splice import rewritten_latents, spliced
 from apd_lens.components._measures import random_components
-from apd_lens.data._batch import Batch, call
+from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import Inputs
 from apd_lens.data._points import Valid, padded, without_padding, zero_at_padding
 from apd_lens.data._stream import one_pass
@@ -36,7 +36,7 @@ from apd_lens.host._target import evaluating
 from apd_lens.losses._outputs import minimality_loss
 from apd_lens.masks._selection import Selection, TopK, with_k
 from apd_lens.passes._cotangents import one_hot_cotangents, random_cotangents
-from apd_lens.passes._output import explained_output
+from apd_lens.passes._output import explained_call
 from apd_lens.passes._replace import Mixture
 
 # Between the target's output and another; or "ce", of labels.
@@ -359,7 +359,7 @@ def _output(decomposition: Decomposition, inputs: Inputs) -> Tensor:
     model = decomposition.target.model
     assert decomposition.output is not None
     with evaluating(model), outside_traces(model):
-        output = explained_output(decomposition.output, call(model, inputs.batch), inputs)
+        output = explained_call(decomposition.target, decomposition.components.names, decomposition.output, inputs)
     return zero_at_padding(output, inputs.valid)
 
 

@@ -50,9 +50,11 @@ def mapped(batch: Batch, change: Callable[[Key, Any], Any]) -> Batch:
     return change(0, batch)
 
 
-def call(model: nn.Module, batch: Batch) -> Any:
-    """The model's return value on a batch. A cache among the arguments is copied, since models append to it."""
+def call(model: nn.Module, batch: Batch, **further: Any) -> Any:
+    """The model's return value on a batch, with further keyword arguments. A cache among the arguments is copied, since
+    models append to it."""
     args, kwargs = arguments(mapped(batch, lambda _, value: changed_within(value, Tensor.clone)))
+    kwargs |= further
     try:
         return model(*args, **kwargs)
     except TypeError as error:

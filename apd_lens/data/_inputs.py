@@ -146,6 +146,12 @@ class Inputs:
             "influence each other."
         )
 
+    @property
+    def main(self) -> Tensor | None:
+        """The tensor that the number of examples is read off."""
+        args, kwargs = arguments(self.batch)
+        return _main(dict(enumerate(args)) | kwargs)
+
     @functools.cached_property
     def document_lengths(self) -> Int[Tensor, "batch pos"] | None:
         """For each position, the number of data positions in its document; None without a mask of queries and keys."""

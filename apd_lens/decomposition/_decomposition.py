@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apd_lens._block import Block, Part, no_grad, no_inference_mode
-from apd_lens._codec import encode_settings
+from apd_lens._codec import can_be_saved, encode_settings
 from apd_lens._errors import ApdWarning, InvalidSetting, ShapeMismatch
 from apd_lens._files import user_path
 from apd_lens._settings import Settings
@@ -279,7 +279,7 @@ class Decomposition:
                 for name, about in about_matrices(self).items()
             },
             "settings": encode_settings(self.settings),
-            "output": "default" if self.output is default_output else "given by the user",
+            **_about_output(self.output),
             "others": digests_of_others(self.target, self.components.names),
             "valid": "default" if self.target.valid is None else "given by the user",
         }
@@ -406,6 +406,12 @@ def about_matrices(decomposition: Decomposition) -> dict[str, dict[str, Any]]:
         }
         for name in decomposition.components.names
     }
+
+
+def _about_output(output: OutputFn | None) -> dict[str, Any]:
+    """An output of positions is saved as settings are; a function of the user's is not."""
+    about = {"output": "default" if output is default_output else "given by the user"}
+    return about | ({"output_settings": encode_settings(output)} if can_be_saved(output) else {})
 
 
 def _rounded(matrix: WeightMatrix, fingerprint: str) -> dict[str, str]:

@@ -20,7 +20,7 @@ from apd_lens.host._matrix import WeightMatrix
 from apd_lens.host._target import TargetModel
 from apd_lens.host._unchanged import warn_of_others
 from apd_lens.host._wrap import wrap
-from apd_lens.passes._output import OutputFn, default_output
+from apd_lens.passes._output import OfPositions, OutputFn, default_output
 
 
 def load(
@@ -35,7 +35,8 @@ def load(
 
     Args:
         model: with the same weights; a HookedTransformer, a torch.nn.Module, or `apd_lens.wrap(...)` of one.
-        output: the output function, if the decomposition was made with one of your own (functions are not saved).
+        output: the output function, if the decomposition was made with one of your own (functions are not saved;
+            `last_position()` and `positions(...)` are).
             Without it everything works that needs no attributions.
         valid: as in `decompose`; it is not saved either.
         other_dtype: whether the model may have the same weights in another dtype. "The same" means bit for bit: its
@@ -89,7 +90,7 @@ def load(
         target=target if valid is None else target.with_valid(valid),
         components=components.requires_grad_(False),
         settings=settings,
-        output=default_output if output is None and about["output"] == "default" else output,
+        output=_saved_output(about) if output is None else output,
         fingerprints={
             name: target.weights[name].fingerprint() if other_dtype else saved["fingerprint"]
             for name, saved in about["matrices"].items()
@@ -102,6 +103,16 @@ def _valid_is_missing(batch: Batch) -> None:
         "This decomposition was made with valid= of your own, which is not saved. Give it again: "
         "apd_lens.load(path, model, valid=...)."
     )
+
+
+def _saved_output(about: dict[str, Any]) -> OutputFn | None:
+    """None where it was a function of the user's."""
+    if "output_settings" not in about:
+        return default_output if about["output"] == "default" else None
+    output = decode_settings(about["output_settings"])
+    if not isinstance(output, OfPositions):
+        raise ArtifactError(f"Expected an output of positions, got {output!r:.80}. Save the decomposition again.")
+    return output
 
 
 def _settings_of(about: dict[str, Any], path: Path) -> Settings:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from apd_lens._errors import InvalidOutput, ShapeMismatch, SiteNotCalled, UnsupportedModel
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import Mask
-from apd_lens.data._batch import Batch, call
+from apd_lens.data._batch import Batch
 from apd_lens.data._finite import Reading, count_not_finite, on_gpu, raise_first
 from apd_lens.data._inputs import Inputs
 from apd_lens.data._points import Valid, padded, zero_at_padding
@@ -21,7 +21,7 @@ from apd_lens.host._matrix import Use
 from apd_lens.host._patch import outside_traces
 from apd_lens.host._sites import activations_kept
 from apd_lens.host._target import TargetModel
-from apd_lens.passes._output import OutputFn, explained_output, no_batch_axis
+from apd_lens.passes._output import OutputFn, explained_call, no_batch_axis
 from apd_lens.passes._prefix import Prefix, Recorder, Replay, is_worth_it
 from apd_lens.passes._replace import Mixture
 
@@ -385,7 +385,7 @@ def _run(
     def run() -> Tensor:
         start()
         beside.start()
-        return explained_output(output, call(target.model, inputs.batch), inputs)
+        return explained_call(target, names, output, inputs, hidden)
 
     with (
         outside_traces(target.model),

@@ -1,10 +1,9 @@
 """What is shown of an input: its tokens in words, or the features that are on."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +12,8 @@ from apd_lens._errors import InvalidSetting
 from apd_lens.data._batch import Batch, arguments
 from apd_lens.data._inputs import Inputs
 from apd_lens.host._target import TargetModel
+from apd_lens.language._words import Decode, called, tokens_of
 from apd_lens.responses._responses import TopExamples
-
-# Token id -> what is shown for it.
-Decode = Callable[[int], str]
 
 # Features of an input without tokens that are shown, the largest.
 _N_FEATURES = 12
@@ -60,27 +57,6 @@ class Shown:
     cut: bool
 
 
-def own_decode(target: TargetModel) -> Decode | None:
-    """What the model's own tokenizer says; None without one."""
-    tokenizer = getattr(target.model, "tokenizer", None)
-    if tokenizer is None:
-        return None
-    return lambda token: tokenizer.decode([token])
-
-
-def tokens_of(batch: Batch, target: TargetModel) -> list[int] | None:
-    """The tokens of a batch of one example; None for a model of other inputs."""
-    args, kwargs = arguments(batch)
-    to_tokens: Any = getattr(target.model, "to_tokens", None)
-    if args and isinstance(args[0], list | tuple | str) and to_tokens is not None:
-        return to_tokens(args[0]).flatten().tolist()  # texts for a TransformerLens model
-    for value in (*args, *(value for name, value in kwargs.items() if name != "attention_mask")):
-        whole = isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool
-        if whole and value.ndim == 2:
-            return value[0].tolist()
-    return None
-
-
 class Shower:
     """Shows examples of one target; words are put into `words`."""
 
@@ -117,7 +93,7 @@ class Shower:
         self, inputs: Inputs, number: int, values: Sequence[float], active: Sequence[bool], largest: float
     ) -> Shown:
         if number not in self._tokens:
-            self._tokens[number] = tokens_of(inputs.batch, self.target)
+            self._tokens[number] = tokens_of(inputs.batch, self.target.model)
         tokens = self._tokens[number]
         if tokens is None:
             return self._features(number, inputs.batch)
@@ -166,17 +142,3 @@ class Shower:
 
 def _shades(values: Sequence[float], largest: float) -> tuple[int, ...]:
     return tuple(round(9 * min(1.0, value / largest)) if largest > 0 else 0 for value in values)
-
-
-def called(decode: Decode | None, token: int, name: str) -> str:
-    """What the user's function gives for a number; the number itself without a function.
-
-    Raises:
-        InvalidSetting: no string.
-    """
-    if decode is None:
-        return str(token)
-    word: Any = decode(token)
-    if not isinstance(word, str):
-        raise InvalidSetting(f"Expected {name} to give a string, got {word!r} for {token}.")
-    return word

@@ -27,9 +27,10 @@ from apd_lens.compare._architecture import weight_map
 from apd_lens.data._batch import Batch
 from apd_lens.decomposition._artifact import library_versions
 from apd_lens.decomposition._decomposition import Decomposition
+from apd_lens.language._words import Decode, called, own_decode, tokens_of
 from apd_lens.masks._selection import K
 from apd_lens.report._collect import Numbers, collect
-from apd_lens.report._examples import Decode, Shower, called, own_decode, tokens_of
+from apd_lens.report._examples import Shower
 from apd_lens.report._figures import figures
 from apd_lens.responses._ablation import LossFn, known_distance
 
@@ -86,7 +87,7 @@ def write_report(
         loss=loss,
         memory=memory,
     )
-    decode = own_decode(decomposition.target) if decode is None else decode
+    decode = own_decode(decomposition.target.model) if decode is None else decode
     shower = Shower(decomposition.target, decode, input_names, before=context, after=context // 2)
     data = _data(decomposition, numbers, shower, decode, output_names, of_components)
     title = (
@@ -259,8 +260,13 @@ def _data(
         found = [other for other in others[c].tolist() if other >= 0]
         return [[o, int(counts[c, o]), _short(lift[c, o].item()), _short(jaccard[c, o].item())] for o in found]
 
-    def units(indices: Tensor, values: Tensor) -> list[list[float]]:
-        return [[name_of(int(i)), _short(v)] for i, v in zip(indices, values.tolist(), strict=True)]
+    def units(indices: Tensor, *values: Tensor | None) -> list[list[float]]:
+        """Of each output its name, and the values that are known."""
+        known = [_shorts(some) for some in values if some is not None]
+        return [[name_of(int(index)), *of_one] for index, *of_one in zip(indices, *known, strict=True)]
+
+    def of_component(values: Tensor | None, c: int) -> Tensor | None:
+        return None if values is None else values[c]
 
     def inputs(c: int) -> list[list[Any]]:
         return [
@@ -279,8 +285,8 @@ def _data(
 
     components = [
         {
-            "promoted": units(effects.promoted[c], effects.promoted_by[c]),
-            "suppressed": units(effects.suppressed[c], effects.suppressed_by[c]),
+            "promoted": units(effects.promoted[c], of_component(effects.promoted_p, c), effects.promoted_by[c]),
+            "suppressed": units(effects.suppressed[c], of_component(effects.suppressed_p, c), effects.suppressed_by[c]),
             "inputs": inputs(c),
             "together": together(c),
         }
@@ -334,7 +340,7 @@ def _output_namer(
     """Output unit -> the number of its name among the words."""
     top, target, n_outputs = numbers.responses.top, decomposition.target, numbers.responses.effects.n_outputs
     if output_names is None:
-        seen = [tokens_of(batch, target) for batch in top.inputs.values()]
+        seen = [tokens_of(batch, target.model) for batch in top.inputs.values()]
         largest = max((max(tokens, default=0) for tokens in seen if tokens is not None), default=None)
         # As many outputs as there are tokens: a language model.
         if decode is not None and largest is not None and largest < n_outputs:

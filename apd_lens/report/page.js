@@ -245,8 +245,11 @@ function unitsOf(title, units, direction) {
   const largest = Math.max(...units.map(([, by]) => Math.abs(by)), 1e-12);
   const written = inColumn(units.map(([, by]) => by));
   const list = element("ol");
-  for (const [word, by] of units) {
-    const line = element("li", {}, element("span", { class: "unit", text: visible(words[word]) || "∅" }), element("span", { class: `num ${direction}`, text: `${by > 0 ? "+" : "−"}${written(Math.abs(by))}` }));
+  const logits = inColumn(units.map(([, , logit]) => logit ?? 0));
+  for (const [word, by, logit] of units) {
+    const signed = (value, text) => `${value > 0 ? "+" : "−"}${text(Math.abs(value))}`;
+    const line = element("li", {}, element("span", { class: "unit", text: visible(words[word]) || "∅" }), element("span", { class: `num ${direction}`, text: signed(by, written) }));
+    if (logit !== undefined) line.append(element("span", { class: "num faint", text: ` (${signed(logit, logits)})` }));
     const share = (100 * Math.abs(by)) / largest;
     line.style.background = `linear-gradient(90deg, rgba(var(--shade), 0.16) ${share.toFixed(1)}%, transparent ${share.toFixed(1)}%)`;
     list.append(line);
@@ -260,7 +263,8 @@ function outputsOf(component) {
   const n = data.nExamples[component];
   const examples = n === 1 ? "the top example" : `the ${n} top examples`;
   const over = data.activity[component] ? `${examples} on which it is active` : `${examples} (it was never active)`;
-  const about = `How much higher or lower outputs are with the component than without it, mean over ${over}${data.centred ? "; the mean over outputs is taken off" : ""}.`;
+  const of = data.centred ? "probabilities (and, in brackets, logits less their mean over outputs)" : "outputs";
+  const about = `How much higher or lower ${of} are with the component than without it, mean over ${over}.`;
   const lists = element("div", { class: "units" },
     unitsOf("Raises", promoted.filter(([, by]) => by > 0), "up"),
     unitsOf("Lowers", suppressed.filter(([, by]) => by < 0), "down"));

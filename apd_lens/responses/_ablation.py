@@ -55,17 +55,21 @@ def ablation_effects(
         n_outputs, C = ablations[0].n_outputs, len(counts)
         n = min(outputs, n_outputs)
         parts = []
-        for some in chunks(C, 16 * n_outputs, memory):
+        for some in chunks(C, (32 if centred else 16) * n_outputs, memory):
             first, total = some.start, None
             for group, ablation in zip(groups, ablations, strict=True):
                 sums = ablation.sums(top, group.places(top.example[some]), counts[some], first, memory)
                 total = sums if total is None else tuple(a + b for a, b in zip(total, sums, strict=True))
             assert total is not None
-            numbers, effect, weight = total
-            effect = effect / weight.clamp_min(1)[:, None]
-            up, down = effect.topk(n), effect.topk(n, largest=False)
-            parts.append((up.indices, up.values, down.indices, down.values, numbers))
-    promoted, promoted_by, suppressed, suppressed_by, numbers = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
+            numbers, effect, probability, weight = total
+            effect, probability = (values / weight.clamp_min(1)[:, None] for values in (effect, probability))
+            ranked = probability if centred else effect
+            up, down = ranked.topk(n).indices, ranked.topk(n, largest=False).indices
+            found = [values.gather(1, which) for which in (up, down) for values in (effect, ranked)]
+            parts.append((up, down, *found, numbers))
+    promoted, suppressed, promoted_by, promoted_p, suppressed_by, suppressed_p, numbers = (
+        torch.cat(part).cpu() for part in zip(*parts, strict=True)
+    )
     n_counted = counts.sum(1)
     means = numbers / n_counted.clamp_min(1)[:, None]
     return Effects(
@@ -79,6 +83,8 @@ def ablation_effects(
         n_examples=n_counted,
         n_outputs=n_outputs,
         centred=centred,
+        promoted_p=promoted_p if centred else None,
+        suppressed_p=suppressed_p if centred else None,
     )
 
 
@@ -125,13 +131,16 @@ class _Ablation:
 
     def sums(
         self, top: TopExamples, places: Int[Tensor, "some n"], counts: Bool[Tensor, "some n"], first: int, memory: int
-    ) -> tuple[Float[Tensor, "some 3"], Float[Tensor, "some n_outputs"], Float[Tensor, " some"]]:
-        """For components from `first` on, sums over examples: of the three numbers, of the effects on outputs, and of
-        what these are to be divided by."""
+    ) -> tuple[
+        Float[Tensor, "some 3"], Float[Tensor, "some n_outputs"], Float[Tensor, "some n_or_no"], Float[Tensor, " some"]
+    ]:
+        """For components from `first` on, sums over examples: of the three numbers, of the effects on outputs, of those
+        on their probabilities where outputs are logits, and of what these are to be divided by."""
         component, rank = (counts & (places >= 0)).nonzero(as_tuple=True)
         device = next(self.components.parameters()).device
         numbers = torch.zeros(len(places), 3, device=device, dtype=torch.float32)
         effects, weights = numbers.new_zeros(len(places), self.n_outputs), numbers.new_zeros(len(places))
+        probabilities = numbers.new_zeros(len(places), self.n_outputs if self.centred else 0)
         at_once = fitting(self.bytes_each, memory)
         for c, r in zip(component.split(at_once), rank.split(at_once), strict=True):
             distinct, which = places[c, r].unique(return_inverse=True)
@@ -147,8 +156,11 @@ class _Ablation:
             numbers.index_add_(0, c, of_each.to(numbers))
             with full_precision():
                 effects.index_add_(0, c, torch.einsum("ip,ipo->io", counted, change).to(effects))
+                if self.centred:
+                    rises = (whole.softmax(-1) - without.softmax(-1)).reshape(change.shape)
+                    probabilities.index_add_(0, c, torch.einsum("ip,ipo->io", counted, rises).to(effects))
             weights.index_add_(0, c, counted.sum(1).to(weights))
-        return numbers, effects, weights
+        return numbers, effects, probabilities, weights
 
     def output(self, inputs: Inputs, chosen: list[int]) -> Float[Tensor, "pairs *pos n_outputs"]:
         """The explained output without the chosen component of each example; with none chosen, of the target."""
@@ -176,7 +188,7 @@ class _Ablation:
 
     def counted(
         self, top: TopExamples, component: Tensor, rank: Tensor, change: Tensor, valid: Valid
-    ) -> Float[Tensor, "pairs pos"]:
+    ) -> Float[Tensor, "pairs output_pos"]:
         """1 at the positions of the output over which effects are averaged: where the component was active."""
         n_positions, everywhere = change.shape[1], torch.ones_like(change[:, :, 0])
         if valid is not None and valid.shape[1] == n_positions:

@@ -79,10 +79,13 @@ class Effects:
     Measured on the top examples on which a component was active, or on all its top examples if it was active on none.
 
     Attributes:
-        promoted: the outputs that the component raises most, the largest first.
+        promoted: the outputs that the component raises most, the largest first. Where outputs are logits, those whose
+            probability rises most: a logit that rises may be that of an output which stays unlikely.
         promoted_by: mean by which it raises them: over the examples, and over the positions at which it was active
             where data points are positions and the output has the same, else over all positions.
-        suppressed, suppressed_by: the same for the outputs that it lowers most; the numbers are negative.
+        suppressed, suppressed_by: the same for the outputs that it lowers most; the numbers are negative, unless the
+            probability of an output falls though its logit rises.
+        promoted_p, suppressed_p: mean change of the probability of these outputs; None where outputs are no logits.
         change: root mean square over outputs (of all positions) of the effect, mean over the examples.
         distance: the decomposition's own distance between the output with and without the component ("mse", "kl" in
             nats, or the user's; "mse" where a loaded decomposition lacks it), mean over the examples.
@@ -102,19 +105,25 @@ class Effects:
     n_examples: Int[Tensor, " C"]
     n_outputs: int
     centred: bool
+    promoted_p: Float[Tensor, "C n"] | None = None
+    suppressed_p: Float[Tensor, "C n"] | None = None
 
     def table(self) -> "DataFrame":
-        """One row for each component and output unit; `effect` is above 0 where the component raises the unit."""
+        """One row for each component and output unit; `effect` is above 0 where the component raises the unit, and
+        `probability`, of logits, is by how much that of the unit rises."""
         C, n = self.promoted.shape
-        units = torch.cat([self.promoted, self.suppressed.flip(1)], 1)
-        by = torch.cat([self.promoted_by, self.suppressed_by.flip(1)], 1)
-        return frame(
-            {
-                "component": torch.arange(C, device="cpu").repeat_interleave(2 * n),
-                "output": units.flatten(),
-                "effect": by.flatten(),
-            }
-        )
+
+        def both(promoted: Tensor, suppressed: Tensor) -> Tensor:
+            return torch.cat([promoted, suppressed.flip(1)], 1).flatten()
+
+        columns = {
+            "component": torch.arange(C, device="cpu").repeat_interleave(2 * n),
+            "output": both(self.promoted, self.suppressed),
+            "effect": both(self.promoted_by, self.suppressed_by),
+        }
+        if self.promoted_p is not None and self.suppressed_p is not None:
+            columns["probability"] = both(self.promoted_p, self.suppressed_p)
+        return frame(columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,8 +196,8 @@ class Responses:
 
     def table(self) -> "DataFrame":
         """One row a component: how often active, mean attribution, its first example, the output unit that it promotes
-        and the one that it suppresses most, what its ablation changes, and the component that it fires with most (−1:
-        with none)."""
+        and the one that it suppresses most (of logits by probability), what its ablation changes, and the component
+        that it fires with most (−1: with none)."""
         effects, others = self.effects, self.together.strongest(1)[:, 0]
         components = torch.arange(len(others), device="cpu")
         columns = {
@@ -205,6 +214,9 @@ class Responses:
             "fires with": others,
             "jaccard": self.together.jaccard[components, others].masked_fill(others < 0, 0),
         }
+        if effects.promoted_p is not None and effects.suppressed_p is not None:
+            columns["promotes p"] = effects.promoted_p[:, 0]
+            columns["suppresses p"] = effects.suppressed_p[:, 0]
         if effects.loss is not None:
             columns["loss"] = effects.loss
         return frame(columns)

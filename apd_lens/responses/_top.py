@@ -42,8 +42,9 @@ def responses(
         examples: n, how many examples are kept for each component.
         outputs: how many outputs are named that a component promotes, and how many that it suppresses.
         k: how many components are active, as in `Decomposition.select`.
-        centred: whether outputs are logits, whose mean over units says nothing and is taken off every effect. None: if
-            the decomposition's distance is "kl".
+        centred: whether outputs are logits. Their mean over units says nothing, and is taken off every effect; and what
+            a component promotes and suppresses is found by the change of probability. None: if the decomposition's
+            distance is "kl".
         loss: a function (batch, explained output) -> one scalar an example, whose change by ablation is wanted as well.
             The batch is what the model was called with (tokens, not texts, where a tokenizer is at work).
         memory: bytes that temporaries may take, about. Beside them C × C numbers are kept, and for every component the

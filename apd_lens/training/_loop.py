@@ -71,7 +71,8 @@ def decompose(
             `Losses(faithfulness=0)`. Without others components sum to the weights.
         elsewhere: what is asked of components on the others; default `Elsewhere()`.
         output: picks the tensor `batch *pos n_outputs` that is explained from what the model returns; the default takes
-            a tensor as it is and `.logits` of a Hugging Face output.
+            a tensor as it is and `.logits` of a Hugging Face output. `apd_lens.last_position()` and
+            `apd_lens.positions(...)` pick logits at positions that are data, whatever padding a batch has.
         valid: a function of a batch, as the model is called with it, that returns which positions of the explained
             output are data, bool `batch pos`. The default goes by masks of attention (`attention_mask`, a decoder's own
             `decoder_attention_mask`) and raises ShapeMismatch where these do not say it.

@@ -50,4 +50,4 @@ def test_every_public_name_is_in_the_reference():
     pages = {page.stem for page in DOCS.glob("api/*.md")}
     ours = {name for name, value in vars(apd).items() if getattr(value, "__module__", "").startswith("apd_lens")}
     assert {name for name in ours if not name.startswith("_")} <= listed <= set(vars(apd))
-    assert {"compare", "metrics", "plots", "toys", "monitor"} <= pages
+    assert {"compare", "language", "metrics", "plots", "toys", "monitor"} <= pages

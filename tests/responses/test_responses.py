@@ -103,6 +103,32 @@ def test_examples_and_effects_are_those_of_the_slow_way(granularity):
         assert_close(effect, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_of_logits_what_a_component_raises_is_found_by_probability():
+    """A component raises the logit of output 0, which stays unlikely, more than that of output 1, which does not."""
+    model = torch.nn.Linear(2, 3, bias=False)
+    model.weight.data = torch.tensor([[4.0, -20.0], [1.0, 0.0], [0.0, 0.0]])
+    state = apd.init(model, n_components=2, rank=1, losses=apd.Losses(distance="kl"), selection=apd.TopK(2))
+    decomposition = state.decomposition()
+    A, B = decomposition.components.A["weight"], decomposition.components.B["weight"]
+    with torch.no_grad():
+        A[:] = torch.eye(2)[:, :, None]
+        B[:] = model.weight.mT[:, None]
+    effects = apd.responses(decomposition, [torch.ones(1, 2)], examples=1, outputs=3).effects
+    logits, without = model(torch.ones(2)), model(torch.tensor([0.0, 1.0]))
+    rises = (logits.softmax(-1) - without.softmax(-1)).detach()
+    assert effects.promoted[0].tolist() == [1, 0, 2]
+    assert effects.suppressed[0].tolist() == [2, 0, 1]
+    assert effects.promoted_p is not None
+    assert_close(effects.promoted_p[0], rises[[1, 0, 2]])
+    change = (logits - without).detach()
+    assert_close(effects.promoted_by[0], (change - change.mean())[[1, 0, 2]])
+    assert "probability" in effects.table()
+    plain = apd.responses(decomposition, [torch.ones(1, 2)], examples=1, outputs=3, centred=False).effects
+    assert plain.promoted[0].tolist() == [0, 1, 2]
+    assert plain.promoted_p is None
+    assert "probability" not in plain.table()
+
+
 def test_padding_changes_nothing():
     decomposition = decomposition_of(
         tiny_gpt2(use_cache=False), "transformer.h.0.mlp.*", selection=apd.TopK(1, granularity="position")
