@@ -36,6 +36,7 @@ from apd_lens._schedules import Ramp as Ramp
 from apd_lens._settings import Elsewhere as Elsewhere
 from apd_lens._settings import Optimization as Optimization
 from apd_lens._settings import Settings as Settings
+from apd_lens._settings import language_model as language_model
 from apd_lens._settings import paper as paper
 from apd_lens.attribution._ablation import AblationAttribution as AblationAttribution
 from apd_lens.attribution._activation import ActivationAttribution as ActivationAttribution

@@ -102,6 +102,8 @@ def decompose(
         output=output,
         valid=valid,
         seed=seed,
+        batches=batches,
+        others=others,
     )
     n_steps = state.settings.optimization.steps
     streams = [batches] if others is None else [batches, others]

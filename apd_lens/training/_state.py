@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,8 +16,10 @@ from apd_lens._errors import InvalidSetting, NonFinite
 from apd_lens._settings import DEFAULTS, RANK, TARGETED, Elsewhere, Optimization, Settings
 from apd_lens.attribution._attribution import Attribution
 from apd_lens.components._components import ParameterComponents, initial_components
+from apd_lens.data._batch import Batch
 from apd_lens.data._finite import LateChecks, on_gpu
 from apd_lens.data._inputs import ValidFn
+from apd_lens.data._stream import check_again
 from apd_lens.decomposition._decomposition import Decomposition
 from apd_lens.host._target import TargetModel
 from apd_lens.host._wrap import wrap
@@ -28,6 +30,7 @@ from apd_lens.masks._selection import Selection
 from apd_lens.moves._moves import Moves
 from apd_lens.moves._start import start_with_matrices
 from apd_lens.passes._output import OutputFn, default_output
+from apd_lens.start._data import fit_to_data
 from apd_lens.training._optimizer import adam
 from apd_lens.training._seen import Seen
 from apd_lens.training._streams import Stream, first_stream, stream_of_others
@@ -35,6 +38,9 @@ from apd_lens.training._unit_norm import normalize_columns
 
 # A component counts as alive if it was active at least once in so many steps.
 ALIVE_WINDOW = 100
+
+# Of a function step -> batch, a start that is fitted to data sees the batches of so many steps.
+FITTED_STEPS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,8 +197,14 @@ def init(
     output: OutputFn = default_output,
     valid: ValidFn | None = None,
     seed: int = 0,
+    batches: Iterable[Batch] | Callable[[int], Batch] | None = None,
+    others: Iterable[Batch] | Callable[[int], Batch] | None = None,
 ) -> State:
-    """A fresh training state: random components and an optimizer. Arguments as in `decompose`. Runs no forward pass.
+    """A fresh training state: components and an optimizer. Arguments as in `decompose`. Runs forward passes only where
+    the start is fitted to data.
+
+    Args:
+        batches, others: what `Optimization(start="data")` is fitted to; else not looked at.
 
     Raises:
         UnknownWeight, UnsupportedModel: see `TargetModel.match`.
@@ -235,6 +247,8 @@ def init(
         moves.start(components, originals)
     if settings.optimization.start == "matrices":
         start_with_matrices(components, originals)
+    if settings.optimization.start == "data":
+        _fit(target, components, settings, originals, output, batches, others)
     if settings.optimization.unit_norm:
         normalize_columns(components)
     device = next(iter(originals.values())).device
@@ -266,15 +280,48 @@ def _check(settings: Settings, n_components: int) -> None:
         )
 
 
+def _fit(
+    target: TargetModel,
+    components: ParameterComponents,
+    settings: Settings,
+    weights: dict[str, Tensor],
+    output: OutputFn,
+    batches: Iterable[Batch] | Callable[[int], Batch] | None,
+    others: Iterable[Batch] | Callable[[int], Batch] | None,
+) -> None:
+    if batches is None:
+        raise InvalidSetting("Optimization(start='data') is fitted to data. Give them: init(…, batches=[…]).")
+    fit_to_data(
+        target,
+        components,
+        weights,
+        _first(batches),
+        None if others is None else _first(others),
+        output,
+        distance=settings.losses.distance,
+        granularity=settings.selection.granularity,
+        generator=draws(settings.seed, 0, "start"),
+    )
+
+
+def _first(batches: Iterable[Batch] | Callable[[int], Batch]) -> Iterable[Batch]:
+    """Batches that end."""
+    if not isinstance(batches, Iterable):
+        return [batches(step) for step in range(FITTED_STEPS)]
+    check_again(batches, 2)
+    return batches
+
+
 def _check_start(settings: Settings, n_components: int, n_matrices: int) -> None:
-    if settings.optimization.start == "random":
+    start = settings.optimization.start
+    if start == "random":
         return
     if settings.moves is not None and settings.moves.has_start:
         raise InvalidSetting(
-            f"{type(settings.moves).__name__} have a start of their own, and Optimization(start='matrices') is "
+            f"{type(settings.moves).__name__} have a start of their own, and Optimization(start={start!r}) is "
             "another; use one of them."
         )
-    if n_components <= n_matrices:
+    if start == "matrices" and n_components <= n_matrices:
         raise InvalidSetting(
             f"Optimization(start='matrices') takes a component for each of the {n_matrices} matrices and needs others "
             f"beside them; got n_components={n_components}."
