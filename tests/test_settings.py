@@ -26,7 +26,7 @@ WRONG = {
     "apd.GradientAttribution('exakt')": "GradientAttribution(projections=...) takes",
     "apd.GradientAttribution(0)": "projections must be at least 1, got 0.",
     "apd.SplitMoves(every=0)": "SplitMoves needs every >= 1 step, got 0.",
-    "apd.Optimization(steps=0)": "Optimization needs at least 1 step, got 0.",
+    "apd.Optimization(steps=-1)": "Optimization needs 0 steps or more, got -1.",
     "apd.Optimization(schedule='cos')": "takes Literal['cosine', 'linear', 'constant'], got 'cos'.",
     "apd.Optimization(warmup=1.0)": "warmup is a share of the steps, 0 <= warmup < 1, got 1.0.",
     "apd.decompose(linear, [x], n_components='3')": "'n_components'.\nActual value: '3'\nExpected type: <class 'int'>.",
