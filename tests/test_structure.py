@@ -15,7 +15,7 @@ ROOMS = re.findall(
     r"\w+",
     """
     _errors _block _files _memory _draws _checks _codec _table _schedules data host components passes attribution losses
-    masks moves _settings decomposition training metrics responses compare plots monitor report toys __init__
+    masks moves _settings decomposition training metrics responses scan compare plots monitor report toys __init__
     """,
 )
 
@@ -105,6 +105,7 @@ TESTED_WITH = {
     "plots/runs": "plots/plots",
     "plots/watch": "plots/monitor",
     "plots/weights": "plots/plots",
+    "plots/where": "plots/plots",
     "report/collect": "report/report",
     "report/examples": "report/report",
     "report/figures": "report/report",
@@ -112,6 +113,9 @@ TESTED_WITH = {
     "responses/ablation": "responses/responses",
     "responses/groups": "responses/responses",
     "responses/top": "responses/responses",
+    "scan/groups": "scan/where",
+    "scan/passes": "scan/where",
+    "scan/result": "scan/where",
     "training/step": "training/loop",
 }
 
