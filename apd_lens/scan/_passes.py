@@ -20,7 +20,7 @@ from apd_lens.data._points import padded
 from apd_lens.host._matrix import Use
 from apd_lens.host._target import TargetModel
 from apd_lens.passes._output import OutputFn
-from apd_lens.passes._watch import check_finite_output, replaced_pass, watched_pass
+from apd_lens.passes._watch import WatchedPass, check_finite_output, replaced_pass, watched_pass
 from apd_lens.scan._groups import Groups
 
 # Matrix and site.
@@ -120,6 +120,7 @@ class Passes:
     """Runs the model.
 
     Attributes:
+        sources: rows that depend on no other.
         means: of each row, and call of it in a forward, by number of alike prompts; empty for resample ablation.
         last_row: the one that gives the explained output, if it is as wide; otherwise −1.
         n_forward, n_backward: passes done, counted in batches: one in which a batch is replicated is as many.
@@ -131,6 +132,7 @@ class Passes:
     memory: int | None
     parts: list[Part] = field(default_factory=list)
     means: dict[tuple[int, int], Float[Tensor, "alike group slot d"]] = field(default_factory=dict)
+    sources: frozenset[int] = frozenset()
     bytes_each: float = 0.0
     n_forward: int = 0
     n_backward: int = 0
@@ -177,19 +179,21 @@ class Passes:
         y = y if self.layout.has_positions else y[:, None]
         return y.expand(n, *y.shape[1:])
 
-    def estimates(self) -> Float[Tensor, "row group"]:
-        """Mean over prompts of Σ (y − ȳ) · ∂metric/∂y, by one forward and one backward pass of each batch."""
+    def estimates(self, steps: int) -> Float[Tensor, "row group"]:
+        """Mean over prompts of Σ (y − ȳ) · mean over α of ∂metric/∂y, by one forward and one backward pass for each α.
+
+        The gradient is that of the model whose sources give ȳ + α (y − ȳ), α = 1 / steps to 1. Sources are the rows
+        that depend on no other, such as embeddings.
+        """
         total = torch.zeros(len(self.layout.rows), len(self.parts[0].groups.own), dtype=torch.float64, device="cpu")
         for part in self.parts:
-            watched = watched_pass(self.target, self.names(), part.inputs, self.output)
-            self.n_forward += 1
-            with torch.enable_grad():
-                scalars = metric_scalars(part.metric, watched.output)
-            ys = [call.y for call in watched.calls]
-            gradients = torch.autograd.grad(scalars, ys, torch.ones_like(scalars), allow_unused=True)
-            self.n_backward += 1
+            watched, gradients = self._gradients(part, 1.0)
+            summed = list(gradients)
+            for step in range(1, steps):
+                pairs = zip(summed, self._gradients(part, step / steps)[1], strict=True)
+                summed = [one if other is None else other if one is None else one + other for one, other in pairs]
             calls: Counter[int] = Counter()
-            for call, gradient in zip(watched.calls, gradients, strict=True):
+            for call, gradient in zip(watched.calls, summed, strict=True):
                 row = self.number[call.use.matrix, call.use.site]
                 key = row, calls[row]
                 calls[row] += 1
@@ -197,10 +201,38 @@ class Passes:
                     continue
                 y = self._whole(call.y.detach(), part.inputs.n_examples)
                 change = part.groups.at(y).float() - self._instead(key, part, y)
-                effect = change * part.groups.at(self._whole(gradient, len(y))).float()
+                effect = change * part.groups.at(self._whole(gradient, len(y))).float() / steps
                 effect = effect.nan_to_num() * part.groups.own[..., None]
                 total[row] += effect.sum((1, 2, 3)).double().cpu()
         return (total / self.n_prompts()).float()
+
+    def _gradients(self, part: Part, alpha: float) -> tuple[WatchedPass, Sequence[Tensor | None]]:
+        """∂metric/∂y of every call, with the sources at this place between what replaces them and what they give."""
+        n, groups = part.inputs.n_examples, part.groups
+        calls: Counter[int] = Counter()
+
+        def between(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+            y = original()
+            row = self.number[use.matrix, use.site]
+            key = row, calls[row]
+            calls[row] += 1
+            if row not in self.sources:
+                return y
+            clean = self._whole(y, n)
+            whole, instead = clean.clone(), self._instead(key, part, clean)
+            for group in range(len(groups.own)):
+                _put(whole, groups, group, groups.at(clean) * alpha + (1 - alpha) * instead)
+            return whole if self.layout.has_positions else whole[:, 0]
+
+        watched = watched_pass(
+            self.target, self.names(), part.inputs, self.output, replaced=between if alpha < 1 else None
+        )
+        with torch.enable_grad():
+            scalars = metric_scalars(part.metric, watched.output)
+        ys = [call.y for call in watched.calls]
+        self.n_forward += 1
+        self.n_backward += 1
+        return watched, torch.autograd.grad(scalars, ys, torch.ones_like(scalars), allow_unused=True)
 
     def _instead(
         self, key: tuple[int, int], part: Part, clean: Float[Tensor, "batch pos d"]
@@ -252,9 +284,7 @@ class Passes:
             whole = self._whole(y, n * len(plans)).clone().unflatten(0, (len(plans), n))
             instead = self._instead(key, part, whole[0])
             for at, group in places:
-                prompt, slot = groups.own[group].nonzero(as_tuple=True)
-                position = groups.index[group, prompt, slot]
-                whole[at, prompt, position] = instead[group, prompt, slot].to(y.dtype)
+                _put(whole[at], groups, group, instead)
             return whole.flatten(0, 1) if self.layout.has_positions else whole.flatten(0, 1)[:, 0]
 
         rows = {row for plan in plans for row, _ in plan}
@@ -283,6 +313,8 @@ class Passes:
         ys = [call.y for call in watched.calls]
         sizes = [self._whole(y, n).shape for y in ys]
         rows = [self.number[call.use.matrix, call.use.site] for call in watched.calls]
+        fed = {row for row, call in zip(rows, watched.calls, strict=True) if call.x_in_graph.requires_grad}
+        self.sources = frozenset(rows) - fed
         with torch.enable_grad():
             scalars = metric_scalars(part.metric, watched.output)
         gradients = torch.autograd.grad(scalars, ys, torch.ones_like(scalars), retain_graph=True, allow_unused=True)
@@ -336,6 +368,14 @@ class Passes:
         replaced_pass(self.target, self.names(), disturb, part.inputs.replicated(2), self.output)
         self.n_forward += 2
         return found
+
+
+def _put(
+    y: Float[Tensor, "batch pos d"], groups: Groups, group: int, values: Float[Tensor, "group batch slot d"]
+) -> None:
+    """Writes a group's values to its positions."""
+    prompt, slot = groups.own[group].nonzero(as_tuple=True)
+    y[prompt, groups.index[group, prompt, slot]] = values[group, prompt, slot].to(y.dtype)
 
 
 def _is_something(gradient: Tensor | None, size: torch.Size, device: torch.device) -> Bool[Tensor, "batch pos"]:

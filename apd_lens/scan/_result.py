@@ -32,17 +32,27 @@ class Together:
         side: of the places; "answer" for all places at the answer's position.
         places: (row, group), the largest effect first.
         effects: of the first place, the first two, the first three, and so on.
-        total: of all places of that side, measured or not.
+        kept: share of prompts whose most likely answer then stays the same.
+        total, total_kept: of all places of that side, measured or not.
+        by_answers: whether the answers say how much is lost, or the metric.
     """
 
     side: Side
     places: tuple[tuple[int, int], ...]
     effects: Float[Tensor, " first"]
+    kept: Float[Tensor, " first"]
     total: float
+    total_kept: float
+    by_answers: bool
+
+    def shares(self) -> Float[Tensor, " first"]:
+        """Which share of what all places of the side lose is lost with the first ones."""
+        lost, of_all = (1 - self.kept, 1 - self.total_kept) if self.by_answers else (self.effects, self.total)
+        return lost / of_all if of_all > 0 else torch.zeros_like(lost)
 
     def fewest(self, share: float) -> tuple[tuple[int, int], ...]:
-        """The first places that together lose this share of the total; all of them where they do not."""
-        enough = (self.effects >= share * self.total).nonzero()
+        """The first places that together lose this share; all of them where they do not."""
+        enough = (self.shares() >= share - 1e-6).nonzero()
         return self.places[: int(enough[0]) + 1] if len(enough) else self.places
 
 
@@ -192,14 +202,14 @@ class Where:
         chosen: list[tuple[int, int]] = []
         for each in self.together:
             chosen += each.fewest(share)
-            reached = float(each.effects[-1]) if len(each.effects) else 0.0
-            if reached < share * each.total:
+            reached = float(each.shares().max()) if len(each.places) else 0.0
+            if reached < share - 1e-6:
                 warnings.warn(
-                    f"The {len(each.places)} places on the side {each.side!r} that were looked at together lose "
-                    f"{reached:.3g} of {each.total:.3g} {self.unit}, less than the share of {share:g}. Give where(..., "
+                    f"The {len(each.places)} places on the side {each.side!r} that were looked at together lose the "
+                    f"share {reached:.2g} of what all places of that side lose, less than {share:g}. Give where(..., "
                     "measure=) more places.",
                     ApdWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
         if not self.together:
             effects = self.measured.nan_to_num().clamp_min(0)
@@ -281,14 +291,17 @@ class Where:
     def _footer(self, n_more: int) -> list[str]:
         n_measured = int((~self.measured.isnan()).sum())
         lines = [f"{n_measured} of {self.measured.numel()} places measured, {max(0, n_more)} not shown."]
-        labels = self.labels()
+        labels, unit = self.labels(), f" {self.unit}" if self.unit else ""
         for each in self.together:
             chosen = each.fewest(0.9)
             if chosen:
-                words = ", ".join(f"{labels[row]} at {self.groups[group]}" for row, group in chosen[:4])
-                words += f" and {len(chosen) - 4} more" if len(chosen) > 4 else ""
-                lost = float(each.effects[len(chosen) - 1])
-                lines.append(f"{each.side}: {lost:.3g} of {each.total:.3g} {self.unit} is lost with {words}."[:240])
+                words = ", ".join(f"{labels[row]} at {self.groups[group]}" for row, group in chosen[:3])
+                words += f" and {len(chosen) - 3} more" if len(chosen) > 3 else ""
+                lost, kept = float(each.effects[len(chosen) - 1]), 100 * float(each.kept[len(chosen) - 1])
+                lines.append(
+                    f"{each.side}: {words} ablated lose {lost:.3g}{unit} and keep {kept:.0f} % of the answers; all of "
+                    f"this side lose {each.total:.3g}{unit} and keep {100 * each.total_kept:.0f} %."
+                )
         if self.skipped:
             lines.append(f"Not scanned: {len(self.skipped)} matrices, see .skipped.")
         return [part for line in lines for part in _wrapped(line)]

@@ -50,6 +50,7 @@ def where(
     ablation: Literal["mean", "resample"] = "mean",
     positions: Positions | None = None,
     measure: int | Literal["all"] = 48,
+    steps: int = 5,
     decode: Callable[[Any], str] | None = None,
     valid: ValidFn | None = None,
     seed: int = 0,
@@ -59,8 +60,8 @@ def where(
 
     The output y of one use of a matrix at one group of positions is replaced by ȳ, its mean over prompts. The effect is
     what the metric loses: mean over prompts of metric(y) − metric(ȳ). All effects are estimated to first order, by
-    Σ (y − ȳ) · ∂metric/∂y from one forward and one backward pass; the largest are measured, each in a forward of its
-    own. The estimate of a large effect may be far off, so rely on what was measured. The model stays as it is.
+    Σ (y − ȳ) · ∂metric/∂y; the largest are measured, each in a forward of its own. The estimate of a large effect may
+    be far off, so it only says what to measure. The model stays as it is.
 
     Args:
         model: whatever `apd_lens.wrap` takes.
@@ -76,6 +77,8 @@ def where(
             and of several positions the last for the last. Default: each position on its own. Then prompts of one
             length stand in for each other, and positions are counted from the end where lengths differ.
         measure: how many of the largest estimates are measured; or "all".
+        steps: the gradient of the estimates is a mean over so many passes, in which the embeddings go from ȳ to y. With
+            1 it is the gradient at y: cheap, but close to 0 where the model is sure of its answer.
         decode: token -> text, for the names of positions, such as `tokenizer.decode`.
         valid: batch -> which positions are no padding, bool `batch pos`; default what the masks of the batch say.
         seed: of the draws of prompts.
@@ -93,6 +96,8 @@ def where(
     """
     if isinstance(measure, int) and measure < 1:
         raise InvalidSetting(f"where(measure=...) takes at least 1, or 'all', got {measure}.")
+    if steps < 1:
+        raise InvalidSetting(f"where(steps=...) takes at least 1, got {steps}.")
     if positions is not None and not positions:
         raise InvalidSetting("positions={} has no group. Leave it out to have each position on its own.")
     target = wrap(model)
@@ -115,7 +120,7 @@ def where(
             group_names = names_of_positions(groups, batches, decode)
         check_enough(groups, group_names, within_batch=ablation == "resample")
         _start(passes, batches, groups, metric, ablation, seed)
-        return _scanned(passes, group_names, measure, metric)
+        return _scanned(passes, group_names, measure, steps, metric)
 
 
 def _batches(prompts: Any) -> list[Batch]:
@@ -190,10 +195,12 @@ def _own_answer(top: Tensor, groups: Groups) -> Callable[[Tensor], Tensor]:
     return log_probability
 
 
-def _scanned(passes: Passes, group_names: list[str], measure: int | Literal["all"], metric: Metric | None) -> Where:
+def _scanned(
+    passes: Passes, group_names: list[str], measure: int | Literal["all"], steps: int, metric: Metric | None
+) -> Where:
     """Estimates, measures, and looks for the way from the prompt to the answer."""
     moves, reads, at_answer = passes.structure()
-    estimated = passes.estimates()
+    estimated = passes.estimates(steps)
     n_prompts = passes.n_prompts()
     if not bool(estimated.any()):
         raise InvalidSetting(
@@ -238,19 +245,34 @@ def _together(passes: Passes, found: Where) -> tuple[Together, ...]:
         "answer": [place for place in every if found.at_answer[place[1]] and place[0] not in found.ends],
     }
     of_side = {side: places for side, places in of_side.items() if places}
-    totals = dict(zip(of_side, passes.ablated(list(of_side.values()))[0].tolist(), strict=True))
-    is_received = {"sends", "receives"} <= totals.keys() and totals["receives"] >= 0.5 * totals["answer"]
+    totals = dict(zip(of_side, zip(*_ablated(passes, list(of_side.values())), strict=True), strict=True))
+    lost = {side: 1 - kept if found.unit else effect for side, (effect, kept) in totals.items()}
+    is_received = {"sends", "receives"} <= lost.keys() and lost["receives"] >= 0.5 * lost["answer"] > 0
     sides: tuple[Side, ...] = ("sends", "receives") if is_received else ("answer",)
-    return tuple(_prefixes(passes, found, side, of_side[side], totals[side]) for side in sides if side in totals)
+    return tuple(_prefixes(passes, found, side, of_side[side], *totals[side]) for side in sides if side in totals)
 
 
-def _prefixes(passes: Passes, found: Where, side: Side, places: list[Place], total: float) -> Together:
+def _ablated(passes: Passes, plans: Sequence[Sequence[Place]]) -> tuple[list[float], list[float]]:
+    effects, kept = passes.ablated(plans)
+    return effects.tolist(), kept.tolist()
+
+
+def _prefixes(
+    passes: Passes, found: Where, side: Side, places: list[Place], total: float, total_kept: float
+) -> Together:
     """The joint effect of the first place, the first two, and so on, until nearly all of the total is lost."""
     allowed = set(places)
     first = [place for place in found.order() if place in allowed and found.measured[place] > 0][:_PREFIXES]
-    effects: list[float] = []
+    none = torch.zeros(0, dtype=torch.float32, device="cpu")
+    together = Together(side, (), none, none, total, total_kept, found.unit != "")
     for some in slices(len(first), _AT_ONCE):
-        effects += passes.ablated([first[: n + 1] for n in range(some.start, some.stop)])[0].tolist()
-        if max(effects) >= _ENOUGH * total:
+        effects, kept = passes.ablated([first[: n + 1] for n in range(some.start, some.stop)])
+        together = replace(
+            together,
+            places=tuple(first[: some.stop]),
+            effects=torch.cat([together.effects, effects]),
+            kept=torch.cat([together.kept, kept]),
+        )
+        if bool(together.shares().max() >= _ENOUGH):
             break
-    return Together(side, tuple(first[: len(effects)]), torch.tensor(effects, dtype=torch.float32, device="cpu"), total)
+    return together
