@@ -4,7 +4,7 @@ A row is one use of a matrix. A place is a row at a group of positions. A plan i
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,9 +141,10 @@ class Passes:
     def __post_init__(self) -> None:
         self.number = {row: number for number, row in enumerate(self.layout.rows)}
 
-    def names(self, rows: Iterable[int] | None = None) -> list[str]:
-        rows = range(len(self.layout.rows)) if rows is None else sorted(rows)
-        return list(dict.fromkeys(self.layout.rows[row][0] for row in rows))
+    def names(self) -> list[str]:
+        """All scanned matrices. Every pass takes all of them: a forward is looked at anew for other ones, which takes
+        longer than to go through them."""
+        return list(dict.fromkeys(name for name, _ in self.layout.rows))
 
     def clean(
         self, inputs: Inputs, groups: Groups, sums: dict[tuple[int, int], Tensor] | None, n_alike: int
@@ -275,7 +276,7 @@ class Passes:
 
         def ablate(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
             y = original()
-            row = self.number.get((use.matrix, use.site), -1)
+            row = self.number[use.matrix, use.site]
             key = row, calls[row]
             calls[row] += 1
             places = [(at, group) for at, plan in enumerate(plans) for r, group in plan if r == row]
@@ -287,10 +288,7 @@ class Passes:
                 _put(whole[at], groups, group, instead)
             return whole.flatten(0, 1) if self.layout.has_positions else whole.flatten(0, 1)[:, 0]
 
-        rows = {row for plan in plans for row, _ in plan}
-        output, _ = replaced_pass(
-            self.target, self.names(rows), ablate, part.inputs.replicated(len(plans)), self.output
-        )
+        output, _ = replaced_pass(self.target, self.names(), ablate, part.inputs.replicated(len(plans)), self.output)
         self.n_forward += len(plans)
         output = output.unflatten(0, (len(plans), n))
         return output if part.donor is None else output[1:]

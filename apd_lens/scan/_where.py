@@ -159,9 +159,9 @@ def _start(
 ) -> None:
     """The clean passes: means, and the metric before."""
     lengths = torch.cat([each.alike for each in groups]).unique()
-    groups = [_numbered(each, lengths) for each in groups]
     sums: dict[tuple[int, int], Tensor] | None = {} if ablation == "mean" else None
-    for number, (inputs, each) in enumerate(zip(batches, groups, strict=True)):
+    for number, (inputs, given) in enumerate(zip(batches, groups, strict=True)):
+        each = _numbered(given, lengths)
         clean = passes.clean(inputs, each, sums, len(lengths))
         last = explained_rows(clean, each)
         if metric is None and last.shape[-1] < 2:
@@ -172,11 +172,11 @@ def _start(
         top = last.argmax(-1)
         of_output = _own_answer(top, each) if metric is None else metric_on(metric, inputs.batch)
         before = metric_scalars(of_output, clean).detach()
-        donor = donors(each, seed, number) if ablation == "resample" else None
+        donor = donors(given, seed, number) if ablation == "resample" else None
         passes.parts.append(Part(inputs, each, donor, of_output, before, top))
     counts = torch.zeros(len(lengths), len(groups[0].own), device=lengths.device, dtype=torch.float32)
-    for each in groups:
-        counts.index_add_(0, each.alike, each.has.T.float())
+    for part in passes.parts:
+        counts.index_add_(0, part.groups.alike, part.groups.has.T.float())
     passes.means = {key: total / counts[:, :, None, None].clamp_min(1) for key, total in (sums or {}).items()}
 
 
