@@ -1,6 +1,6 @@
 """Which matrices carry a behaviour: effects are those of really replacing outputs, on every host."""
 
-import warnings
+from dataclasses import replace
 from typing import Any
 
 import nnsight
@@ -15,13 +15,18 @@ from torch.testing import assert_close
 
 import apd_lens as apd
 from apd_lens.scan._groups import donors, each_position, given_positions
-from apd_lens.scan._result import shortened
+from apd_lens.scan._result import Together, shortened
 
 where: Any = apd.where
 
 
 def prompts(n: int = 6, length: int = 4) -> Tensor:
     return torch.randint(13, (n, length), generator=torch.Generator().manual_seed(2))
+
+
+def small_llama() -> Any:
+    torch.manual_seed(0)
+    return tiny_llama(num_hidden_layers=1)
 
 
 def own_answers(logits: Tensor, top: Tensor) -> Tensor:
@@ -31,21 +36,21 @@ def own_answers(logits: Tensor, top: Tensor) -> Tensor:
 def by_hooks(model: nn.Module, batch: Tensor, module: str, position: int, donor: Tensor | None = None) -> Tensor:
     """What the own answer loses when a module's output at a position is replaced, of each prompt."""
 
-    def replace(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+    def other(module: nn.Module, args: Any, y: Tensor) -> Tensor:
         y = y.clone()
         y[:, position] = y[:, position].mean(0) if donor is None else y[donor, position]
         return y
 
     with torch.no_grad():
         clean = model(batch).logits
-        handle = model.get_submodule(module).register_forward_hook(replace)
+        handle = model.get_submodule(module).register_forward_hook(other)
         ablated = model(batch).logits
         handle.remove()
     top = clean[:, -1].argmax(-1)
     return own_answers(clean, top) - own_answers(ablated, top)
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("make", [small_llama, tiny_gpt2])
 def test_measured_effects_are_those_of_replacing_the_output_by_its_mean(make: Any):
     model, batch = make(), prompts()
     before = Snapshot.of(model)
@@ -64,7 +69,7 @@ def test_measured_effects_are_those_of_replacing_the_output_by_its_mean(make: An
 
 
 def test_resampled_effects_are_those_of_the_drawn_prompts_and_the_same_for_the_same_seed():
-    model, batch = tiny_llama(), prompts()
+    model, batch = small_llama(), prompts()
     found, again, other = (
         where(model, batch, ablation="resample", measure="all", seed=seed, steps=2) for seed in (0, 0, 1)
     )
@@ -128,10 +133,9 @@ def of_lengths(on_the_left: bool) -> tuple[dict[str, Tensor], list[Tensor]]:
     return {"input_ids": torch.stack(rows), "attention_mask": mask, "position_ids": positions}, apart
 
 
-@pytest.mark.parametrize("on_the_left", [False, True])
-@pytest.mark.parametrize("positions", [None, {"first": 0, "last": -1}])
+@pytest.mark.parametrize(("on_the_left", "positions"), [(False, None), (True, {"first": 0, "last": -1})])
 def test_padding_enters_nothing(on_the_left: bool, positions: Any):
-    model = tiny_llama()
+    model = small_llama()
     batch, apart = of_lengths(on_the_left)
     padded = where(model, batch, measure="all", positions=positions, steps=2)
     plain = where(model, apart, measure="all", positions=positions, steps=2)
@@ -145,19 +149,20 @@ def test_padding_enters_nothing(on_the_left: bool, positions: Any):
         assert padded.groups == ("-5", "-4", "-3", "-2", "-1")
         assert padded.n_prompts.tolist() == [2, 4, 6, 6, 6]
         batch["input_ids"][batch["attention_mask"] == 0] = 7
-        assert_close(where(model, batch, measure="all", steps=2).measured, padded.measured, atol=1e-5, rtol=1e-4)
+        again = where(model, batch, measure=1, steps=2)
+        assert_close(again.estimated, padded.estimated, atol=1e-5, rtol=1e-4)
 
 
 def test_prompts_of_one_length_stand_in_for_each_other():
-    model, apart = tiny_llama(), [prompts(3, 3), prompts(2, 4)]
+    model, apart = small_llama(), [prompts(3, 3), prompts(2, 4)]
     found = where(model, apart, measure="all", steps=1)
-    row, site = next((row, site) for row, site in enumerate(found.sites) if site.endswith("1.mlp.down_proj"))
+    row, site = next((row, site) for row, site in enumerate(found.sites) if site.endswith("mlp.down_proj"))
     lost = torch.cat([by_hooks(model, batch, site, -2) for batch in apart])
     assert_close(found.measured[row, 2], lost.mean(), atol=1e-5, rtol=1e-4)
 
 
 def test_groups_of_several_positions():
-    model, batch = tiny_llama(), prompts()
+    model, batch = small_llama(), prompts()
     as_index = where(model, batch, measure="all", steps=1, positions={"b": torch.full((6,), 1), "d": -1})
     each = where(model, batch, measure="all", steps=1)
     assert_close(as_index.measured, each.measured[:, [1, 3]], atol=1e-5, rtol=1e-4)
@@ -173,23 +178,18 @@ def test_groups_of_several_positions():
 
 def test_all_hosts_give_the_same():
     batch = prompts()
-    plain = where(tiny_llama_like(), batch, measure="all", steps=2)
-    traced = where(nnsight.NNsight(tiny_llama_like()), batch, measure="all", steps=2)
+    plain = where(small_llama(), batch, measure="all", steps=2)
+    traced = where(nnsight.NNsight(small_llama()), batch, measure="all", steps=2)
     assert traced.names == plain.names
     assert torch.equal(traced.measured, plain.measured)
     assert torch.equal(traced.estimated, plain.estimated)
-    bridged = where(bridge_of(tiny_llama_like()), batch, measure="all", steps=2)
+    bridged = where(bridge_of(small_llama()), batch, measure="all", steps=2)
     for ours, theirs in (("down_proj", "mlp.out"), ("o_proj", "attn.o"), ("v_proj", "attn.v")):
-        for layer in range(2):
+        for layer in range(1):
             one = next(r for r, s in enumerate(plain.sites) if ours in s and f"layers.{layer}." in s)
             other = next(r for r, s in enumerate(bridged.sites) if theirs in s and f"blocks.{layer}." in s)
             assert_close(bridged.measured[other], plain.measured[one], atol=1e-5, rtol=1e-4)
             assert_close(bridged.estimated[other], plain.estimated[one], atol=1e-5, rtol=1e-4)
-
-
-def tiny_llama_like() -> nn.Module:
-    torch.manual_seed(0)
-    return tiny_llama()
 
 
 def test_hooked_transformers_and_where_they_read_and_send():
@@ -216,14 +216,14 @@ def test_hooked_transformers_and_where_they_read_and_send():
 
 
 def test_sides_follow_what_is_read_directly():
-    llama = where(tiny_llama(), prompts(), measure=2)
+    llama = where(small_llama(), prompts(), measure=2, steps=1)
     for row, site in enumerate(llama.sites):
         assert bool(llama.moves[row]) == site.endswith(("k_proj", "v_proj"))
         assert bool(llama.reads[row]) == site.endswith("o_proj")
         sent = "sends" if site.endswith(("k_proj", "v_proj")) else "source"
         received = "receives" if site.endswith("o_proj") else "answer"
         assert [llama.side(row, group) for group in range(4)] == [sent] * 3 + [received]
-    gpt2 = where(tiny_gpt2(), prompts(), measure=2)
+    gpt2 = where(tiny_gpt2(n_layer=1), prompts(), measure=2, steps=1)
     assert {site.split(".")[-1] for site, moves in zip(gpt2.sites, gpt2.moves, strict=True) if moves} == {"c_attn"}
     x = torch.randn(6, 4, 3)
     mixing = where(Mixing(), x, lambda y: y[:, -1].square().sum(-1), measure="all")
@@ -275,20 +275,22 @@ def test_best_gives_what_moves_the_information_and_not_what_makes_it():
 
 
 def test_best_says_what_it_does_not_reach():
-    found = where(tiny_llama(), prompts(), measure=1, steps=1)
-    assert (~found.measured.isnan()).sum() == 1
-    with pytest.warns(apd.ApdWarning, match=r"Give where\(\.\.\., measure=\) more places"), warnings.catch_warnings():
-        warnings.simplefilter("always")
-        try:
-            found.best(1.0)
-        except apd.InvalidSetting as error:
-            assert "No place has an effect above 0" in str(error)  # noqa: PT017
+    one, none = torch.tensor([0.4]), torch.tensor([0.5])
+    reached = Together("answer", ((0, 0),), one, none, total=1.0, total_kept=0.0, by_answers=True)
+    found = replace(apd.Where.from_effects(torch.ones(1, 1), ["a"]), together=(reached,))
+    assert found.best(0.5) == ["a"]
+    with pytest.warns(apd.ApdWarning, match=r"the share 0.5 of what all.*Give where\(\.\.\., measure=\) more places"):
+        assert found.best(0.9) == ["a"]
+    by_metric = replace(found, together=(replace(reached, by_answers=False),))
+    assert by_metric.best(0.4) == ["a"]
+    with pytest.warns(apd.ApdWarning, match=r"the share 0.4"):
+        by_metric.best(0.5)
     with pytest.raises(apd.InvalidSetting, match="above 0 and at most 1"):
         found.best(0)
 
 
 def test_the_table_has_every_place_and_the_largest_first():
-    found = where(tiny_llama(), prompts(), measure=10)
+    found = where(small_llama(), prompts(), measure=10, steps=1)
     table = found.table()
     assert len(table) == found.measured.numel()
     assert table["measured"].notna().sum() == 10
@@ -355,7 +357,7 @@ def test_how_many_run_in_one_forward_changes_no_number():
 
 @pytest.mark.parametrize(("options", "message"), WRONG, ids=[message[:30] for _, message in WRONG])
 def test_errors(options: dict[str, Any], message: str):
-    model = tiny_llama()
+    model = small_llama()
     before = Snapshot.of(model)
     given = options.get("prompts", prompts())
     with pytest.raises(apd.ApdError, match=message):
