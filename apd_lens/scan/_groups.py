@@ -133,7 +133,9 @@ def donors(groups: Groups, seed: int, batch_number: int) -> Int[Tensor, "group b
     for group, has in enumerate(groups.has):
         for number in groups.alike[has].unique().tolist():
             members = (has & (groups.alike == number)).nonzero()[:, 0]
-            order = torch.randperm(len(members), generator=draws(seed, "where", batch_number, group, number))
+            order = torch.randperm(
+                len(members), generator=draws(seed, "where", batch_number, group, number), device="cpu"
+            )
             members = members[order.to(members.device)]
             found[group, members] = members.roll(1)
     return found

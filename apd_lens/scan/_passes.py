@@ -20,7 +20,7 @@ from apd_lens.data._points import padded
 from apd_lens.host._matrix import Use
 from apd_lens.host._target import TargetModel
 from apd_lens.passes._output import OutputFn
-from apd_lens.passes._watch import WatchedPass, check_finite_output, replaced_pass, watched_pass
+from apd_lens.passes._watch import Call, WatchedPass, check_finite_output, replaced_pass, watched_pass
 from apd_lens.scan._groups import Groups
 
 # Matrix and site.
@@ -146,6 +146,12 @@ class Passes:
         longer than to go through them."""
         return list(dict.fromkeys(name for name, _ in self.layout.rows))
 
+    @property
+    def at_once(self) -> int:
+        """How many plans run in one forward. On a CPU a large forward is no faster than several."""
+        on_cpu = next(iter(self.target.weights.values())).parameter.device.type == "cpu"
+        return fitting(self.bytes_each, 2**26 if on_cpu and self.memory is None else self.memory)
+
     def clean(
         self, inputs: Inputs, groups: Groups, sums: dict[tuple[int, int], Tensor] | None, n_alike: int
     ) -> Float[Tensor, "batch *pos n_outputs"]:
@@ -257,7 +263,7 @@ class Passes:
         lost = torch.zeros(len(plans), dtype=torch.float64, device="cpu")
         kept, n = lost.clone(), lost.clone()
         for part in self.parts:
-            for some in slices(len(plans), fitting(self.bytes_each, self.memory)):
+            for some in slices(len(plans), self.at_once):
                 output = self._replicates(part, plans[some])
                 for number, (plan, one) in enumerate(zip(plans[some], output, strict=True), some.start):
                     has = part.groups.has[[group for _, group in plan]].any(0)
@@ -337,7 +343,7 @@ class Passes:
                 moves[row] |= bool(_is_something(gradient, size, valid.device)[~answers & valid].any())
         self.n_forward += 1
         self.n_backward += 2
-        return moves, self._readers(part, answers), of_answer
+        return moves, self._readers(part, watched.calls, answers), of_answer
 
     @staticmethod
     def _of_answer(groups: Groups, answers: Bool[Tensor, "batch pos"]) -> Bool[Tensor, " group"]:
@@ -347,24 +353,31 @@ class Passes:
         return (there.all(-1).all(-1) & groups.own.any(-1).any(-1)).cpu()
 
     @torch.no_grad()
-    def _readers(self, part: Part, answers: Bool[Tensor, "batch pos"]) -> Bool[Tensor, " row"]:
-        """Rows whose x at the answer changes where outputs of matrices at other positions do, and no others."""
+    def _readers(self, part: Part, calls: Sequence[Call], answers: Bool[Tensor, "batch pos"]) -> Bool[Tensor, " row"]:
+        """Rows whose x at the answer changes where outputs of matrices at other positions do, and no others.
+
+        Args:
+            calls: of a clean pass.
+        """
         n, found = part.inputs.n_examples, torch.zeros(len(self.layout.rows), dtype=torch.bool, device="cpu")
+        clean = iter(calls)
 
         def disturb(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-            if x.is_floating_point() and x.shape[:2] == (2 * n, answers.shape[1]):
-                clean, disturbed = x[:n][answers].float(), x[n:][answers].float()
-                found[self.number[use.matrix, use.site]] |= bool((disturbed - clean).norm() > 1e-4 * clean.norm())
+            call = next(clean)
+            if x.is_floating_point() and x.shape[:2] == answers.shape:
+                before = call.x[answers].float()
+                changed = (x[answers].float() - before).norm() > 1e-4 * before.norm()
+                found[self.number[use.matrix, use.site]] |= bool(changed)
             y = original()
-            if len(y) != 2 * n:
+            if len(y) != n:
                 return y
-            clean = y[:n]
-            noise = torch.linspace(-1, 1, clean.numel(), device=y.device).view(clean.shape).mul(99).sin().to(y.dtype)
-            changed = clean + noise * clean.float().std().clamp_min(1e-3).to(y.dtype) * ~answers[..., None]
-            return torch.cat([clean, changed])
+            before = call.y.detach()
+            noise = torch.linspace(-99, 99, y.numel(), dtype=y.dtype, device=y.device).view(y.shape).sin()
+            size = before.float().std().clamp_min(1e-3).to(y.dtype)
+            return torch.where(answers[..., None], before, before + noise * size)
 
-        replaced_pass(self.target, self.names(), disturb, part.inputs.replicated(2), self.output)
-        self.n_forward += 2
+        replaced_pass(self.target, self.names(), disturb, part.inputs, self.output)
+        self.n_forward += 1
         return found
 
 

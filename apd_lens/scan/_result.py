@@ -34,7 +34,7 @@ class Together:
         effects: of the first place, the first two, the first three, and so on.
         kept: share of prompts whose most likely answer then stays the same.
         total, total_kept: of all places of that side, measured or not.
-        by_answers: whether the answers say how much is lost, or the metric.
+        by_answers: whether the answers say how much is lost, if any is; otherwise the metric does.
     """
 
     side: Side
@@ -47,7 +47,8 @@ class Together:
 
     def shares(self) -> Float[Tensor, " first"]:
         """Which share of what all places of the side lose is lost with the first ones."""
-        lost, of_all = (1 - self.kept, 1 - self.total_kept) if self.by_answers else (self.effects, self.total)
+        by_answers = self.by_answers and self.total_kept < 1
+        lost, of_all = (1 - self.kept, 1 - self.total_kept) if by_answers else (self.effects, self.total)
         return lost / of_all if of_all > 0 else torch.zeros_like(lost)
 
     def fewest(self, share: float) -> tuple[tuple[int, int], ...]:

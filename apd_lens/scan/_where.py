@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from apd_lens._block import no_inference_mode
-from apd_lens._errors import InvalidOutput, InvalidSetting
+from apd_lens._errors import InvalidBatches, InvalidOutput, InvalidSetting
 from apd_lens._memory import slices
 from apd_lens.attribution._metric import Metric, metric_on, metric_scalars
 from apd_lens.data._batch import Batch, are_texts
@@ -82,11 +82,12 @@ def where(
         decode: token -> text, for the names of positions, such as `tokenizer.decode`.
         valid: batch -> which positions are no padding, bool `batch pos`; default what the masks of the batch say.
         seed: of the draws of prompts.
-        memory: bytes that the outputs of one forward may take; the batch is replicated accordingly.
+        memory: bytes that the outputs of one forward may take; the batch is replicated accordingly. Default 2**29, and
+            2**26 on a CPU.
 
     Raises:
         InvalidSetting: a prompt has no other that could stand in for it; wrong positions; or nothing differs.
-        InvalidBatches: no prompts.
+        InvalidBatches: no prompts; or padding in the input of an encoder that stands before a decoder.
         InvalidOutput: the default metric on an output of one number.
         ShapeMismatch: the metric does not give one scalar a prompt.
         NonFinite: a batch, or the model's output, holds NaN or infinity.
@@ -110,6 +111,11 @@ def where(
         batches = [target.read(batch, device) for batch in _batches(prompts)]
         for inputs in batches:
             check_finite(inputs, "where")
+            if inputs.encoder_valid is not None and not bool(inputs.encoder_valid.all()):
+                raise InvalidBatches(
+                    "The encoder's input has padding, and where does not tell it from the decoder's positions. Give "
+                    "batches of one length, without padding in the encoder."
+                )
         passes = Passes(target, layout(target, names, batches, output), output, memory)
         groups = _groups(batches, passes.layout.n_positions, positions, device)
         if not passes.layout.has_positions:

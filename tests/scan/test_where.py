@@ -350,9 +350,28 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 def test_how_many_run_in_one_forward_changes_no_number():
     model, batch = tiny_gpt2(n_layer=1), prompts()
-    whole, single = (where(model, batch, measure=6, steps=1, memory=memory) for memory in (None, 1))
+    whole, single = (where(model, batch, measure=3, steps=1, memory=memory) for memory in (None, 1))
     assert_close(whole.measured, single.measured, equal_nan=True, atol=1e-5, rtol=1e-4)
     assert whole.n_forward == single.n_forward
+
+
+@pytest.mark.parametrize("ablation", ["mean", "resample"])
+def test_whatever_the_default_dtype_and_device(ablation: str):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(9, 5, 6)
+    expected = where(model, x, ablation=ablation, measure=5)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        came = where(model, x, ablation=ablation, measure=5)
+        text = str(came)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(came.measured.nan_to_num(), expected.measured.nan_to_num())
+    assert torch.equal(came.estimated, expected.estimated)
+    assert text == str(expected)
+    assert came.best() == expected.best()
 
 
 @pytest.mark.parametrize(("options", "message"), WRONG, ids=[message[:30] for _, message in WRONG])
