@@ -1,6 +1,6 @@
 """The result of a scan: a table, a choice, and what a picture needs."""
 
-import re
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -340,4 +340,4 @@ def _number(value: Tensor) -> str:
 
 
 def _wrapped(line: str, width: int = 118) -> list[str]:
-    return re.findall(rf".{{1,{width}}}(?:\s+|$)", line) or [line]
+    return textwrap.wrap(line, width, break_long_words=False) or [line]
