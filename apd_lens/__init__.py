@@ -72,6 +72,8 @@ from apd_lens.responses._responses import Effects as Effects
 from apd_lens.responses._responses import Responses as Responses
 from apd_lens.responses._responses import TopExamples as TopExamples
 from apd_lens.responses._top import responses as _responses
+from apd_lens.scan._result import Where as Where
+from apd_lens.scan._where import where as _where
 from apd_lens.training import _loop, _state
 from apd_lens.training._state import State as State
 from apd_lens.training._state import StepInfo as StepInfo
@@ -80,6 +82,7 @@ from apd_lens.training._step import step as step
 decompose = _checked(_loop.decompose, InvalidSetting)
 init = _checked(_state.init, InvalidSetting)
 responses = _checked(_responses, InvalidSetting)
+where = _checked(_where, InvalidSetting)
 
 
 def _report(

@@ -15,7 +15,7 @@ ROOMS = re.findall(
     r"\w+",
     """
     _errors _block _files _memory _draws _checks _codec _table _schedules data host components passes attribution losses
-    masks moves start _settings decomposition training metrics responses language compare plots monitor report toys
+    masks moves start _settings decomposition training metrics responses scan language compare plots monitor report toys
     __init__
     """,
 )
@@ -106,6 +106,7 @@ TESTED_WITH = {
     "plots/runs": "plots/plots",
     "plots/watch": "plots/monitor",
     "plots/weights": "plots/plots",
+    "plots/where": "plots/plots",
     "report/collect": "report/report",
     "report/examples": "report/report",
     "report/figures": "report/report",
@@ -113,6 +114,9 @@ TESTED_WITH = {
     "responses/ablation": "responses/responses",
     "responses/groups": "responses/responses",
     "responses/top": "responses/responses",
+    "scan/groups": "scan/where",
+    "scan/passes": "scan/where",
+    "scan/result": "scan/where",
     "training/step": "training/loop",
 }
 

@@ -31,3 +31,4 @@ from apd_lens.plots._watch import roc as roc
 from apd_lens.plots._watch import score_histogram as score_histogram
 from apd_lens.plots._weights import rank_and_share as rank_and_share
 from apd_lens.plots._weights import unit_share as unit_share
+from apd_lens.plots._where import where as where

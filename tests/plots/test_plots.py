@@ -49,6 +49,7 @@ EVERY_FIGURE = {
     "edit_effects": lambda new: plots.edit_effects(["components", "random"], new(2, 1), new(2, 9)),
     "roc": lambda new: plots.roc({"surprise": new(8)}, torch.arange(8, device=new(1).device) > 4),
     "score_histogram": lambda new: plots.score_histogram(new(8), torch.arange(8, device=new(1).device) > 4),
+    "where": lambda new: plots.where(apd.Where.from_effects(new(3, 4), ["a", "b", "c"])),
     "loss_curves": lambda new: plots.loss_curves([{"loss": new(1)[0]}] * 3),
     "alive_components": lambda new: plots.alive_components([{"alive": new(1)[0]}] * 3),
     "seed_stability": lambda new: plots.seed_stability(new(2, 3, 3), new(2, 3)),
@@ -292,6 +293,20 @@ def history_of_a_run(steps: int) -> list[apd.StepInfo]:
         progress=False,
     )
     return history
+
+
+def test_where_shows_the_rows_with_an_effect_in_the_order_of_the_model():
+    effects = torch.tensor([[0.0, 2.0], [0.01, 0.0], [-1.0, torch.nan], [0.5, 0.5]])
+    found = apd.Where.from_effects(effects, [f"m.{name}.weight" for name in "abcd"], ["subject", "last"], unit="nats")
+    found = replace(found, estimated=torch.full((4, 2), 0.25))
+    ax, bar = plots.where(found, top=3).axes
+    assert_close(shown(ax), torch.tensor([[0.0, 2.0], [-1.0, 0.25], [0.5, 0.5]]), check_dtype=False)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "c", "d"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["subject", "last"]
+    assert [text.get_text() for text in ax.texts] == ["0.00", "2.00", "-1.00", "0.50", "0.50"]  # those measured
+    assert "nats" in bar.get_ylabel()
+    with pytest.raises(apd.InvalidSetting, match="No effect can be drawn"):
+        plots.where(replace(found, measured=torch.zeros(4, 2), estimated=torch.zeros(4, 2)))
 
 
 def test_losses_of_a_run_are_drawn_without_coefficients():

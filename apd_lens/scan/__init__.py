@@ -1,0 +1,1 @@
+"""Which matrices, at which positions, carry a behaviour."""
