@@ -6,6 +6,8 @@ texts = apd.language.sample_texts(model, n=384, length=48)
 print(apd.language.component_tokens(decomposition, [capitals.batch], tokenizer))
 """
 
+from apd_lens.language._forgetting import Forgetting as Forgetting
+from apd_lens.language._forgetting import forgetting as forgetting
 from apd_lens.language._known import Known as Known
 from apd_lens.language._known import known as known
 from apd_lens.language._samples import sample_texts as sample_texts

@@ -347,9 +347,14 @@ def replaced_pass(
     batch: Batch | Inputs,
     output: OutputFn,
     hidden: Iterable[str] = (),
+    keep: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The explained output, and named hidden activations, with `replaced` in the place of the named weights."""
-    picked, _, kept = _run(target, names, replaced, target.read(batch), output, hidden)
+    """The explained output, and named hidden activations, with `replaced` in the place of the named weights.
+
+    Args:
+        keep: keeps with the inputs what need not be run again in other passes over them.
+    """
+    picked, _, kept = _run(target, names, replaced, target.read(batch), output, hidden, keep=keep)
     return picked, kept
 
 

@@ -1,0 +1,175 @@
+"""What a language model no longer says when a prompt's own component is taken out."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from apd_lens._block import no_grad
+from apd_lens._errors import ShapeMismatch
+from apd_lens._table import table
+from apd_lens.data._batch import Batch
+from apd_lens.data._points import without_padding
+from apd_lens.data._stream import one_pass
+from apd_lens.decomposition._decomposition import Decomposition, output_with
+from apd_lens.host._target import evaluating
+from apd_lens.losses._outputs import kl_divergence
+from apd_lens.passes._output import OutputFn, default_output
+from apd_lens.passes._replace import Mixture
+from apd_lens.passes._watch import as_it_is, replaced_pass
+
+
+@dataclass(frozen=True, eq=False)
+class Forgetting:
+    """What sparse passes and single ablations do to the answers of n prompts. `forgetting` makes it.
+
+    KL is KL(target ‖ changed model) of the next token, in nats. An answer is the most likely next token.
+
+    Attributes:
+        own: the prompt's own component: of its active ones the one that is active on the fewest prompts.
+        kl_sparse: of the model on the active components alone.
+        kept: whether the answer is the same there.
+        kl_off: of the model without the own component of prompt i, on prompt j, `off_i prompt_j`.
+        changed: whether the answer is another one there.
+        kl_elsewhere: of the model without the own component of some prompt, at each position of other texts; None
+            without texts.
+        kl_all_off: at each position of other texts, without all components.
+    """
+
+    own: Int[Tensor, " n"]
+    kl_sparse: Float[Tensor, " n"]
+    kept: Bool[Tensor, " n"]
+    kl_off: Float[Tensor, "n n"]
+    changed: Bool[Tensor, "n n"]
+    kl_elsewhere: Float[Tensor, "some positions"] | None = None
+    kl_all_off: Float[Tensor, " positions"] | None = None
+
+    @property
+    def forgotten(self) -> Bool[Tensor, " n"]:
+        """Whether each prompt's answer changes without its own component."""
+        return self.changed.diagonal()
+
+    @property
+    def others_changed(self) -> float:
+        """Share of the answers to prompts with another own component that change."""
+        return self.changed[self._others].float().mean().item()
+
+    @property
+    def kl_others(self) -> float:
+        """Mean KL on prompts with another own component."""
+        return self.kl_off[self._others].mean().item()
+
+    @property
+    def _others(self) -> Bool[Tensor, "n n"]:
+        return self.own[:, None] != self.own
+
+    def __str__(self) -> str:
+        n = len(self.own)
+        rows = [
+            ("prompts with a component of their own", f"{int((self.own.bincount() == 1).sum())} of {n}"),
+            (
+                "on the active components alone: KL; same answer",
+                f"{self.kl_sparse.mean():.1e}; {int(self.kept.sum())} of {n}",
+            ),
+            ("own component off: answer changed", f"{int(self.forgotten.sum())} of {n}"),
+            ("  answers to other prompts changed; KL there", f"{self.others_changed:.2%}; {self.kl_others:.1e}"),
+        ]
+        if self.kl_elsewhere is not None and self.kl_all_off is not None:
+            far = self.kl_elsewhere.flatten()
+            rows += [
+                ("  other texts: KL, mean; 99th percentile", f"{far.mean():.1e}; {far.quantile(0.99):.1e}"),
+                ("all components off, other texts: KL, mean", f"{self.kl_all_off.mean():.1e}"),
+            ]
+        return table(("of the prompts' answers", ""), rows)
+
+    __repr__ = __str__
+
+
+@no_grad()
+def forgetting(
+    decomposition: Decomposition,
+    prompts: Batch,
+    others: Iterable[Batch] | None = None,
+    *,
+    output: OutputFn | None = None,
+    most: int = 10,
+    progress: bool = True,
+) -> Forgetting:
+    """What the model answers on the active components alone, and without each prompt's own component.
+
+    Args:
+        prompts: one batch; the decomposition's output is that of their last position.
+        others: texts on which components should not matter.
+        output: what is compared there; default the decomposition's output at all positions.
+        most: so many own components are tried on the other texts.
+        progress: whether to show a bar.
+
+    Raises:
+        ShapeMismatch: the output is not `prompts n_outputs`.
+    """
+    components = decomposition.components
+    inputs = decomposition.read(prompts)
+    seen = decomposition.observe(inputs)
+    if seen.output.ndim != 2 or seen.mask.ndim != 2:
+        raise ShapeMismatch(
+            f"Expected one distribution a prompt, an output `prompts n_outputs`, got {tuple(seen.output.shape)}. "
+            "Decompose with output=apd_lens.last_position()."
+        )
+    active, answers = seen.mask, seen.output.argmax(-1)
+    n_uses = active.sum(0)
+    own = torch.where(active, n_uses, len(active) + 1).argmin(1)
+    sparse = output_with(decomposition, inputs, Mixture(components, active))
+    distinct = own.unique()
+    some = distinct[torch.linspace(0, len(distinct) - 1, min(most, len(distinct))).long()]
+    everywhere = output or getattr(decomposition.output, "everywhere", decomposition.output) or default_output
+    texts = [] if others is None else list(one_pass(others))
+    n_steps = len(distinct) + len(texts) * (len(some) + 1)
+    with tqdm(total=n_steps, desc="forgetting", disable=not progress, mininterval=0.5, dynamic_ncols=True) as bar:
+        without = {}
+        for component in distinct.tolist():
+            off = Mixture(components.picked([component]), 0.0, 1.0)
+            without[component] = output_with(decomposition, inputs, off)
+            bar.update()
+        outputs = torch.stack([kl_divergence(seen.output, without[c]) for c in own.tolist()])
+        changed = torch.stack([without[c].argmax(-1) != answers for c in own.tolist()])
+        far, all_off = None, None
+        if texts:
+            chosen = [[component] for component in some.tolist()] + [list(range(components.n_components))]
+            found = _elsewhere(decomposition, chosen, texts, everywhere, bar.update)
+            far, all_off = torch.stack(found[:-1]), found[-1]
+    return Forgetting(
+        own=own.cpu(),
+        kl_sparse=kl_divergence(seen.output, sparse).cpu(),
+        kept=(sparse.argmax(-1) == answers).cpu(),
+        kl_off=outputs.cpu(),
+        changed=changed.cpu(),
+        kl_elsewhere=far,
+        kl_all_off=all_off,
+    )
+
+
+def _elsewhere(
+    decomposition: Decomposition,
+    chosen: Sequence[list[int]],
+    others: Iterable[Batch],
+    output: OutputFn,
+    done: Callable[[], Any],
+) -> list[Float[Tensor, " positions"]]:
+    """KL at each position of other texts, without some of the components, for each choice of them."""
+    target, components = decomposition.target, decomposition.components
+    found: list[list[Tensor]] = [[] for _ in chosen]
+    with evaluating(target.model):
+        for batch in others:
+            inputs = decomposition.read(batch)
+            whole, _ = replaced_pass(target, components.names, as_it_is, inputs, output, keep=True)
+            for place, off in enumerate(chosen):
+                mixture = Mixture(components.picked(off), 0.0, 1.0)
+                other, _ = replaced_pass(target, components.names, mixture, inputs, output)
+                kl = kl_divergence(whole, other)
+                found[place].append(without_padding(kl[..., None], inputs.valid).flatten().cpu())
+                done()
+    return [torch.cat(of_one) for of_one in found]
