@@ -45,6 +45,7 @@ class _Regression:
         own: `rows d`, x less the mean at its place. None for lookups.
         importance, importance_of_own: root mean square of the first-order effects of x W, and of the own part alone, on
             projections of the output.
+        importance_of_shared: the root of the sum of squares of the means' effects at each place.
         metric: second moments of the others' inputs, made invertible. None for lookups.
     """
 
@@ -55,6 +56,7 @@ class _Regression:
     own: Float[Tensor, "rows d"] | None
     importance: Float[Tensor, " rows"]
     importance_of_own: Float[Tensor, " rows"]
+    importance_of_shared: Float[Tensor, " places"]
     metric: Float[Tensor, "d d"] | None
 
 
@@ -81,9 +83,9 @@ def fit_to_data(
 
         P_g = (ε G + Xᵀ D² X)⁻¹ Xᵀ D² T_g,    T_0 = X̄ W,    T_g = (X − X̄) W in the rows of g and 0 elsewhere,
 
-    cut to the rank of the components. ε is a thousandth of the mean of D² x G⁻¹ xᵀ. The importance of an input is the
-    root mean square of the first-order effects of x W on 8 random projections of the output, as a share of the largest
-    in its matrix.
+    cut to the rank of the components where it matters least. ε is a thousandth of the mean of D² x G⁻¹ xᵀ. The
+    importance of an input is the root mean square of the first-order effects of x W on 8 random projections of the
+    output, as a share of the largest in its matrix.
 
     In a matrix whose rows are looked up, component g gets the rows that only its data points look up, and component 0
     those that several do. A matrix that is multiplied from both sides is fitted to the inputs of its longer side. With
@@ -141,7 +143,7 @@ def _regression(
 
     if not x.is_floating_point():
         of_rows = importance(weight[x])
-        return _Regression(weight, transposed, rows, None, None, of_rows, of_rows, None)
+        return _Regression(weight, transposed, rows, None, None, of_rows, of_rows, of_rows[:0], None)
     x = x.double()
     own = less_means(x, places)
     counts = torch.bincount(places)
@@ -150,7 +152,8 @@ def _regression(
     if moments is not None and (mean := moments.diagonal().mean()) > 0:
         metric = moments.to(x) + _METRIC_RIDGE * mean * metric
     of_rows, of_own = importance(x @ weight), importance(own @ weight)
-    return _Regression(weight, transposed, rows, shared, own, of_rows, of_own, metric)
+    squares = torch.zeros_like(shared[:, 0]).index_add_(0, places, importance((shared @ weight)[places]).square())
+    return _Regression(weight, transposed, rows, shared, own, of_rows, of_own, squares.sqrt(), metric)
 
 
 def _check_importances(importances: Mapping[str, Float[Tensor, " inputs"]]) -> None:
@@ -214,8 +217,10 @@ def _fit(
     owners = torch.cat([owners.new_zeros(len(of_places)), owners])
     lefts = torch.cat([of_places, dual[has_own]])
     rights = torch.cat([shared, own[has_own]]) @ of.weight
+    importance = torch.cat([of.importance_of_shared, of.importance_of_own[has_own]])
     for numbers, picked in groups_at_once(owners, sum(of.weight.shape)):
-        left, right = truncated(padded_rows(lefts, picked).mT, padded_rows(rights, picked), A.shape[-1])
+        weights = padded_rows(importance[:, None], picked)[..., 0]
+        left, right = truncated(padded_rows(lefts, picked).mT, padded_rows(rights, picked), weights, A.shape[-1])
         _put(A, B, numbers, left, right)
 
 
@@ -235,7 +240,7 @@ def _fit_lookups(
     for some, picked in groups_at_once(torch.where(least == largest, least, 0), sum(regression.weight.shape)):
         written = padded_rows(regression.weight[looked_up], picked)
         eye = torch.eye(picked.shape[1], dtype=written.dtype, device=written.device).expand(len(some), -1, -1)
-        of_picked, right = truncated(eye, written, A.shape[-1])
+        of_picked, right = truncated(eye, written, torch.ones_like(written[..., 0]), A.shape[-1])
         left = written.new_zeros(len(some), len(regression.weight), of_picked.shape[-1])
         there = (picked >= 0).nonzero(as_tuple=True)
         left[there[0], looked_up[picked[there]]] = of_picked[there]

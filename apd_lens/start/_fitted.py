@@ -59,14 +59,18 @@ def padded_rows(rows: Float[Tensor, "rows d"], picked: Int[Tensor, "groups most"
 
 
 def truncated(
-    left: Float[Tensor, "groups d_in rows"], right: Float[Tensor, "groups rows d_out"], m: int
+    left: Float[Tensor, "groups d_in rows"],
+    right: Float[Tensor, "groups rows d_out"],
+    weights: Float[Tensor, "groups rows"],
+    m: int,
 ) -> tuple[Float[Tensor, "groups d_in k"], Float[Tensor, "groups k d_out"]]:
-    """The best approximation of each left @ right of rank m, as two factors of equal size; k is at most m.
+    """Each left @ right on the m output directions V that keep most of `weights * right`: left @ right @ V and Vᵀ.
 
-    By QR of both sides, so that only `rows rows` is decomposed.
+    Where `left` is a dual basis, right_r is what input r is mapped to; so no other matrix of rank m loses less of what
+    its inputs are mapped to, weighted. Columns and rows have equal size; k is at most m.
     """
-    Q_left, R_left = torch.linalg.qr(left)
-    Q_right, R_right = torch.linalg.qr(right.mT)
-    U, singular_values, Vh = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)
-    root = singular_values[:, :m].sqrt()
-    return (Q_left @ U[..., :m]) * root[:, None], root[..., None] * (Vh[:, :m] @ Q_right.mT)
+    _, _, Vh = torch.linalg.svd(weights[..., None] * right, full_matrices=False)
+    V = Vh[:, :m].mT
+    A = left @ (right @ V)
+    root = A.norm(dim=1).sqrt()
+    return A / root.clamp_min(torch.finfo(A.dtype).tiny)[:, None], root[..., None] * V.mT

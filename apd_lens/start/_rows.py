@@ -111,7 +111,7 @@ def rows_of(
             inputs = inputs.some(slice(0, most - n_points))
         watched = watched_pass(target, names, inputs, output, compares=compares)
         watched = watched.in_fisher_metric() if compares == "distributions" else watched
-        projections = _projections(watched.output, K, seed)
+        projections = _projections(watched.output, K, seed, granularity)
         for part, chunks in jacobians_in_parts(watched, projections, memory):
             gradients = [jacobians.as_whole() for jacobians in chunks]
             of_points = _shapes(part, numbers, granularity)
@@ -128,13 +128,20 @@ def rows_of(
     return TargetRows({side: _joined(target, side, parts) for side, parts in found.items()}, torch.cat(shapes)[:most])
 
 
-def _projections(output: Float[Tensor, "batch *pos n_outputs"], K: int, seed: int) -> Cotangents:
-    """K random ±1 each. Those of the last position are the same whatever the number of positions."""
+def _projections(
+    output: Float[Tensor, "batch *pos n_outputs"], K: int, seed: int, granularity: Granularity
+) -> Cotangents:
+    """K random ±1 each, so that the gradients of data points can be compared.
+
+    Where these are positions, those of all positions are the same; where they are examples, those of the last position
+    are the same whatever the number of positions.
+    """
     _, *positions, n_outputs = output.shape
     generator = torch.Generator(output.device).manual_seed(seed)
-    shape = (*positions, K, n_outputs)
+    drawn_for = [1] * len(positions) if granularity == "position" else positions
+    shape = (*drawn_for, K, n_outputs)
     drawn = torch.randint(2, shape, generator=generator, device=output.device, dtype=torch.int8).mul_(2).sub_(1)
-    of_each = drawn.flip(list(range(len(positions)))).movedim(-2, 0)
+    of_each = drawn.flip(list(range(len(positions)))).movedim(-2, 0).expand(K, *output.shape[1:])
     return Cotangents(K, lambda first, last: of_each[first:last].to(output.dtype), scale=K, exact=False, lasting=False)
 
 

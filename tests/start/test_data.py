@@ -94,10 +94,12 @@ def test_spare_components_and_ranks_are_tiny_but_can_grow():
             assert sizes[1:6, 1:].max() < 0.1 * sizes[:6, 0].min()
 
 
-def test_more_data_points_than_components_are_grouped():
+@pytest.mark.parametrize("granularity", ["example", "position"])
+def test_more_data_points_than_components_are_grouped(granularity):
     kinds, _ = data(4)
     x = (kinds[:, None] + 0.1 * torch.randn(4, 6, 16, generator=seeded(2))).flatten(0, 1)
-    _, _, found = start(Facts(), [x[:10], x[10:]], n_components=20)
+    batches = [x[:10], x[10:]] if granularity == "example" else [x.reshape(4, 6, 16)]
+    _, _, found = start(Facts(), batches, n_components=20, granularity=granularity)
     assert found.equal(1 + torch.arange(4).repeat_interleave(6))
 
 

@@ -41,7 +41,11 @@ def test_rows_have_the_effects_of_the_whole_matrices(host: str, granularity):
     whole = {name: target.weights[name].value()[None] for name in names}
     eyes = {name: torch.eye(weight.shape[-1])[None] for name, weight in whole.items()}
     expected = effects_on_outputs(
-        watched, _projections(watched.output, 3, 0), apd.ParameterComponents(whole, eyes), granularity, 2**20
+        watched,
+        _projections(watched.output, 3, 0, granularity),
+        apd.ParameterComponents(whole, eyes),
+        granularity,
+        2**20,
     )
     found = effects(target, gathered(target, names, [batch], granularity))
     valid = target.read(batch).valid
@@ -91,9 +95,16 @@ def test_heads_stand_side_by_side():
 
 
 def test_projections_of_the_last_position_do_not_depend_on_the_length():
-    long, short = (_projections(torch.zeros(2, length, 5), 3, 7).rows(0, 3) for length in (6, 4))
+    long, short = (_projections(torch.zeros(2, length, 5), 3, 7, "example").rows(0, 3) for length in (6, 4))
     assert long[:, -4:].equal(short)
     assert long.abs().eq(1).all()
+    assert not long[:, 0].equal(long[:, 1])
+
+
+def test_positions_that_are_data_points_have_the_same_projections():
+    drawn = _projections(torch.zeros(2, 4, 5), 3, 7, "position").rows(0, 3)
+    assert drawn.shape == (3, 4, 5)
+    assert drawn.equal(drawn[:, :1].expand(-1, 4, -1))
 
 
 def test_second_moments_are_of_all_positions_that_are_data():
