@@ -7,13 +7,14 @@ from tqdm.auto import tqdm
 
 from apd_lens._block import no_inference_mode
 from apd_lens._errors import NonFinite
-from apd_lens._settings import DEFAULTS, RANK, Optimization
+from apd_lens._settings import DEFAULTS, RANK, Optimization, Settings
 from apd_lens.attribution._attribution import Attribution
 from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import ValidFn
 from apd_lens.data._stream import stream
 from apd_lens.decomposition._decomposition import Decomposition
 from apd_lens.losses._losses import Losses
+from apd_lens.masks._lp import Lp
 from apd_lens.masks._masking import Masking
 from apd_lens.masks._selection import Selection
 from apd_lens.moves._moves import Moves
@@ -72,7 +73,8 @@ def decompose(
         seed: the same seed on the same machine with the same number of threads gives the same factors bit for bit.
         on_step: called as on_step(step, info) after every step. On a GPU also after one that failed: NaN and infinity
             are looked at a step late there, see `step`.
-        progress: whether to show a bar with the losses, the components alive and the time left.
+        progress: whether to show a bar with k, the components alive, the losses and the time left. Its `distance` is
+            the minimality: how far the output on the active components is from the target's.
 
     Raises:
         ApdError: see `init`, `step` and `TargetModel.intercepted`. An error or interrupt in the middle of the training
@@ -101,7 +103,7 @@ def decompose(
                 if on_step is not None:
                     on_step(info.step, info)
                 if bar.update():  # drawn anew just now; so the terms are fetched from the device only then
-                    bar.set_postfix_str(_postfix(info))
+                    bar.set_postfix_str(_postfix(info, state.settings))
                 if state.step == n_steps:
                     break
         return state.decomposition()
@@ -117,6 +119,9 @@ def decompose(
         raise
 
 
-def _postfix(info: StepInfo) -> str:
-    terms = ", ".join(f"{name} {value.item():.1e}" for name, value in info.terms.items())
-    return terms if info.alive is None else f"{info.alive} alive, {terms}"
+def _postfix(info: StepInfo, settings: Settings) -> str:
+    """How many components are active and alive, and the losses; minimality is the distance on the active ones."""
+    names = {} if isinstance(settings.masking, Lp) else {"minimality": "distance"}
+    shown = [f"{names.get(name, name)} {value.item():.2g}" for name, value in info.terms.items()]
+    counts = [] if info.k is None else [f"k {info.k:.3g}", f"{info.alive} alive"]
+    return ", ".join(counts + sorted(shown, key=lambda term: not term.startswith("distance")))
