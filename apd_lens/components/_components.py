@@ -152,7 +152,7 @@ def warn_of_too_few(components: ParameterComponents) -> None:
     if not missing:
         return
     name = max(missing, key=missing.__getitem__)
-    others = f", and {len(missing) - 1} other matrices are like it" if len(missing) > 1 else ""
+    others = f" ({len(missing)} matrices are like it)" if len(missing) > 1 else ""
     warnings.warn(
         f"{C} components of rank {ranks[name]} sum to a matrix of rank {C * ranks[name]} at most, but {name} may have "
         f"rank {full[name]}{others}. So faithfulness cannot become 0. Give n_components × rank of {full[name]} or "

@@ -43,7 +43,9 @@ class Summary:
         shares = listed([f"{share:.2f} of ‖{short.get(name, name)}‖" for name, share in dead], 2)
         footer = f"{len(shown)} components active on this batch, {self.n_dead} dead"
         footer += f" (together {shares})" if self.n_dead else ""
-        example = next((f"\n{short[name]} is {name}" for name in short if short[name] != name), "")
+        example = next(
+            (f"\n{short[name]} is {name}" for name in short if short[name] != name.removesuffix(".weight")), ""
+        )
         return f"{text}\n{footer}{example}"
 
     def _with_columns(self, shown: list[int], short: dict[str, str]) -> str:

@@ -170,9 +170,7 @@ def test_too_few_components_to_sum_to_a_matrix_are_warned_of():
         )
 
     warn_of_too_few(components(4))
-    with pytest.warns(
-        apd.ApdWarning, match="1 components of rank 2 .* b may have rank 8, and 1 other matrices"
-    ) as seen:
+    with pytest.warns(apd.ApdWarning, match=r"b may have rank 8 \(2 matrices are like it\)") as seen:
         warn_of_too_few(components(1))
     assert len(seen) == 1
     model = ResidualMLP(5, 4, 3, 1)
