@@ -11,6 +11,46 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+# What a printed table or line should fit into.
+WIDTH = 120
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names of matrices without what all of them share, as short as they stay distinct.
+
+    >>> short_names(["model.layers.3.self_attn.q_proj.weight", "model.layers.23.mlp.up_proj.weight", "lm_head.weight"])
+    ['L3 q', 'L23 up', 'lm_head']
+    >>> short_names(["blocks.0.attn.W_Q", "blocks.0.mlp.W_in", "embed.W_E"])
+    ['L0 Q', 'L0 in', 'E']
+    """
+    cut = [_layer_and_rest(name) for name in names]
+    for shorten in (_kernel, lambda rest: rest.rpartition(".")[2], lambda rest: rest):
+        short = [f"{layer} {shorten(rest)}".strip() for layer, rest in cut]
+        if len(set(short)) == len(names):
+            return short
+    return list(names)
+
+
+def _layer_and_rest(name: str) -> tuple[str, str]:
+    parts = name.removesuffix(".weight").split(".")
+    place = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    if place is None or place == len(parts) - 1:
+        return "", ".".join(parts)
+    return f"L{parts[place]}", ".".join(parts[place + 1 :])
+
+
+def _kernel(rest: str) -> str:
+    """What is left of "self_attn.q_proj" and "attn.W_Q" without what such names are made with."""
+    last = rest.rpartition(".")[2]
+    return last.removesuffix("_proj").removeprefix("W_") or last
+
+
+def listed(items: Sequence[str], at_most: int) -> str:
+    """The first of them, and how many others there are."""
+    others = len(items) - at_most
+    return ", ".join(items[:at_most]) + (f" and {others} others" if others > 0 else "")
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their widest cell, numbers to the right, under a ruled header."""
     columns = list(zip(header, *rows, strict=True))

@@ -25,6 +25,7 @@ from apd_lens._codec import decode_settings, encode_settings
 from apd_lens._errors import ArtifactError, InvalidBatches, NonFinite
 from apd_lens._files import user_path
 from apd_lens._memory import fitting
+from apd_lens._table import table as text_table
 from apd_lens.components._components import ParameterComponents
 from apd_lens.data._batch import Batch
 from apd_lens.data._points import Valid, mean_over_positions, one_row, zero_at_padding
@@ -39,6 +40,8 @@ from apd_lens.passes._replace import Mixture
 from apd_lens.responses._responses import add_coactivation
 
 _FORMAT = "apd_lens monitor 2"
+# Data points that printed scores show.
+_SHOWN = 16
 _WITHOUT_DIGEST = "apd_lens monitor 1"
 
 
@@ -60,6 +63,25 @@ class Scores:
     given: Int[Tensor, "batch *pos"]
     distance: Float[Tensor, "batch *pos"]
     residual: Float[Tensor, "batch *pos"]
+
+    def __str__(self) -> str:
+        """The data points of the largest surprise, and how large it is usually."""
+        surprise = self.surprise.flatten().cpu()
+        places = surprise.argsort(descending=True, stable=True)[:_SHOWN].tolist()
+        n_positions = self.surprise[0].numel() if self.surprise.ndim > 1 else 1
+        header = ["example", "position", "surprise", "component", "beside", "distance", "residual"]
+        columns = [values.flatten().cpu() for values in (self.component, self.given, self.distance, self.residual)]
+        rows = []
+        for place in places:
+            component, given, distance, residual = (column[place].item() for column in columns)
+            position = str(place % n_positions) if self.surprise.ndim > 1 else "-"
+            numbers = ["-" if number < 0 else str(number) for number in (component, given)]
+            example = str(place // n_positions)
+            rows.append([example, position, f"{surprise[place]:.2f}", *numbers, f"{distance:.3g}", f"{residual:.2f}"])
+        head = f"surprise of {len(surprise)} data points: median {surprise.median():.2f} nats. The largest:"
+        return f"{head}\n{text_table(header, rows)}"
+
+    __repr__ = __str__
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,8 +65,8 @@ class Words:
     def __init__(self, words: list[str]) -> None:
         self.words = ["<s>", *words]
 
-    def __call__(self, text: str) -> list[int]:
-        return [self.words.index(word) for word in text.split()]
+    def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
+        return {"input_ids": [self.words.index(word) for word in text.split()]}
 
     def decode(self, tokens: list[int]) -> str:
         return " ".join(self.words[token] for token in tokens)
@@ -82,7 +82,9 @@ def stand_in() -> Host:
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    facts = torch.tensor([tokenizer(f"The capital of {country} is {capital}") for country, capital in pairs])
+    facts = torch.tensor(
+        [tokenizer(f"The capital of {country} is {capital}")["input_ids"] for country, capital in pairs]
+    )
     others = torch.randint(1, len(tokenizer.words), (64, 6), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(150):
@@ -123,8 +125,7 @@ def main(host: Host, steps: int, out: Path, scan: bool = True) -> tuple[apd.Deco
     last = apd.last_position()
 
     prompts = apd.language.Template("The capital of {country} is").prompts(tokenizer, country=countries)
-    first = [tokenizer(f" {capital}") for capital in capitals]
-    answers = [(tokens if isinstance(tokens, list) else tokens["input_ids"])[0] for tokens in first]
+    answers = [tokenizer(f" {capital}", add_special_tokens=False)["input_ids"][0] for capital in capitals]
     known = apd.language.known(model, prompts.batch, answers)
     of_known = [number for number in known.which if prompts.lengths[number] == prompts.lengths.mode().values]
     countries, prompts = [countries[number] for number in of_known], prompts.some(of_known)

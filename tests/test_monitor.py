@@ -298,3 +298,14 @@ def test_what_has_no_auroc():
     assert came[0].startswith("InvalidSetting: AUROC compares anomalous with normal data points, got 3 anomalous and 0")
     assert came[1].startswith("NonFinite: auroc: the scores hold NaN")
     assert came[2].startswith("ShapeMismatch")
+
+
+def test_scores_are_printed_as_the_largest_surprises():
+    surprise = torch.arange(60.0).view(6, 10)
+    whole = torch.arange(60).view(6, 10)
+    lines = str(apd.monitor.Scores(surprise, whole, whole - 50, surprise / 7, -surprise)).splitlines()
+    assert len(lines) <= 25
+    assert lines[0] == "surprise of 60 data points: median 29.00 nats. The largest:"
+    assert lines[3].split() == ["5", "9", "59.00", "59", "9", "8.43", "-59.00"]
+    examples = str(apd.monitor.Scores(surprise[:, 0], whole[:, 0], whole[:, 0] - 50, surprise[:, 0], -surprise[:, 0]))
+    assert examples.splitlines()[3].split() == ["5", "-", "50.00", "50", "0", "50", "-50.00"]

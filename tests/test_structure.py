@@ -97,7 +97,6 @@ TESTED_WITH = {
     "compare/directions": "compare/matching",
     "compare/gates": "compare/location",
     "compare/splice": "compare/faithfulness",
-    "decomposition/load": "decomposition/artifact",
     "host/adapter": "host/torch_modules",
     "host/patch": "host/interrupts",
     "losses/terms": "losses/losses",

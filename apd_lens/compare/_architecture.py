@@ -15,10 +15,14 @@ from torch import Tensor
 
 from apd_lens._block import no_grad
 from apd_lens._errors import InvalidSetting
+from apd_lens._table import WIDTH, listed, short_names, table
 from apd_lens.compare._nodes import Level, layer_of, node_name, unit_numbers, units_by_name
 from apd_lens.components._factors import column_squares
 from apd_lens.decomposition._decomposition import Decomposition
 from apd_lens.host._matrix import Units
+
+# Components that a printed map shows.
+_SHOWN = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +70,9 @@ class ArchitectureMap:
         amounts = self._amounts(level)
         if not amounts:
             raise InvalidSetting(
-                f"None of the decomposed matrices has {level}s that are known: {[m.name for m in self.matrices]}. A "
-                "transformer_lens model's are; for others say where they are with units={pattern: apd_lens.Units(...)}."
+                f"None of the decomposed matrices has {level}s that are known: {[m.name for m in self.matrices]}. "
+                "Those of a transformer_lens model are, and of a Hugging Face model whose config says them; for others "
+                "say where they are with units={pattern: apd_lens.host.Units(...)}."
             )
         return torch.stack(list(amounts.values()), 1)
 
@@ -102,6 +107,29 @@ class ArchitectureMap:
             2, f"{'matrices' if level == 'matrix' else level + 's'}, effectively", self.spread(level).cpu().numpy()
         )
         return table.rename_axis("component")
+
+    def __str__(self) -> str:
+        """The matrices that hold most of all components together, and for the largest components where they lie."""
+        totals = torch.stack([matrix.total for matrix in self.matrices]).cpu()
+        names = short_names([matrix.name for matrix in self.matrices])
+        of_all = totals.sum(1) / totals.sum().clamp_min(torch.finfo(totals.dtype).tiny)
+        largest = of_all.argsort(descending=True).tolist()
+        held = listed([f"{names[i]} {of_all[i]:.0%}" for i in largest], 4)
+        n, C = totals.shape
+        shares = totals / totals.sum(0).clamp_min(torch.finfo(totals.dtype).tiny)
+        rows = []
+        for c in totals.sum(0).argsort(descending=True)[:_SHOWN].tolist():
+            first = shares[:, c].argsort(descending=True)[:4].tolist()
+            rows.append(
+                [str(c), f"{totals[:, c].sum():.3g}", "  ".join(f"{names[i]} {shares[i, c]:.0%}" for i in first)]
+            )
+        lines = [f"{C} components over {n} matrices, by {self.measure}", f"of all together: {held}"]
+        lines.append(table(["component", self.measure, "largest shares"], rows))
+        if C > _SHOWN:
+            lines.append(f"and {C - _SHOWN} smaller components; .table() has all")
+        return "\n".join(line[:WIDTH] for line in "\n".join(lines).splitlines())
+
+    __repr__ = __str__
 
     def _amounts(self, level: Level) -> dict[str, Float[Tensor, " C"]]:
         if level == "matrix":
@@ -138,7 +166,7 @@ def weight_map(decomposition: Decomposition, units: Mapping[str, Units] | None =
 
     Args:
         units: pattern -> which side of the matching matrices is made of heads or neurons, where the adapter cannot know
-            it (Hugging Face modules): {"transformer.h.*.attn.c_attn.weight": Units("head", "out", 12, copies=3)}.
+            it (modules of your own): {"layers.*.attention.qkv.weight": Units("head", "out", 12, copies=3)}.
 
     Raises:
         UnknownWeight: a pattern matches no matrix.

@@ -92,7 +92,8 @@ def unit_gates(
     if not read_by:
         raise UnsupportedModel(
             f"No matrix of this {type(target.model).__name__} is known to read {kind}s. Those of a transformer_lens "
-            f"model are known; for others say where they are with units={{pattern: apd_lens.Units({kind!r}, 'in', n)}}."
+            "model are known, and of a Hugging Face model whose config says them; for others say where they are with "
+            f"units={{pattern: apd_lens.host.Units({kind!r}, 'in', n)}}."
         )
     names: list[str] = []
     places: dict[str, Tensor] = {}  # of each row of the matrix, the number of its unit among all

@@ -1,5 +1,6 @@
 """Parameter components: vectors in parameter space that span all decomposed matrices, stored as low-rank factors."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from apd_lens._block import full_precision
-from apd_lens._errors import InvalidSetting
+from apd_lens._errors import ApdWarning, InvalidSetting
 from apd_lens.components._factors import sum_of_components
 from apd_lens.host._matrix import Use, WeightMatrix
 
@@ -140,3 +141,22 @@ def initial_components(
 def xavier_std(fan_in: int, fan_out: int) -> float:
     """Standard deviation of the entries of a factor at the start."""
     return (2 / (fan_in + fan_out)) ** 0.5
+
+
+def warn_of_too_few(components: ParameterComponents) -> None:
+    """Warns where so many components of so low a rank cannot sum to a matrix, whatever is in them."""
+    C = components.n_components
+    ranks = {name: A.shape[2] for name, A in components.A.items()}
+    full = {name: min(A.shape[1], components.B[name].shape[2]) for name, A in components.A.items()}
+    missing = {name: full[name] - C * ranks[name] for name in full if full[name] > C * ranks[name]}
+    if not missing:
+        return
+    name = max(missing, key=missing.__getitem__)
+    others = f" ({len(missing)} matrices are like it)" if len(missing) > 1 else ""
+    warnings.warn(
+        f"{C} components of rank {ranks[name]} sum to a matrix of rank {C * ranks[name]} at most, but {name} may have "
+        f"rank {full[name]}{others}. So faithfulness cannot become 0. Give n_components × rank of {full[name]} or "
+        "more; or Losses(faithfulness=0), where components need not sum to the weights.",
+        ApdWarning,
+        stacklevel=4,
+    )

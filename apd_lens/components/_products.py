@@ -84,7 +84,7 @@ def _check_fits(mask: Tensor, places: torch.Size) -> None:
             f"The mask is {_shape(data_points, n_components)}, but a decomposed matrix was used on "
             f"{_shape(list(places), n_components)} (batch *pos C). Give the mask of the batch that the model is called "
             "with: `batch C` for whole examples, `batch pos C` for each position. To generate with a cache, whose "
-            "forwards have the new tokens only, give `batch C`."
+            "forwards have the new tokens only, give `batch C`, such as mask.any(1)."
         )
 
 

@@ -255,6 +255,8 @@ class Decomposition:
             dead_share=dead_share,
         )
 
+    on: ClassVar[Callable[..., "Decomposition"]]  # `apd_lens.decomposition._load.on`, as a method
+
     report: ClassVar[Callable[..., Path]]  # `apd_lens.report.write_report`, as a method
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -52,7 +52,7 @@ def apply_edit(model: Any, decomposition: Decomposition, ablate: Chosen) -> "Edi
     if earlier:
         for name, digest in earlier[-1].fingerprints.items():
             matrices[name]["fingerprint"] = digest
-    target, difference = fitted(model, matrices)
+    target, _, difference = fitted(model, matrices, other_names=False)
     if difference is not None:
         raise ArtifactError(
             f"Components can be taken out of the model that was decomposed, or of a copy with the same weights, but "

@@ -15,7 +15,7 @@ from apd_lens.components._components import ParameterComponents
 from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import ValidFn
 from apd_lens.decomposition._artifact import read_artifact
-from apd_lens.decomposition._decomposition import _DTYPES, Decomposition
+from apd_lens.decomposition._decomposition import _DTYPES, Decomposition, about_matrices
 from apd_lens.host._matrix import WeightMatrix
 from apd_lens.host._target import TargetModel
 from apd_lens.host._unchanged import warn_of_others
@@ -32,6 +32,9 @@ def load(
     other_dtype: bool = False,
 ) -> Decomposition:
     """Reads a saved decomposition back onto the model that it was made from.
+
+    The model may be in another host, such as a TransformerBridge of a Hugging Face model, as long as its matrices are
+    the same. They are then found by their values, and have the names of that host. Other parameters are not compared.
 
     Args:
         model: with the same weights; a HookedTransformer, a torch.nn.Module, or `apd_lens.wrap(...)` of one.
@@ -57,7 +60,7 @@ def load(
     settings = _settings_of(about, path)
     if valid is None and about.get("valid", "default") != "default":
         valid = _valid_is_missing
-    target, difference = fitted(model, about["matrices"], other_dtype)
+    target, here, difference = fitted(model, about["matrices"], other_dtype)
     if difference is not None:
         raise ArtifactError(
             f"The decomposition in {path} is of another model: {difference}. It was made from a {about['model']}; "
@@ -68,12 +71,12 @@ def load(
         raise ArtifactError(
             f"{path}: expected digests by name, got {about['others']!r:.80}. Save the decomposition again."
         )
-    if "others" in about and not other_dtype:
+    if "others" in about and not other_dtype and all(name == saved for saved, name in here.items()):
         warn_of_others(target, about["matrices"], about["others"])
     device = next(iter(target.weights.values())).parameter.device
 
     def on_model(side: str, name: str) -> Tensor:
-        dtype = torch.promote_types(target.weights[name].parameter.dtype, torch.float32)
+        dtype = torch.promote_types(target.weights[here[name]].parameter.dtype, torch.float32)
         factor = factors[f"{side}.{name}"]
         if factor.dtype != dtype and not other_dtype:
             raise ArtifactError(
@@ -82,9 +85,9 @@ def load(
             )
         return factor.to(device, dtype)
 
-    names = list(about["matrices"])
     components = ParameterComponents(
-        A={name: on_model("A", name) for name in names}, B={name: on_model("B", name) for name in names}
+        A={name: on_model("A", saved) for saved, name in here.items()},
+        B={name: on_model("B", saved) for saved, name in here.items()},
     )
     return Decomposition(
         target=target if valid is None else target.with_valid(valid),
@@ -92,7 +95,7 @@ def load(
         settings=settings,
         output=_saved_output(about) if output is None else output,
         fingerprints={
-            name: target.weights[name].fingerprint() if other_dtype else saved["fingerprint"]
+            here[name]: target.weights[here[name]].fingerprint() if other_dtype else saved["fingerprint"]
             for name, saved in about["matrices"].items()
         },
     )
@@ -126,27 +129,76 @@ def _settings_of(about: dict[str, Any], path: Path) -> Settings:
     return settings
 
 
+def on(decomposition: Decomposition, model: Any, *, output: OutputFn | None = None) -> Decomposition:
+    """The same decomposition on another model with the same matrices, such as a TransformerBridge of a Hugging Face
+    model, or the Hugging Face model itself. Matrices are found by their values, and have the names of that host; the
+    factors are copies.
+
+    Args:
+        output: picks the explained tensor from what that model returns; default as it was.
+
+    Raises:
+        UnsupportedModel: the model lacks one of the matrices, or has other weights there; says which.
+    """
+    matrices = about_matrices(decomposition)
+    target, here, difference = fitted(model, matrices)
+    if difference is not None:
+        raise UnsupportedModel(
+            f"This decomposition cannot be taken to a {type(target.model).__name__}: {difference}. It needs the "
+            "decomposed matrices with the same numbers: without folding, centring or rounding."
+        )
+    device = next(iter(target.weights.values())).parameter.device
+    A, B = decomposition.components.A, decomposition.components.B
+    components = ParameterComponents(
+        A={name: A[of].detach().clone().to(device) for of, name in here.items()},
+        B={name: B[of].detach().clone().to(device) for of, name in here.items()},
+    )
+    return Decomposition(
+        target=target if decomposition.target.valid is None else target.with_valid(decomposition.target.valid),
+        components=components.requires_grad_(False),
+        settings=decomposition.settings,
+        output=decomposition.output if output is None else output,
+        fingerprints={name: decomposition.fingerprints[of] for of, name in here.items()},
+    )
+
+
+Decomposition.on = on  # here, since it stands on what knows other models
+
+
 def fitted(
-    model: Any, matrices: dict[str, dict[str, Any]], other_dtype: bool = False
-) -> tuple[TargetModel, str | None]:
-    """A model as the target of a decomposition with these matrices, and in what it differs from theirs, or None."""
-    target = _with_uses(wrap(model), matrices)
-    differences = (_difference(target, name, saved, other_dtype) for name, saved in matrices.items())
-    return target, next((difference for difference in differences if difference is not None), None)
+    model: Any, matrices: dict[str, dict[str, Any]], other_dtype: bool = False, other_names: bool = True
+) -> tuple[TargetModel, dict[str, str], str | None]:
+    """A model as the target of a decomposition with these matrices; what each is called there; and in what it differs
+    from theirs, or None."""
+    target = _with_biases(wrap(model), matrices)
+    here = _names_in(target, matrices, other_dtype) if other_names else {name: name for name in matrices}
+    target = _with_uses(target, {here[name]: saved for name, saved in matrices.items()})
+    differences = (_difference(target, name, here[name], saved, other_dtype) for name, saved in matrices.items())
+    return target, here, next((difference for difference in differences if difference is not None), None)
 
 
-def _with_uses(target: TargetModel, matrices: dict[str, Any]) -> TargetModel:
-    """The target with those matrices untied that were untied when the decomposition was made, and with biases if they
-    were decomposed."""
-    tied = {
-        alias: matrix
-        for matrix in target.weights.values()
-        for alias in (matrix.name, *matrix.tied_to)
-        if matrix.tied_to
-    }
-    untied = [name for name, saved in matrices.items() if name in tied and len(saved["sites"]) < len(tied[name].uses)]
-    if untied:
-        target = target.untied(*untied)
+def _names_in(target: TargetModel, matrices: dict[str, dict[str, Any]], other_dtype: bool) -> dict[str, str]:
+    """Name of a matrix -> its name in this model: its own where the model has all of these names, else that of the
+    matrix with its values; its own again where there is none."""
+    known = {alias for matrix in target.weights.values() for alias in (matrix.name, *matrix.tied_to)}
+    here = {name: name for name in matrices}
+    if known.issuperset(matrices):
+        return here
+    free = [matrix for matrix in target.weights.values() if not matrix.parameter.is_meta]
+    for name, saved in matrices.items():
+        for matrix in free:
+            shape, is_tied = (matrix.d_in, matrix.d_out), len(matrix.uses) > 1
+            if shape != (saved["d_in"], saved["d_out"]) or (len(saved["sites"]) > 1) > is_tied:
+                continue
+            if target.fingerprints.of(matrix) == saved["fingerprint"] or (other_dtype and _same_rounded(matrix, saved)):
+                here[name] = matrix.name
+                free = [other for other in free if other is not matrix]
+                break
+    return here
+
+
+def _with_biases(target: TargetModel, matrices: dict[str, Any]) -> TargetModel:
+    """The target with biases if they were decomposed."""
     with_biases = any(saved.get("bias", False) for saved in matrices.values())
     try:
         return target if target.biases == with_biases else target.with_biases(with_biases)
@@ -154,14 +206,37 @@ def _with_uses(target: TargetModel, matrices: dict[str, Any]) -> TargetModel:
         return target
 
 
-def _difference(target: TargetModel, name: str, saved: dict[str, Any], other_dtype: bool) -> str | None:
-    """In what a model's matrix differs from the one that was decomposed, or None."""
-    matrix = target.weights.get(name)
+def _with_uses(target: TargetModel, matrices: dict[str, Any]) -> TargetModel:
+    """The target with those matrices untied that were untied when the decomposition was made."""
+    tied = {
+        alias: matrix
+        for matrix in target.weights.values()
+        for alias in (matrix.name, *matrix.tied_to)
+        if matrix.tied_to
+    }
+    untied = [name for name, saved in matrices.items() if name in tied and len(saved["sites"]) < len(tied[name].uses)]
+    return target.untied(*untied) if untied else target
+
+
+def _difference(target: TargetModel, name: str, here: str, saved: dict[str, Any], other_dtype: bool) -> str | None:
+    """In what a model's matrix differs from the one that was decomposed, or None.
+
+    Args:
+        name: of the matrix that was decomposed.
+        here: its name in this model.
+    """
+    matrix = target.weights.get(here)
+    kind = type(target.model).__name__
     if matrix is None:
-        return f"this {type(target.model).__name__} has no matrix {name} that can be decomposed"
+        alike = [m for m in target.weights.values() if (m.d_in, m.d_out) == (saved["d_in"], saved["d_out"])]
+        return (
+            f"this {kind} has no matrix {name} that can be decomposed, and none of the weights of {name} among its "
+            f"{len(alike)} matrices of {saved['d_in']} × {saved['d_out']}"
+        )
     if (matrix.d_in, matrix.d_out) != (saved["d_in"], saved["d_out"]):
         return f"{name} is {matrix.d_in} × {matrix.d_out} here and was {saved['d_in']} × {saved['d_out']}"
-    if (sites := [use.site for use in matrix.uses]) != saved["sites"]:
+    sites = [use.site for use in matrix.uses]
+    if sites != saved["sites"] if name == here else len(sites) != len(saved["sites"]):
         return f"{name} is used at {sites} here and was at {saved['sites']}"
     if target.fingerprints.of(matrix) != saved["fingerprint"] and not (other_dtype and _same_rounded(matrix, saved)):
         return f"{name} has other weights, or another dtype (here {matrix.parameter.dtype})"

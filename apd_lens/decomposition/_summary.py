@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from apd_lens._table import table
+from apd_lens._table import WIDTH, listed, short_names, table
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,19 +33,53 @@ class Summary:
         return int((self.active == 0).sum())
 
     def __str__(self) -> str:
+        order = sorted(range(len(self.active)), key=lambda c: (-self.active[c].item(), -self.attribution[c].item()))
+        shown = [c for c in order if self.active[c] > 0]
+        short = dict(zip(self.norm, short_names(list(self.norm)), strict=True))
+        text = self._with_columns(shown, short)
+        if max(map(len, text.splitlines())) > WIDTH:
+            text = self._with_largest(shown, short)
+        dead = sorted(self.dead_share.items(), key=lambda item: -item[1])
+        shares = listed([f"{share:.2f} of ‖{short.get(name, name)}‖" for name, share in dead], 2)
+        footer = f"{len(shown)} components active on this batch, {self.n_dead} dead"
+        footer += f" (together {shares})" if self.n_dead else ""
+        example = next(
+            (f"\n{short[name]} is {name}" for name in short if short[name] != name.removesuffix(".weight")), ""
+        )
+        return f"{text}\n{footer}{example}"
+
+    def _with_columns(self, shown: list[int], short: dict[str, str]) -> str:
+        """Two columns for each matrix."""
         header = ["component", "active", "attribution"]
         for name in self.norm:
-            header += [f"‖{name}‖", "eff. rank"]
-        order = sorted(range(len(self.active)), key=lambda c: (-self.active[c].item(), -self.attribution[c].item()))
-        rows = [self._row(c) for c in order if self.active[c] > 0]
-        dead = ", ".join(f"{share:.2f} of ‖{name}‖" for name, share in self.dead_share.items())
-        footer = f"{len(rows)} components active on this batch, {self.n_dead} dead"
-        return f"{table(header, rows)}\n{footer}" + (f" (together {dead})" if self.n_dead else "")
+            header += [f"‖{short[name]}‖", "eff. rank"]
+        rows = [
+            self._first(c)
+            + [f"{of[name][c]:.{n}f}" for name in self.norm for of, n in ((self.norm, 3), (self.effective_rank, 2))]
+            for c in shown
+        ]
+        return table(header, rows)
 
-    def _row(self, component: int) -> list[str]:
-        row = [str(component), f"{self.active[component]:.2%}", f"{self.attribution[component]:.4f}"]
-        for name in self.norm:
-            row += [f"{self.norm[name][component]:.3f}", f"{self.effective_rank[name][component]:.2f}"]
-        return row
+    def _with_largest(self, shown: list[int], short: dict[str, str]) -> str:
+        """One column, with the matrices in which a component has its largest norms."""
+        header = ["component", "active", "attribution", "largest norms (effective ranks)"]
+        names = list(self.norm)
+        rows = []
+        for c in shown:
+            largest = sorted(names, key=lambda name: -self.norm[name][c].item())
+            parts, others = [], ""
+            for i, name in enumerate(largest):
+                part = f"{short[name]} {self.norm[name][c]:.3f} ({self.effective_rank[name][c]:.1f})"
+                others = f"… {len(names) - i} others"
+                if len("  ".join([*parts, part, others])) > WIDTH - 40:
+                    break
+                parts.append(part)
+            else:
+                others = ""
+            rows.append([*self._first(c), "  ".join([*parts, others]).rstrip()])
+        return table(header, rows)
+
+    def _first(self, c: int) -> list[str]:
+        return [str(c), f"{self.active[c]:.2%}", f"{self.attribution[c]:.4f}"]
 
     __repr__ = __str__

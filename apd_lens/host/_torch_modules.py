@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from apd_lens.host._adapter import Intercept
 from apd_lens.host._matrix import Bias, Use, WeightMatrix
 from apd_lens.host._patch import PatchedForward
+from apd_lens.host._units import units_of
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
@@ -44,6 +45,7 @@ class TorchAdapter:
                 state_keys=(name, *aliases),
                 tied_to=tuple(aliases),
                 bias=_bias(module, paths),
+                units=units_of(model, paths[0]),
             )
 
     def refused(self, model: nn.Module) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from apd_lens._errors import InvalidSetting
-from apd_lens._table import frame
+from apd_lens._table import WIDTH, frame
 from apd_lens.data._batch import Batch, are_texts
 from apd_lens.data._inputs import Inputs
 from apd_lens.decomposition._decomposition import Decomposition
@@ -20,7 +20,8 @@ from apd_lens.responses._top import responses
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-_WIDTH = 120
+# A space at which a line is not broken, so that a token stays in one piece.
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 # Tokens that are shown in front of the one at which a component is most active, and behind it.
 _BEFORE, _AFTER = 12, 6
 
@@ -104,10 +105,11 @@ class ComponentTokens:
             f"raises {_listed(self.raises[component])}; lowers {_listed(self.lowers[component])}"
         )
         places = [
-            f"    {place.attribution:.3g}{'' if place.active else ' (not active)'}  {_cut(place.text, _WIDTH - 30)}"
+            f"    {place.attribution:.3g}{'' if place.active else ' (not active)'}  {_cut(place.text, WIDTH - 30)}"
             for place in self.places[component]
         ]
-        return [*textwrap.wrap(head, _WIDTH, subsequent_indent="    ", drop_whitespace=True), *places]
+        wrapped = textwrap.wrap(head, WIDTH, subsequent_indent="    ")
+        return [*(line.replace(_NO_BREAK, " ") for line in wrapped), *places]
 
 
 def component_tokens(
@@ -190,7 +192,8 @@ def _visible(text: str) -> str:
 
 
 def _listed(tokens: list[tuple[str, float]]) -> str:
-    return ", ".join(f"{_visible(token)!r} {change:+.2g}" for token, change in tokens) or "nothing"
+    words = [f"{_visible(token)!r} {change:+.2g}".replace(" ", _NO_BREAK) for token, change in tokens]
+    return ", ".join(words) or "nothing"
 
 
 def _first(tokens: list[tuple[str, float]]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from apd_lens._block import no_inference_mode
 from apd_lens._checks import checked
 from apd_lens._errors import InvalidSetting, ShapeMismatch
+from apd_lens._table import table
 from apd_lens.components._factors import Mask
 from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import Inputs
@@ -71,6 +72,15 @@ class AblationPath:
     together: Float[Tensor, " amounts"]
     random: Float[Tensor, " amounts"]
     worst: Float[Tensor, " amounts"]
+
+    def __str__(self) -> str:
+        n, step = len(self.amount), -(-len(self.amount) // 20)
+        shown = sorted({*range(0, n, step), n - 1})
+        columns = (self.amount, self.together, self.random, self.worst)
+        rows = [[f"{column[i]:.3g}" for column in columns] for i in shown]
+        return table(["inactive ablated by", "all together", "at random", "worst found"], rows)
+
+    __repr__ = __str__
 
 
 @no_inference_mode()

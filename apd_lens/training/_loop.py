@@ -79,7 +79,8 @@ def decompose(
         seed: the same seed on the same machine with the same number of threads gives the same factors bit for bit.
         on_step: called as on_step(step, info) after every step. On a GPU also after one that failed: NaN and infinity
             are looked at a step late there, see `step`.
-        progress: whether to show a bar with the losses, the components alive and the time left.
+        progress: whether to show a bar with k, the components alive, the losses and the time left. Minimality
+            is how far the output on the active components is from the target's.
 
     Raises:
         ApdError: see `init`, `step` and `TargetModel.intercepted`. An error or interrupt in the middle of the training
@@ -131,5 +132,7 @@ def decompose(
 
 
 def _postfix(info: StepInfo) -> str:
-    terms = ", ".join(f"{name} {value.item():.1e}" for name, value in info.terms.items())
-    return terms if info.alive is None else f"{info.alive} alive, {terms}"
+    """How many components are active and alive, and the losses, minimality first: the distance on the active ones."""
+    counts = [] if info.k is None else [f"k {info.k:.3g}", f"{info.alive} alive"]
+    names = sorted(info.terms, key=lambda name: name != "minimality")
+    return ", ".join(counts + [f"{name} {info.terms[name].item():.2g}" for name in names])

@@ -15,7 +15,7 @@ from apd_lens._draws import draws
 from apd_lens._errors import InvalidSetting, NonFinite
 from apd_lens._settings import DEFAULTS, RANK, TARGETED, Elsewhere, Optimization, Settings
 from apd_lens.attribution._attribution import Attribution
-from apd_lens.components._components import ParameterComponents, initial_components
+from apd_lens.components._components import ParameterComponents, initial_components, warn_of_too_few
 from apd_lens.data._batch import Batch
 from apd_lens.data._finite import LateChecks, on_gpu
 from apd_lens.data._inputs import ValidFn
@@ -242,6 +242,8 @@ def init(
     components = initial_components(
         [target.weights[name] for name in names], n_components, rank, generator, settings.optimization.init_scale
     )
+    if settings.losses.faithfulness:
+        warn_of_too_few(components)
     originals = {name: target.weights[name].value().to(components.A[name].dtype).clone() for name in names}
     if moves is not None:
         moves.start(components, originals)

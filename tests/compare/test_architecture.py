@@ -11,7 +11,7 @@ from support.hooked import MIXTURE, tokens
 from support.hooked import hooked_transformer as one_layer
 from support.known import only_head
 from support.padding import alone, gpt2, padded
-from support.toy_models import decomposition_of, tiny_gpt2
+from support.toy_models import decomposition_of, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -134,8 +134,17 @@ def test_neurons():
 
 
 def test_a_torch_module_is_told_where_its_heads_are():
-    """GPT-2 fuses queries, keys and values in one matrix."""
-    decomposition = decomposition_of(tiny_gpt2(), "transformer.h.*.c_*", n_components=2)
+    """GPT-2 fuses queries, keys and values in one matrix. Without its config nobody knows how many heads they are."""
+    model = tiny_gpt2()
+    by_config = compare.weight_map(decomposition_of(model, "transformer.h.*.attn.c_*", n_components=2))
+    assert by_config.nodes("head") == ["a0.0", "a0.1", "a1.0", "a1.1"]
+    config = model.config
+    holders = [module for module in model.modules() if hasattr(module, "config")]
+    for module in holders:
+        module.config = None
+    decomposition = decomposition_of(model, "transformer.h.*.c_*", n_components=2)
+    for module in holders:
+        module.config = config
     with pytest.raises(apd.InvalidSetting, match=r"None of the decomposed matrices has heads.*units="):
         compare.weight_map(decomposition).shares("head")
     units = {
@@ -176,7 +185,7 @@ def test_what_is_no_list_of_batches():
 
 
 def test_adapters_know_heads_and_neurons():
-    """Of a TransformerBridge as of a HookedTransformer; a torch module's are not known."""
+    """Of a TransformerBridge as of a HookedTransformer; and of a Hugging Face model by its config."""
     hooked = apd.wrap(hooked_transformer(n_heads=4, n_key_value_heads=2)).weights
     bridged = apd.wrap(bridge("llama")).weights
     for weights in (hooked, bridged):
@@ -188,7 +197,19 @@ def test_adapters_know_heads_and_neurons():
         assert weights["unembed.W_U"].units is None
     mixture = apd.wrap(hooked_transformer(**MIXTURE)).weights
     assert mixture["blocks.0.mlp.W_gate"].units is None  # the router
-    assert all(matrix.units is None for matrix in apd.wrap(tiny_gpt2()).weights.values())
+    assert apd.wrap(tiny_gpt2()).weights["transformer.h.0.attn.c_proj.weight"].units == apd.host.Units("head", "in", 2)
+
+
+def test_a_map_of_many_matrices_is_printed_in_few_lines():
+    decomposition = decomposition_of(tiny_llama(num_hidden_layers=12), n_components=30)
+    lines = str(compare.weight_map(decomposition)).splitlines()
+    assert len(lines) <= 25
+    assert max(map(len, lines)) <= 120
+    assert lines[0].startswith("30 components over 86 matrices, by weight")
+    assert lines[1].startswith("of all together: L")
+    assert lines[1].endswith(" and 82 others")
+    assert lines[-1] == "and 14 smaller components; .table() has all"
+    assert repr(compare.weight_map(decomposition)) == "\n".join(lines)
 
 
 @pytest.mark.parametrize("granularity", ["example", "position"])

@@ -9,7 +9,7 @@ from nnsight import NNsight
 from support.hooked import hooked_transformer as one_layer
 from support.hooked import tokens
 from support.known import additive
-from support.toy_models import Snapshot, decomposition_of, tiny_gpt2
+from support.toy_models import Snapshot, TinyGPT, decomposition_of, tiny_gpt2
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -141,8 +141,11 @@ def test_neurons_of_a_torch_module_and_of_nnsight():
     expected = logit_difference(module(tokens(3)).logits).mean().item()
     handle.remove()
     assert found[0].none == pytest.approx(expected, abs=1e-5)
+    heads = compare.faithfulness_curve(decomposition, [tokens(3)], logit_difference, unit="head", sizes=[0, 2])
+    assert heads.names == ["a0.0", "a0.1"]
+    without_heads = decomposition_of(TinyGPT(), "fc.weight", n_components=2)
     with pytest.raises(apd.UnsupportedModel, match="known to read heads"):
-        compare.faithfulness_curve(decomposition, [tokens(3)], logit_difference, unit="head")
+        compare.faithfulness_curve(without_heads, [tokens(3)], total, unit="head")
 
 
 def test_what_cannot_be_measured():

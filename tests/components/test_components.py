@@ -4,7 +4,7 @@ from support.toy_models import ResidualMLP, decomposition_of
 from torch.testing import assert_close
 
 import apd_lens as apd
-from apd_lens.components._components import initial_components
+from apd_lens.components._components import initial_components, warn_of_too_few
 from apd_lens.components._factors import side_by_side
 
 
@@ -161,3 +161,19 @@ def test_matrices_can_start_whole_in_components_of_their_own(rank: int | None):
 def test_starts_that_cannot_be_are_refused(options: dict, message: str):
     with pytest.raises(apd.InvalidSetting, match=message):
         apd.init(torch.nn.Linear(5, 3), optimization=apd.Optimization(start="matrices"), **options)
+
+
+def test_too_few_components_to_sum_to_a_matrix_are_warned_of():
+    def components(C: int) -> apd.ParameterComponents:
+        return apd.ParameterComponents(
+            {"a": torch.ones(C, 5, 2), "b": torch.ones(C, 9, 2)}, {"a": torch.ones(C, 2, 4), "b": torch.ones(C, 2, 8)}
+        )
+
+    warn_of_too_few(components(4))
+    with pytest.warns(apd.ApdWarning, match=r"b may have rank 8 \(2 matrices are like it\)") as seen:
+        warn_of_too_few(components(1))
+    assert len(seen) == 1
+    model = ResidualMLP(5, 4, 3, 1)
+    with pytest.warns(apd.ApdWarning, match=r"rank 2 at most.* Losses\(faithfulness=0\)"):
+        apd.init(model, n_components=2, rank=1)
+    apd.init(model, n_components=2, rank=1, losses=apd.Losses(faithfulness=0.0))

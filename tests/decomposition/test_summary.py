@@ -18,3 +18,28 @@ def test_the_most_active_come_first_and_the_dead_are_counted():
         ["0", "25.00%", "2.0000", "1.000", "1.00"],
     ]
     assert lines[-1] == "2 components active on this batch, 1 dead (together 0.75 of ‖w‖)"
+
+
+def test_many_matrices_of_long_names_fit_in_120_columns():
+    names = [f"model.layers.{layer}.self_attn.{side}_proj.weight" for layer in (22, 23) for side in "qkvo"]
+
+    def summary(some: list[str]) -> list[str]:
+        return str(
+            Summary(
+                active=torch.tensor([0.25, 0.0, 0.5]),
+                attribution=torch.tensor([2.0, 0.0, 1.0]),
+                norm={name: torch.tensor([1.0, 3.0, 2.0 + i]) for i, name in enumerate(some)},
+                effective_rank={name: torch.full((3,), 1.5) for name in some},
+                dead_share={name: 0.01 * i for i, name in enumerate(some)},
+            )
+        ).splitlines()
+
+    for some in (names[:2], names[:4], names):
+        lines = summary(some)
+        assert max(map(len, lines)) <= 120
+        assert lines[-1] == "L22 q is model.layers.22.self_attn.q_proj.weight"
+    assert lines[0].split("  ")[-1] == "largest norms (effective ranks)"
+    assert lines[2].split()[3:6] == ["L23", "o", "9.000"]
+    assert lines[2].endswith(" others")
+    assert "(together 0.07 of ‖L23 o‖, 0.06 of ‖L23 v‖ and 6 others)" in lines[-2]
+    assert "‖L22 k‖" in summary(names[:2])[0]

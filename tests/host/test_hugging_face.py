@@ -122,6 +122,18 @@ def test_generate_with_a_cache(decomposition: apd.Decomposition):
     assert_all_close(answers(decomposition, ask))
 
 
+def test_generate_with_a_mask_of_positions(decomposition: apd.Decomposition):
+    """With a cache new tokens come one by one, of which a mask of positions says nothing."""
+    model, options = decomposition.target.model, {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    options["attention_mask"] = torch.ones_like(TOKENS)
+    mask = torch.rand(2, 5, decomposition.components.n_components) > 0.5
+    message = r"The mask is \(2, 5, \d+\), but .* on \(2, 1, \d+\).* To generate with a cache, .* mask\.any\(1\)"
+    with decomposition.sparse(mask), pytest.raises(apd.ShapeMismatch, match=message):
+        model.generate(TOKENS, **options)
+    with decomposition.sparse(mask.any(1)):
+        assert model.generate(TOKENS, **options).shape == (2, 8)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_modes(decomposition: apd.Decomposition, mode):
     model = decomposition.target.model
