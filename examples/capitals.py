@@ -94,7 +94,7 @@ def stand_in() -> Host:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return Host(model.eval(), tokenizer, pairs, n_texts=24, length=8)
+    return Host(model.eval(), tokenizer, pairs, n_texts=64, length=8)
 
 
 def continued(model: Any, prompts: list[Tensor], n: int) -> list[Tensor]:
@@ -163,7 +163,7 @@ def main(host: Host, steps: int, out: Path, scan: bool = True) -> tuple[apd.Deco
     shown = [prompts.input_ids[number] for number in range(2)]
     print(f"\n{countries[0]}'s component out of the weights")
     plain = continued(model, shown, 6)
-    with apd.apply_edit(decomposition, ablate=int(after.own[0])):
+    with apd.apply_edit(model, decomposition, ablate=int(after.own[0])):
         edited = continued(model, shown, 6)
     for one, other in zip(plain, edited, strict=True):
         print(f"  before: {tokenizer.decode(one.tolist())}\n  after:  {tokenizer.decode(other.tolist())}")

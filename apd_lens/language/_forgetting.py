@@ -84,7 +84,7 @@ class Forgetting:
                 ("  other texts: KL, mean; 99th percentile", f"{far.mean():.1e}; {far.quantile(0.99):.1e}"),
                 ("all components off, other texts: KL, mean", f"{self.kl_all_off.mean():.1e}"),
             ]
-        return table(("of the prompts' answers", ""), rows)
+        return table((f"{n} prompts", ""), rows)
 
     __repr__ = __str__
 
