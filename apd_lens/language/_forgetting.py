@@ -30,7 +30,8 @@ class Forgetting:
     KL is KL(target ‖ changed model) of the next token, in nats. An answer is the most likely next token.
 
     Attributes:
-        own: the prompt's own component: of its active ones the one that is active on the fewest prompts.
+        own: the prompt's own component: of its active ones the one whose attribution is largest beside its mean over
+            the prompts.
         kl_sparse: of the model on the active components alone.
         kept: whether the answer is the same there.
         kl_off: of the model without the own component of prompt i, on prompt j, `off_i prompt_j`.
@@ -120,8 +121,8 @@ def forgetting(
             "Decompose with output=apd_lens.last_position()."
         )
     active, answers = seen.mask, seen.output.argmax(-1)
-    n_uses = active.sum(0)
-    own = torch.where(active, n_uses, len(active) + 1).argmin(1)
+    beside_mean = seen.attributions / seen.attributions.mean(0).clamp_min(torch.finfo(seen.attributions.dtype).tiny)
+    own = torch.where(active, beside_mean, -1.0).argmax(1)
     sparse = output_with(decomposition, inputs, Mixture(components, active))
     distinct = own.unique()
     some = distinct[torch.linspace(0, len(distinct) - 1, min(most, len(distinct))).long()]

@@ -258,5 +258,5 @@ def second_moments(
 
     for batch in batches:
         inputs = target.read(batch)
-        replaced_pass(target, names, watch, inputs, output)
+        replaced_pass(target, names, watch, inputs, output, keep=True)
     return {side: moments / counts[side] for side, moments in sums.items()}

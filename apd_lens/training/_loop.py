@@ -9,7 +9,6 @@ from apd_lens._block import no_inference_mode
 from apd_lens._errors import InvalidSetting, NonFinite
 from apd_lens._settings import DEFAULTS, RANK, Elsewhere, Optimization
 from apd_lens.attribution._attribution import Attribution
-from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import ValidFn
 from apd_lens.data._stream import stream
 from apd_lens.decomposition._decomposition import Decomposition
@@ -18,14 +17,14 @@ from apd_lens.masks._masking import Masking
 from apd_lens.masks._selection import Selection
 from apd_lens.moves._moves import Moves
 from apd_lens.passes._output import OutputFn, default_output
-from apd_lens.training._state import StepInfo, init
+from apd_lens.training._state import Batches, StepInfo, init
 from apd_lens.training._step import step
 
 
 @no_inference_mode()
 def decompose(
     model: Any,
-    batches: Iterable[Batch] | Callable[[int], Batch],
+    batches: Batches,
     weights: str | Iterable[str] = "*",
     *,
     n_components: int,
@@ -36,7 +35,7 @@ def decompose(
     optimization: Optimization | None = None,
     moves: Moves | None = DEFAULTS.moves,
     masks: Masking | None = None,
-    others: Iterable[Batch] | Callable[[int], Batch] | None = None,
+    others: Batches | None = None,
     elsewhere: Elsewhere | None = None,
     output: OutputFn = default_output,
     valid: ValidFn | None = None,

@@ -69,7 +69,7 @@ def watch(
     Raises:
         NonFinite: NaN or infinity in the batch or in the target's output, unless checks are late.
     """
-    found = next((one for one in seen if one.stream == stream.name and one.kept.is_same(batch)), None)
+    found = _found(seen, stream.name, batch)
     losses = stream.losses
     if found is not None and found.watched is not None:
         usable = found.watched.can_be_attributed or not stream.masking.needs_gradients
@@ -79,10 +79,7 @@ def watch(
             with torch.no_grad():
                 again, _ = replaced_pass(target, names, as_it_is, found.inputs, stream.output)
             return replace(found, watched=replace(found.watched, output=again), has_output=True)
-    kept = Kept.of(batch) if found is None else found.kept
-    # An alias, so that what is kept does not keep the user's tensors alive.
-    aliased = mapped(batch, lambda _, value: value.detach() if isinstance(value, Tensor) else value)
-    inputs = target.read(aliased, device) if found is None else found.inputs
+    kept, inputs = _read(batch, target, device) if found is None else (found.kept, found.inputs)
     readings = readings_of_inputs(inputs, where)
     if late is None:
         raise_first(readings)
@@ -91,6 +88,25 @@ def watch(
     if late is None:
         raise_first(readings[-1:])
     return Seen(stream.name, kept, inputs, watched, True, readings)
+
+
+def before_training(stream: str, batches: Iterable[Batch], target: TargetModel, device: torch.device) -> list[Seen]:
+    """Batches, each once, that are looked at before the first step; what is kept with their inputs serves the steps."""
+    seen: list[Seen] = []
+    for batch in batches:
+        if _found(seen, stream, batch) is None:
+            seen.append(Seen(stream, *_read(batch, target, device), watched=None, has_output=False, readings=[]))
+    return seen
+
+
+def _found(seen: Sequence[Seen], stream: str, batch: Batch) -> Seen | None:
+    return next((one for one in seen if one.stream == stream and one.kept.is_same(batch)), None)
+
+
+def _read(batch: Batch, target: TargetModel, device: torch.device) -> tuple[Kept, Inputs]:
+    """By aliases, so that what is kept does not keep the user's tensors alive."""
+    aliased = mapped(batch, lambda _, value: value.detach() if isinstance(value, Tensor) else value)
+    return Kept.of(batch), target.read(aliased, device)
 
 
 def remembered(seen: Sequence[Seen], now: Iterable[Seen], streams: Iterable[Stream]) -> tuple[Seen, ...]:

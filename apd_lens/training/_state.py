@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from apd_lens.components._components import ParameterComponents, initial_compone
 from apd_lens.data._batch import Batch
 from apd_lens.data._finite import LateChecks, on_gpu
 from apd_lens.data._inputs import ValidFn
-from apd_lens.data._stream import check_again
+from apd_lens.data._stream import check_again, one_pass
 from apd_lens.decomposition._decomposition import Decomposition
-from apd_lens.host._target import TargetModel
+from apd_lens.host._target import TargetModel, evaluating
 from apd_lens.host._wrap import wrap
 from apd_lens.losses._losses import Losses
 from apd_lens.losses._terms import Scales, scales_of
@@ -32,14 +33,18 @@ from apd_lens.moves._start import start_with_matrices
 from apd_lens.passes._output import OutputFn, default_output
 from apd_lens.start._data import fit_to_data
 from apd_lens.training._optimizer import adam
-from apd_lens.training._seen import Seen
+from apd_lens.training._seen import Seen, before_training
 from apd_lens.training._streams import Stream, first_stream, stream_of_others
 from apd_lens.training._unit_norm import normalize_columns
+
+# Batches without end: an iterable that can be gone through again, or a function step -> batch.
+Batches = Iterable[Batch] | Callable[[int], Batch]
 
 # A component counts as alive if it was active at least once in so many steps.
 ALIVE_WINDOW = 100
 
-# Of a function step -> batch, a start that is fitted to data sees the batches of so many steps.
+# A start that is fitted to data sees so many batches, and of a function step -> batch those of so many steps.
+FITTED_BATCHES = 256
 FITTED_STEPS = 32
 
 
@@ -197,8 +202,8 @@ def init(
     output: OutputFn = default_output,
     valid: ValidFn | None = None,
     seed: int = 0,
-    batches: Iterable[Batch] | Callable[[int], Batch] | None = None,
-    others: Iterable[Batch] | Callable[[int], Batch] | None = None,
+    batches: Batches | None = None,
+    others: Batches | None = None,
 ) -> State:
     """A fresh training state: components and an optimizer. Arguments as in `decompose`. Runs forward passes only where
     the start is fitted to data.
@@ -249,8 +254,9 @@ def init(
         moves.start(components, originals)
     if settings.optimization.start == "matrices":
         start_with_matrices(components, originals)
+    seen: tuple[Seen, ...] = ()
     if settings.optimization.start == "data":
-        _fit(target, components, settings, originals, output, batches, others)
+        seen = _fit(target, components, settings, originals, output, batches, others)
     if settings.optimization.unit_norm:
         normalize_columns(components)
     device = next(iter(originals.values())).device
@@ -269,6 +275,7 @@ def init(
         scales=scales_of(settings.losses, list(originals.values())),
         last_active=torch.full((n_components,), -ALIVE_WINDOW, device=device),
         late=late,
+        seen=seen,
         others=() if elsewhere is None else (stream_of_others(settings, elsewhere, output),),
     )
 
@@ -288,30 +295,36 @@ def _fit(
     settings: Settings,
     weights: dict[str, Tensor],
     output: OutputFn,
-    batches: Iterable[Batch] | Callable[[int], Batch] | None,
-    others: Iterable[Batch] | Callable[[int], Batch] | None,
-) -> None:
+    batches: Batches | None,
+    others: Batches | None,
+) -> tuple[Seen, ...]:
+    """Fits the components to data; returns the batches, which were looked at."""
     if batches is None:
         raise InvalidSetting("Optimization(start='data') is fitted to data. Give them: init(…, batches=[…]).")
-    fit_to_data(
-        target,
-        components,
-        weights,
-        _first(batches),
-        None if others is None else _first(others),
-        output,
-        distance=settings.losses.distance,
-        granularity=settings.selection.granularity,
-        generator=draws(settings.seed, 0, "start"),
-    )
+    device = next(components.parameters()).device
+    seen = before_training("", _first(batches), target, device)
+    seen_others = [] if others is None else before_training("others", _first(others), target, device)
+    with evaluating(target.model):
+        fit_to_data(
+            target,
+            components,
+            weights,
+            [one.inputs for one in seen],
+            [one.inputs for one in seen_others] or None,
+            output,
+            distance=settings.losses.distance,
+            granularity=settings.selection.granularity,
+            generator=draws(settings.seed, 0, "start"),
+        )
+    return (*seen, *seen_others)
 
 
-def _first(batches: Iterable[Batch] | Callable[[int], Batch]) -> Iterable[Batch]:
+def _first(batches: Batches) -> Iterable[Batch]:
     """Batches that end."""
     if not isinstance(batches, Iterable):
         return [batches(step) for step in range(FITTED_STEPS)]
     check_again(batches, 2)
-    return batches
+    return islice(one_pass(batches), FITTED_BATCHES)
 
 
 def _check_start(settings: Settings, n_components: int, n_matrices: int) -> None:

@@ -34,9 +34,10 @@ def test_it_is_what_edited_copies_say(decomposition: apd.Decomposition):
     texts = [torch.randint(13, (5, 7)), torch.randint(13, (2, 7))]
     found = forgetting(decomposition, prompts, texts, most=2, progress=False)
     model, active = decomposition.target.model, decomposition.select(prompts)
-    uses = active.sum(0)
+    attributions = decomposition.attributions(prompts)
+    share = attributions / attributions.mean(0)
     assert found.own.tolist() == [
-        min(row.nonzero()[:, 0].tolist(), key=lambda component: (uses[component], component)) for row in active
+        max(row.nonzero()[:, 0].tolist(), key=lambda component: share[i, component]) for i, row in enumerate(active)
     ]
 
     def last(some: torch.nn.Module) -> torch.Tensor:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.toy_models import ResidualMLP
+from support.toy_models import ResidualMLP, tiny_llama
 from torch.testing import assert_close
 
 import apd_lens as apd
@@ -96,3 +96,25 @@ def test_fresh_projections_watch_again():
         patch.setattr(_seen, "watched_pass", lambda *args, **kw: passes.append(1) or original(*args, **kw))
         run(some, (x,), (x,))
     assert len(passes) == 2
+
+
+def test_what_a_fitted_start_looked_at_serves_the_steps():
+    torch.manual_seed(0)
+    x, y = torch.randint(13, (4, 5)), torch.randint(13, (3, 6))
+    fitted = apd.init(
+        tiny_llama(num_hidden_layers=3),
+        weights="model.layers.2.self_attn.[vo]_proj*",
+        n_components=6,
+        batches=[x],
+        others=[y, y],
+        **apd.language_model(),
+    )
+    assert [(one.stream, one.watched) for one in fitted.seen] == [("", None), ("others", None)]
+    assert all(one.inputs.kept for one in fitted.seen)
+    after, _ = apd.step(fitted, x, y)
+    assert [one.inputs for one in after.seen] == [one.inputs for one in fitted.seen]
+
+
+def test_a_fitted_start_needs_data():
+    with pytest.raises(apd.InvalidSetting, match=r"init\(…, batches="):
+        state(optimization=apd.Optimization(start="data"))
