@@ -60,7 +60,7 @@ docs: .venv/installed
 # The overhead of interception, a training step beside the textbook's, its parts beside their floor, growth, ways to
 # compute a sparse product, a language model, how well training with estimated attributions ends, and
 # torch.compile.
-BENCHMARKS := overhead training_step parts growth sparse_product language_model estimated_quality compiled
+BENCHMARKS := overhead training_step parts growth sparse_product language_model targeted estimated_quality compiled
 bench: .venv/installed
 	set -e; for name in $(BENCHMARKS); do echo; echo "== $$name"; $(BIN)/python benchmarks/$$name.py $(ARGS); done
 

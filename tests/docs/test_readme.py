@@ -11,11 +11,14 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_ten_lines_run():
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert code.count("steps=4000") == 1
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
-    path = f"import sys; sys.path.insert(0, {str(ROOT / 'examples')!r})\n"
-    printed = outside.run(path + code.replace("steps=4000", "steps=20"))
-    assert re.fullmatch(r"\d+\.\d% right\n", printed)
+    # In the place of the language model a tiny one, which is trained on the spot.
+    for there, here in {"smollm2": "stand_in", "n=288, length=32": "n=64, length=8", "steps=300": "steps=5"}.items():
+        assert there in code
+        code = code.replace(there, here)
+    printed = outside.run(f"import sys; sys.path.insert(0, {str(ROOT / 'examples')!r})\n" + code)
+    assert "12 of 12" in printed
+    assert "own component off: answer changed" in printed
 
 
 def test_the_readme_is_short_and_says_early_how_to_install():
