@@ -253,6 +253,7 @@ class Decomposition:
             norm={name: spectrum.norm(dim=1) for name, spectrum in spectra.items()},
             effective_rank={name: effective_rank(spectrum) for name, spectrum in spectra.items()},
             dead_share=dead_share,
+            rest=self.residuals(),
         )
 
     on: ClassVar[Callable[..., "Decomposition"]]  # `apd_lens.decomposition._load.on`, as a method

@@ -19,6 +19,7 @@ class Summary:
         effective_rank: name -> exp of the entropy of the normalised singular values, `C`.
         dead_share: name -> ‖Σ P_c of the components that are never active‖ / ‖W‖. No loss keeps them small: they hold
             what faithfulness needs and the data never used.
+        rest: name -> ‖W − Σ P_c‖ / ‖W‖, what the components leave to the rest; "all" for all matrices together.
     """
 
     active: Float[Tensor, " C"]
@@ -26,6 +27,7 @@ class Summary:
     norm: dict[str, Tensor]
     effective_rank: dict[str, Tensor]
     dead_share: dict[str, float]
+    rest: dict[str, float]
 
     @property
     def n_dead(self) -> int:
@@ -43,6 +45,7 @@ class Summary:
         shares = listed([f"{share:.2f} of ‖{short.get(name, name)}‖" for name, share in dead], 2)
         footer = f"{len(shown)} components active on this batch, {self.n_dead} dead"
         footer += f" (together {shares})" if self.n_dead else ""
+        footer += f"; the rest is {self.rest['all']:.2g} of the weights"
         example = next(
             (f"\n{short[name]} is {name}" for name in short if short[name] != name.removesuffix(".weight")), ""
         )

@@ -10,6 +10,7 @@ def test_the_most_active_come_first_and_the_dead_are_counted():
         norm={"w": torch.tensor([1.0, 3.0, 2.0])},
         effective_rank={"w": torch.tensor([1.0, 2.0, 1.5])},
         dead_share={"w": 0.75},
+        rest={"all": 0.25},
     )
     lines = str(summary).splitlines()
     assert lines[0].split() == ["component", "active", "attribution", "‖w‖", "eff.", "rank"]
@@ -17,7 +18,7 @@ def test_the_most_active_come_first_and_the_dead_are_counted():
         ["2", "50.00%", "1.0000", "2.000", "1.50"],
         ["0", "25.00%", "2.0000", "1.000", "1.00"],
     ]
-    assert lines[-1] == "2 components active on this batch, 1 dead (together 0.75 of ‖w‖)"
+    assert lines[-1] == "2 components active on this batch, 1 dead (together 0.75 of ‖w‖); the rest is 0.25 of the weights"
 
 
 def test_many_matrices_of_long_names_fit_in_120_columns():
@@ -31,6 +32,8 @@ def test_many_matrices_of_long_names_fit_in_120_columns():
                 norm={name: torch.tensor([1.0, 3.0, 2.0 + i]) for i, name in enumerate(some)},
                 effective_rank={name: torch.full((3,), 1.5) for name in some},
                 dead_share={name: 0.01 * i for i, name in enumerate(some)},
+                rest={"all": 0.25},
+                rest={"all": 0.25},
             )
         ).splitlines()
 

@@ -27,18 +27,20 @@ HOSTS = {"vectors": vectors_in_two_layers, "lookups": lambda: (Lookup(), torch.r
 
 @pytest.mark.parametrize("biases", [False, True], ids=["", "biases"])
 @pytest.mark.parametrize("fractional", [False, True], ids=["bool", "float"])
-@pytest.mark.parametrize("r", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("r", [0.0, 0.4, 1.0, "of each example"])
 @pytest.mark.parametrize("host", HOSTS)
-def test_substituted_weights(host: str, r: float, fractional: bool, biases: bool):
+def test_substituted_weights(host: str, r: float | str, fractional: bool, biases: bool):
     model, batch = HOSTS[host]()
     model.double()
     batch = batch.double() if batch.is_floating_point() else batch
     target = decomposition_of(model).target.with_biases(biases)
     components = decomposition_of(target).components
     s = torch.rand(6, 5, dtype=torch.float64) if fractional else torch.rand(6, 5) < 0.5
-    with target.intercepted(components.names, Mixture(components, s, r)):
+    rest = torch.rand(6, dtype=torch.float64) if isinstance(r, str) else r
+    with target.intercepted(components.names, Mixture(components, s, rest)):
         came = model(batch)
     for example in range(6):
+        r = rest[example] if isinstance(rest, torch.Tensor) else rest
         weights = {}
         for name in components.names:
             summed = torch.einsum("c,cio->io", s[example].double() - r, components.component_weights(name).double())
