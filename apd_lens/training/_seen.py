@@ -109,17 +109,20 @@ def _read(batch: Batch, target: TargetModel, device: torch.device) -> tuple[Kept
     return Kept.of(batch), target.read(aliased, device)
 
 
-def remembered(seen: Sequence[Seen], now: Iterable[Seen], streams: Iterable[Stream]) -> tuple[Seen, ...]:
-    """What is kept after a step: the batches of before that the user still has, and those of now."""
-    now = list(now)
+def remembered(
+    seen: Sequence[Seen], now: Sequence[Seen], streams: Sequence[Stream], late: LateChecks | None
+) -> tuple[Seen, ...]:
+    """What is kept after a step: the batches of before that the user still has, and those of now. With late checks the
+    passes of now stay whole until the next step, since they say where NaN first appeared."""
+    of_name = {stream.name: stream for stream in streams}
     of_now = {id(one.kept) for one in now}
-    before = [_without_graph(one) for one in seen if id(one.kept) not in of_now and one.kept.is_alive]
+    before = [_lasting(one, of_name[one.stream]) for one in seen if id(one.kept) not in of_now and one.kept.is_alive]
     left = KEPT - sum(one.n_bytes() for one in before)
     after = []
-    for one, stream in zip(now, streams, strict=True):
+    for one in now:
         if not one.kept.copies:
             continue
-        kept = one if _needs_its_graph(one, stream) else replace(one, watched=one.pass_.without_graph())
+        kept = one if late is not None or _needs_its_graph(one, of_name[one.stream]) else _without_graph(one)
         if kept.n_bytes() > left and before:
             kept = replace(kept, watched=kept.pass_.without_output(), has_output=False)
         if kept.n_bytes() > left and before:
@@ -129,11 +132,16 @@ def remembered(seen: Sequence[Seen], now: Iterable[Seen], streams: Iterable[Stre
     return (*before, *after)
 
 
+def _lasting(seen: Seen, stream: Stream) -> Seen:
+    """A batch of an earlier step. Its pass is given up where only the graph is of use."""
+    if seen.watched is None or seen.watched.output.grad_fn is None:
+        return seen
+    return replace(seen, watched=None, has_output=False) if _needs_its_graph(seen, stream) else _without_graph(seen)
+
+
 def _needs_its_graph(seen: Seen, stream: Stream) -> bool:
     return stream.masking.needs_gradients and not seen.pass_.has_jacobians
 
 
 def _without_graph(seen: Seen) -> Seen:
-    """A batch of an earlier step; a graph that was not freed is not held for longer."""
-    holds_graph = seen.watched is not None and seen.watched.output.grad_fn is not None
-    return replace(seen, watched=None) if holds_graph else seen
+    return replace(seen, watched=seen.pass_.without_graph())

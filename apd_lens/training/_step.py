@@ -95,7 +95,7 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
         others=others,
         last_active=last_active,
         step=state.step + 1,
-        seen=remembered(state.seen, seen, streams),
+        seen=remembered(state.seen, seen, streams, state.late),
     )
     return later, info
 

@@ -49,9 +49,12 @@ def test_summary(decomposition: apd.Decomposition):
     W = decomposition.target.weights[name].value()
     assert summary.dead_share[name] == pytest.approx((weights[dead].sum(0).norm() / W.norm()).item(), abs=1e-5)
     lines = str(summary).splitlines()
-    assert lines[0].split()[:6] == ["component", "active", "attribution", f"‖{name}‖", "eff.", "rank"]
-    assert len(lines) == 2 + int((~dead).sum()) + 1
-    assert f"{int((~dead).sum())} components active on this batch, {int(dead.sum())} dead" in lines[-1]
+    columns = [f"‖L0 {side}‖ eff. rank" for side in ("in", "out")]
+    assert lines[0].split() == f"component active attribution {' '.join(columns)}".split()
+    footer = lines[2 + int((~dead).sum())]
+    assert footer.startswith(f"{int((~dead).sum())} components active on this batch, {int(dead.sum())} dead")
+    assert summary.rest == decomposition.residuals()
+    assert f"the rest is {summary.rest['all']:.2g} of the weights" in footer
 
 
 @pytest.mark.parametrize("use", ["ablate", "only", "edited_state_dict"])

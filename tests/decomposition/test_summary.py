@@ -18,7 +18,9 @@ def test_the_most_active_come_first_and_the_dead_are_counted():
         ["2", "50.00%", "1.0000", "2.000", "1.50"],
         ["0", "25.00%", "2.0000", "1.000", "1.00"],
     ]
-    assert lines[-1] == "2 components active on this batch, 1 dead (together 0.75 of ‖w‖); the rest is 0.25 of the weights"
+    assert (
+        lines[-1] == "2 components active on this batch, 1 dead (together 0.75 of ‖w‖); the rest is 0.25 of the weights"
+    )
 
 
 def test_many_matrices_of_long_names_fit_in_120_columns():
@@ -32,7 +34,6 @@ def test_many_matrices_of_long_names_fit_in_120_columns():
                 norm={name: torch.tensor([1.0, 3.0, 2.0 + i]) for i, name in enumerate(some)},
                 effective_rank={name: torch.full((3,), 1.5) for name in some},
                 dead_share={name: 0.01 * i for i, name in enumerate(some)},
-                rest={"all": 0.25},
                 rest={"all": 0.25},
             )
         ).splitlines()

@@ -339,7 +339,7 @@ def test_the_bar_shows_losses_components_and_time(capsys):
     slow.register_forward_pre_hook(lambda module, args: __import__("time").sleep(0.02))
     apd.decompose(slow, batches(), **options)
     bar = capsys.readouterr().err
-    for shown in ("faithfulness", "distance", "simplicity", "k ", "alive", "100%", "40/40", "<"):
+    for shown in ("faithfulness", "minimality", "simplicity", "k ", "alive", "100%", "40/40", "<"):
         assert shown in bar
     apd.decompose(slow, batches(), **FEW)
     assert capsys.readouterr().err == ""
