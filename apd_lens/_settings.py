@@ -9,7 +9,7 @@ from torch import Tensor
 from apd_lens._checks import check_fields
 from apd_lens._codec import saved
 from apd_lens._errors import InvalidSetting
-from apd_lens._schedules import Schedule
+from apd_lens._schedules import HoldThenDecay, Schedule
 from apd_lens.attribution._attribution import Attribution
 from apd_lens.attribution._gradient import GradientAttribution
 from apd_lens.losses._losses import Losses
@@ -187,7 +187,7 @@ def language_model(steps: int = 300, k: int = 2, projections: int = 16) -> dict[
         "rank": 6,
         "selection": TopK(k),
         "attribution": GradientAttribution(projections=projections, fixed=True),
-        "losses": Losses(faithfulness=0.0, distance="kl", simplicity_floor=0.0),
+        "losses": Losses(faithfulness=0.0, distance="kl", simplicity=HoldThenDecay(0.02), simplicity_floor=0.0),
         "elsewhere": Elsewhere(),
         "moves": None,
         "optimization": Optimization(steps=steps, lr=1e-3, scaled=False, start="data"),

@@ -117,7 +117,7 @@ def main(model: Any, tokenizer: Any, steps: int, out: Path, texts: Tensor) -> tu
     def decompose(steps: int) -> apd.Decomposition:
         settings = apd.language_model(steps)
         n_components = len(prompts) + 8
-        return apd.decompose(model, [prompts.batch], weights, n_components=n_components, others=others, **settings)
+        return apd.decompose(model, prompts.batches(), weights, n_components=n_components, others=others, **settings)
 
     decomposition = decompose(0)
     before = apd.language.forgetting(decomposition, prompts.batch, held_out)

@@ -67,6 +67,11 @@ class Prompts:
             padding_side=self.padding_side,
         )
 
+    def batches(self, size: int = 20) -> list[dict[str, Tensor]]:
+        """What a Hugging Face model is called with, so many prompts at a time."""
+        starts = range(0, len(self), size)
+        return [self.some(range(start, min(start + size, len(self)))).batch for start in starts]
+
     def by_length(self) -> list["Prompts"]:
         """The prompts in groups of one number of tokens, the shortest first; none has padding."""
         return [self.some(self.lengths == length) for length in self.lengths.unique().tolist()]

@@ -91,3 +91,11 @@ def test_without_special_tokens():
 def test_what_cannot_work_is_said(make, message):
     with pytest.raises(apd.InvalidSetting, match=message):
         make()
+
+
+def test_prompts_in_batches():
+    prompts = Template(TEXT).prompts(tokenizer(), country=[*COUNTRIES, "Italy"])
+    batches = prompts.batches(3)
+    assert [len(batch["input_ids"]) for batch in batches] == [3, 1]
+    assert torch.equal(batches[1]["input_ids"], prompts.some([3]).input_ids)  # without the padding of the others
+    assert batches[1]["attention_mask"].all()
