@@ -45,7 +45,7 @@ class Summary:
         shares = listed([f"{share:.2f} of ‖{short.get(name, name)}‖" for name, share in dead], 2)
         footer = f"{len(shown)} components active on this batch, {self.n_dead} dead"
         footer += f" (together {shares})" if self.n_dead else ""
-        footer += f"; the rest is {self.rest['all']:.2g} of the weights"
+        footer += f"\nthe rest W − Σ P: {self.rest['all']:.2g} of ‖W‖"
         example = next(
             (f"\n{short[name]} is {name}" for name in short if short[name] != name.removesuffix(".weight")), ""
         )

@@ -49,12 +49,12 @@ def test_summary(decomposition: apd.Decomposition):
     W = decomposition.target.weights[name].value()
     assert summary.dead_share[name] == pytest.approx((weights[dead].sum(0).norm() / W.norm()).item(), abs=1e-5)
     lines = str(summary).splitlines()
-    columns = [f"‖L0 {side}‖ eff. rank" for side in ("in", "out")]
+    columns = [f"‖L0 mlp_{side}‖ eff. rank" for side in ("in", "out")]
     assert lines[0].split() == f"component active attribution {' '.join(columns)}".split()
     footer = lines[2 + int((~dead).sum())]
     assert footer.startswith(f"{int((~dead).sum())} components active on this batch, {int(dead.sum())} dead")
     assert summary.rest == decomposition.residuals()
-    assert f"the rest is {summary.rest['all']:.2g} of the weights" in footer
+    assert f"the rest W − Σ P: {summary.rest['all']:.2g} of ‖W‖" in lines
 
 
 @pytest.mark.parametrize("use", ["ablate", "only", "edited_state_dict"])

@@ -18,9 +18,8 @@ def test_the_most_active_come_first_and_the_dead_are_counted():
         ["2", "50.00%", "1.0000", "2.000", "1.50"],
         ["0", "25.00%", "2.0000", "1.000", "1.00"],
     ]
-    assert (
-        lines[-1] == "2 components active on this batch, 1 dead (together 0.75 of ‖w‖); the rest is 0.25 of the weights"
-    )
+    assert lines[-2] == "2 components active on this batch, 1 dead (together 0.75 of ‖w‖)"
+    assert lines[-1] == "the rest W − Σ P: 0.25 of ‖W‖"
 
 
 def test_many_matrices_of_long_names_fit_in_120_columns():
@@ -45,5 +44,5 @@ def test_many_matrices_of_long_names_fit_in_120_columns():
     assert lines[0].split("  ")[-1] == "largest norms (effective ranks)"
     assert lines[2].split()[3:6] == ["L23", "o", "9.000"]
     assert lines[2].endswith(" others")
-    assert "(together 0.07 of ‖L23 o‖, 0.06 of ‖L23 v‖ and 6 others)" in lines[-2]
+    assert "(together 0.07 of ‖L23 o‖, 0.06 of ‖L23 v‖ and 6 others)" in lines[-3]
     assert "‖L22 k‖" in summary(names[:2])[0]
