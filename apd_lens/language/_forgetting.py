@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from apd_lens._block import no_grad
 from apd_lens._errors import ShapeMismatch
 from apd_lens._table import table
+from apd_lens.components._measures import random_components
 from apd_lens.data._batch import Batch
 from apd_lens.data._points import without_padding
 from apd_lens.data._stream import one_pass
@@ -36,6 +37,8 @@ class Forgetting:
         kept: whether the answer is the same there.
         kl_off: of the model without the own component of prompt i, on prompt j, `off_i prompt_j`.
         changed: whether the answer is another one there.
+        changed_by_twin: whether the answer to each prompt changes without a random component of the same size and
+            singular values in the place of its own, the null control.
         kl_elsewhere: of the model without the own component of some prompt, at each position of other texts; None
             without texts.
         kl_all_off: at each position of other texts, without all components.
@@ -46,6 +49,7 @@ class Forgetting:
     kept: Bool[Tensor, " n"]
     kl_off: Float[Tensor, "n n"]
     changed: Bool[Tensor, "n n"]
+    changed_by_twin: Bool[Tensor, " n"]
     kl_elsewhere: Float[Tensor, "some positions"] | None = None
     kl_all_off: Float[Tensor, " positions"] | None = None
 
@@ -77,6 +81,7 @@ class Forgetting:
                 f"{self.kl_sparse.mean():.1e}; {int(self.kept.sum())} of {n}",
             ),
             ("own component off: answer changed", f"{int(self.forgotten.sum())} of {n}"),
+            ("  its random twin off: answer changed", f"{int(self.changed_by_twin.sum())} of {n}"),
             ("  answers to other prompts changed; KL there", f"{self.others_changed:.2%}; {self.kl_others:.1e}"),
         ]
         if self.kl_elsewhere is not None and self.kl_all_off is not None:
@@ -128,26 +133,30 @@ def forgetting(
     some = distinct[torch.linspace(0, len(distinct) - 1, min(most, len(distinct))).long()]
     everywhere = output or getattr(decomposition.output, "everywhere", decomposition.output) or default_output
     texts = [] if others is None else list(one_pass(others))
-    n_steps = len(distinct) + len(texts) * (len(some) + 1)
+    n_steps = 2 * len(distinct) + len(texts) * (len(some) + 1)
     with tqdm(total=n_steps, desc="forgetting", disable=not progress, mininterval=0.5, dynamic_ncols=True) as bar:
-        without = {}
-        for component in distinct.tolist():
-            off = Mixture(components.picked([component]), 0.0, 1.0)
-            without[component] = output_with(decomposition, inputs, off)
-            bar.update()
+        without, without_twin = {}, {}
+        twins = random_components(components, seed=0)
+        for of, found in ((components, without), (twins, without_twin)):
+            for component in distinct.tolist():
+                off = Mixture(of.picked([component]), 0.0, 1.0)
+                found[component] = output_with(decomposition, inputs, off)
+                bar.update()
         outputs = torch.stack([kl_divergence(seen.output, without[c]) for c in own.tolist()])
         changed = torch.stack([without[c].argmax(-1) != answers for c in own.tolist()])
+        by_twin = torch.stack([without_twin[c][i].argmax(-1) != answers[i] for i, c in enumerate(own.tolist())])
         far, all_off = None, None
         if texts:
             chosen = [[component] for component in some.tolist()] + [list(range(components.n_components))]
-            found = _elsewhere(decomposition, chosen, texts, everywhere, bar.update)
-            far, all_off = torch.stack(found[:-1]), found[-1]
+            of_chosen = _elsewhere(decomposition, chosen, texts, everywhere, bar.update)
+            far, all_off = torch.stack(of_chosen[:-1]), of_chosen[-1]
     return Forgetting(
         own=own.cpu(),
         kl_sparse=kl_divergence(seen.output, sparse).cpu(),
         kept=(sparse.argmax(-1) == answers).cpu(),
         kl_off=outputs.cpu(),
         changed=changed.cpu(),
+        changed_by_twin=by_twin.cpu(),
         kl_elsewhere=far,
         kl_all_off=all_off,
     )
