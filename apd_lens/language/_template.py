@@ -95,7 +95,9 @@ class Template:
     def __post_init__(self) -> None:
         names = [name for _, name, _, _ in self._parts() if name is not None]
         if len(set(names)) != len(names) or not all(name.isidentifier() for name in names):
-            raise InvalidSetting(f"Each slot needs a name of its own, such as {{country}}, and stands in the text once; got {self.text!r}.")
+            raise InvalidSetting(
+                f"Each slot needs a name of its own, such as {{country}}, and stands there once, got {self.text!r}."
+            )
 
     @property
     def slots(self) -> tuple[str, ...]:

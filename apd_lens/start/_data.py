@@ -18,8 +18,8 @@ from apd_lens.host._target import TargetModel
 from apd_lens.losses._outputs import Distance
 from apd_lens.passes._output import OutputFn
 from apd_lens.start._fitted import dual_basis, groups_at_once, padded_rows, truncated
-from apd_lens.start._groups import centred, cosines, grouped, less_means, similarities_of_points
-from apd_lens.start._rows import Rows, rows_of, second_moments
+from apd_lens.start._groups import centred, cosines, grouped, similarities_of_points
+from apd_lens.start._rows import OtherInputs, Rows, other_inputs, rows_of
 
 # Only so many data points are looked at, each with so many projections of the outputs.
 MOST_POINTS = 2**12
@@ -77,6 +77,8 @@ def fit_to_data(
     """Component 0 does what all data points share, each further one the rest of what one of them, or a group, does.
 
     At each place (a position of data points of one shape) the mean input x̄ is shared and x − x̄ is a data point's own.
+    Others of the same shape count in the mean, so that what is left of a data point without its component is what any
+    such input would do.
     On an input x of group g, component 0 should give x̄ W, component g (x − x̄) W, all others 0; and they should do
     little to inputs of other data. With inputs X, their importance for the output D, and the second moments G of the
     others' inputs,
@@ -118,12 +120,12 @@ def fit_to_data(
     compares = "distributions" if distance == "kl" else "numbers"
     rows = rows_of(target, names, one_pass(batches), output, granularity, PROJECTIONS, seed, MOST_POINTS, compares)
     with no_grad():
-        moments = {} if others is None else second_moments(target, names, one_pass(others), output)
+        elsewhere = {} if others is None else other_inputs(target, names, one_pass(others), output, rows)
         regressions = {}
         for name, weight in weights.items():
             transposed = max((side[1] for side in rows.of_sides if side[0] == name), key=lambda t: weight.shape[t])
             side = (name, transposed)
-            regressions[name] = _regression(weight, transposed, rows.of_sides[side], moments.get(side))
+            regressions[name] = _regression(weight, transposed, rows.of_sides[side], elsewhere.get(side))
         _check_importances({name: regression.importance for name, regression in regressions.items()})
         components_of_points = 1 + _groups(list(regressions.values()), len(rows.shapes), components.n_components - 1)
         for name, regression in regressions.items():
@@ -134,7 +136,7 @@ def fit_to_data(
 
 
 def _regression(
-    weight: Float[Tensor, "d_in d_out"], transposed: bool, rows: Rows, moments: Float[Tensor, "d d"] | None
+    weight: Float[Tensor, "d_in d_out"], transposed: bool, rows: Rows, others: OtherInputs | None
 ) -> _Regression:
     weight, x, places = (weight.mT if transposed else weight).double(), rows.x, rows.places
 
@@ -145,12 +147,15 @@ def _regression(
         of_rows = importance(weight[x])
         return _Regression(weight, transposed, rows, None, None, of_rows, of_rows, of_rows[:0], None)
     x = x.double()
-    own = less_means(x, places)
-    counts = torch.bincount(places)
-    shared = x.new_zeros(len(counts), x.shape[1]).index_add_(0, places, x - own).div_(counts[:, None])
+    counts = torch.bincount(places).to(x)
+    shared = x.new_zeros(len(counts), x.shape[1]).index_add_(0, places, x)
+    if others is not None:
+        counts, shared = counts + others.counts.to(x), shared + others.sums.to(x)
+    shared *= torch.where(counts > 1, 1 / counts, 0.0)[:, None]  # what is alone at its place has nothing to share
+    own = x - shared[places]
     metric = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    if moments is not None and (mean := moments.diagonal().mean()) > 0:
-        metric = moments.to(x) + _METRIC_RIDGE * mean * metric
+    if others is not None and (mean := others.moments.diagonal().mean()) > 0:
+        metric = others.moments.to(x) + _METRIC_RIDGE * mean * metric
     of_rows, of_own = importance(x @ weight), importance(own @ weight)
     squares = torch.zeros_like(shared[:, 0]).index_add_(0, places, importance((shared @ weight)[places]).square())
     return _Regression(weight, transposed, rows, shared, own, of_rows, of_own, squares.sqrt(), metric)

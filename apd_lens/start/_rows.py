@@ -1,6 +1,6 @@
 """Inputs of the matrices at the positions of the target data, with gradients there; second moments of other inputs."""
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from apd_lens.host._matrix import Use
 from apd_lens.host._target import TargetModel
 from apd_lens.passes._cotangents import Cotangents
 from apd_lens.passes._output import OutputFn
-from apd_lens.passes._watch import Call, Compares, WatchedPass, replaced_pass, watched_pass
+from apd_lens.passes._watch import Call, Compares, Run, WatchedPass, replaced_pass, watched_pass
 
 # The name of a matrix, and whether it is multiplied from its other side.
 Side = tuple[str, bool]
@@ -54,10 +54,29 @@ class TargetRows:
         of_sides: rows of each side of a matrix that was used.
         shapes: of each data point. Examples with as many positions and the same padding are of one shape, and so are
             all positions.
+        numbers: those of shapes and of places.
+        places: for each side the number of each of its places, the smallest first.
     """
 
     of_sides: dict[Side, Rows]
     shapes: Int[Tensor, " points"]
+    numbers: "_Numbers"
+    places: dict[Side, Int[Tensor, " places"]]
+
+
+@dataclass(frozen=True, eq=False)
+class OtherInputs:
+    """Of one side of a matrix, on other data.
+
+    Attributes:
+        moments: mean of xᵀ x over all positions, padding left out.
+        sums: of x at each place of the target data, from examples of the same shape.
+        counts: how many those are.
+    """
+
+    moments: Float[Tensor, "d d"]
+    sums: Float[Tensor, "places d"]
+    counts: Float[Tensor, " places"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +144,12 @@ def rows_of(
                 n_bytes += rows.gradients.nbytes
         if n_points >= most or n_bytes > _ENOUGH:
             break
-    return TargetRows({side: _joined(target, side, parts) for side, parts in found.items()}, torch.cat(shapes)[:most])
+    return TargetRows(
+        {side: _joined(target, side, parts) for side, parts in found.items()},
+        torch.cat(shapes)[:most],
+        numbers,
+        {side: torch.cat([part.places for part in parts]).unique() for side, parts in found.items()},
+    )
 
 
 def _projections(
@@ -147,13 +171,19 @@ def _projections(
 
 def _shapes(part: WatchedPass, numbers: _Numbers, granularity: Granularity) -> Int[Tensor, "examples data_pos"]:
     """The shape of every data point of a pass; -1 for a position that is padding."""
-    examples, device = len(part.output), part.output.device
+    device = part.output.device
     if granularity == "position":
         shared_positions(part.calls)
         return torch.where(_is_data(part.calls[0].y, part), numbers["positions"], -1)
+    found = [numbers[key] for key in _shape_keys(part)]
+    return torch.tensor(found, device=device)[:, None]
+
+
+def _shape_keys(part: WatchedPass) -> list[Hashable]:
+    """Equal for examples of one shape."""
     lengths = tuple(call.y.shape[1:-1] for call in part.calls)
-    valid = [None] * examples if part.valid is None else [tuple(row) for row in part.valid.tolist()]
-    return torch.tensor([[numbers[lengths, pattern]] for pattern in valid], device=device)
+    valid = [None] * len(part.output) if part.valid is None else [tuple(row) for row in part.valid.tolist()]
+    return [(lengths, pattern) for pattern in valid]
 
 
 def _whole_calls(
@@ -235,28 +265,69 @@ def _joined(target: TargetModel, side: Side, parts: Sequence[Rows]) -> Rows:
 
 
 @no_grad()
-def second_moments(
-    target: TargetModel, names: Sequence[str], batches: Iterable[Batch | Inputs], output: OutputFn
-) -> dict[Side, Float[Tensor, "d d"]]:
-    """Mean of xᵀ x over all positions, padding left out, of each side of a matrix that something is multiplied by."""
-    sums: dict[Side, Tensor] = {}
-    counts: dict[Side, float] = {}
+def other_inputs(
+    target: TargetModel,
+    names: Sequence[str],
+    batches: Iterable[Batch | Inputs],
+    output: OutputFn,
+    rows: TargetRows,
+) -> dict[Side, OtherInputs]:
+    """What inputs are on other data, for each side of a matrix that something is multiplied by.
+
+    Args:
+        rows: of the target data.
+    """
+    moments: dict[Side, Tensor] = {}
+    numbers: dict[Side, float] = {}
+    multiplied = {side: of.x for side, of in rows.of_sides.items() if of.x.is_floating_point()}
+    sums = {side: x.new_zeros(len(rows.places[side]), x.shape[1]).double() for side, x in multiplied.items()}
+    counts = {side: of.new_zeros(len(of)) for side, of in sums.items()}
+    calls: list[Call] = []
 
     def watch(use: Use, x: MatrixInput, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
         y = original()
+        calls.append(Call(use, x.detach().clone(), x, y.detach()))
         if not x.is_floating_point():
             return y
         valid = padded(y, inputs.valid)
-        rows = (x if valid is None else x[valid]).flatten(0, -2).double()
+        of_x = (x if valid is None else x[valid]).flatten(0, -2).double()
         side, matrix = (use.matrix, use.transposed), target.weights[use.matrix]
         d = matrix.d_out if use.transposed else matrix.d_in
-        if side not in sums:
-            sums[side], counts[side] = rows.new_zeros(d, d), 0
-        sums[side][use.rows, use.rows] += rows.mT @ rows
-        counts[side] += len(rows) * rows.shape[-1] / d
+        if side not in moments:
+            moments[side], numbers[side] = of_x.new_zeros(d, d), 0
+        moments[side][use.rows, use.rows] += of_x.mT @ of_x
+        numbers[side] += len(of_x) * of_x.shape[-1] / d
         return y
 
     for batch in batches:
+        calls.clear()
         inputs = target.read(batch)
-        replaced_pass(target, names, watch, inputs, output, keep=True)
-    return {side: moments / counts[side] for side, moments in sums.items()}
+        picked, _ = replaced_pass(target, names, watch, inputs, output, keep=True)
+        run = Run(target, names, inputs, output, None)
+        part = WatchedPass(picked, inputs.valid, list(calls), [], {}, run)
+        for side, places, x in _at_known_places(target, part, rows):
+            if side in sums:
+                sums[side].index_add_(0, places, x.double())
+                counts[side] += torch.bincount(places, minlength=len(counts[side]))
+    return {
+        side: OtherInputs(of / numbers[side], sums[side], counts[side]) for side, of in moments.items() if side in sums
+    }
+
+
+def _at_known_places(
+    target: TargetModel, part: WatchedPass, rows: TargetRows
+) -> Iterator[tuple[Side, Int[Tensor, " rows"], Float[Tensor, "rows d"]]]:
+    """Inputs at places that the target data have too, from examples of one of their shapes."""
+    device = part.output.device
+    shapes = torch.tensor([rows.numbers.get(key, -1) for key in _shape_keys(part)], device=device)[:, None]
+    if bool((shapes < 0).all()):
+        return
+    is_unknown = (shapes < 0).long()
+    for call in _whole_calls(target, part.calls, [[None] * len(part.calls)], 0):
+        places = rows.places.get(call.side)
+        if places is None or not call.x.is_floating_point():
+            continue
+        found = _rows(call, part, is_unknown, shapes, rows.numbers, 1)
+        at = torch.searchsorted(places, found.places).clamp_max(len(places) - 1)
+        is_known = places[at] == found.places
+        yield call.side, at[is_known], found.x[is_known]

@@ -9,7 +9,7 @@ import apd_lens as apd
 from apd_lens.attribution._effects import effects_on_outputs
 from apd_lens.passes._output import default_output
 from apd_lens.passes._watch import watched_pass
-from apd_lens.start._rows import _projections, rows_of, second_moments
+from apd_lens.start._rows import _projections, other_inputs, rows_of
 
 
 def gathered(target, names, batches, granularity="example", most=100, K=3):
@@ -107,16 +107,30 @@ def test_positions_that_are_data_points_have_the_same_projections():
     assert drawn.equal(drawn[:, :1].expand(-1, 4, -1))
 
 
-def test_second_moments_are_of_all_positions_that_are_data():
+def test_moments_of_others_are_of_all_positions_that_are_data():
     target, batch = apd.wrap(tiny_gpt2()), padded_tokens()
     name = "transformer.h.0.attn.c_attn.weight"
-    moments = second_moments(target, [name], [batch, batch], default_output)
-    x = gathered(target, [name], [batch]).of_sides[name, False].x.double()
-    assert_close(moments[name, False], x.mT @ x / len(x), atol=1e-6, rtol=1e-5)
+    rows = gathered(target, [name], [batch])
+    moments = other_inputs(target, [name], [batch, batch], default_output, rows)[name, False].moments
+    x = rows.of_sides[name, False].x.double()
+    assert_close(moments, x.mT @ x / len(x), atol=1e-6, rtol=1e-5)
 
 
-def test_second_moments_know_both_sides_of_a_matrix():
+def test_moments_know_both_sides_of_a_matrix():
     model, batch = HOSTS["tied, one transposed"][0](), torch.rand(4, 7)
     target = apd.wrap(model)
-    moments = second_moments(target, target.match("*"), [batch], default_output)
-    assert sorted((transposed, len(of)) for (_, transposed), of in moments.items()) == [(False, 7), (True, 3)]
+    rows = gathered(target, target.match("*"), [batch])
+    found = other_inputs(target, target.match("*"), [batch], default_output, rows)
+    assert sorted((transposed, len(of.moments)) for (_, transposed), of in found.items()) == [(False, 7), (True, 3)]
+
+
+def test_sums_of_others_are_of_examples_of_the_same_shape():
+    target = apd.wrap(tiny_gpt2())
+    name = "transformer.h.0.attn.c_attn.weight"
+    torch.manual_seed(0)
+    data, same, longer = torch.randint(13, (4, 5)), torch.randint(13, (3, 5)), torch.randint(13, (3, 6))
+    rows = gathered(target, [name], [data])
+    found = other_inputs(target, [name], [same, longer, same[:1]], default_output, rows)[name, False]
+    x = gathered(target, [name], [same]).of_sides[name, False].x.unflatten(0, (3, 5))
+    assert found.counts.tolist() == [4.0] * 5
+    assert_close(found.sums, (x.sum(0) + x[0]).double(), atol=1e-5, rtol=1e-5)
