@@ -129,9 +129,14 @@ def facts(seed: int, steps: int, target_steps: int) -> dict[str, float]:
 
 
 def main(seeds: int, steps: int, target_steps: int) -> None:
-    for name, measure in (("5 of 40 features in superposition", superposition), ("8 of 64 facts in an MLP", facts)):
-        of_seeds = [measure(seed, steps, target_steps) for seed in range(seeds)]
-        print(f"\n{name}, {steps} steps, seeds 0 to {seeds - 1}")
+    runs = [
+        ("5 of 40 features in superposition", superposition, steps),
+        ("8 of 64 facts in an MLP, the fitted start alone", facts, 0),
+        ("8 of 64 facts in an MLP", facts, steps),
+    ]
+    for name, measure, n_steps in runs:
+        of_seeds = [measure(seed, n_steps, target_steps) for seed in range(seeds)]
+        print(f"\n{name}, {n_steps} steps, seeds 0 to {seeds - 1}")
         for what in of_seeds[0]:
             print(f"  {what}: {', '.join(f'{one[what]:.4g}' for one in of_seeds)}", flush=True)
 

@@ -30,7 +30,7 @@ def test_capitals(tmp_path):
 
 def test_a_part_of_toys():
     printed = run("targeted.py", "--seeds", "1", "--steps", "10", "--target-steps", "200")
-    assert printed.count("seeds 0 to 0") == 2
+    assert printed.count("seeds 0 to 0") == 3
     assert "facts with a component of their own: 8" in printed
 
 
