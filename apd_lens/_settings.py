@@ -171,7 +171,7 @@ def paper() -> dict[str, Any]:
     }
 
 
-def language_model(steps: int = 300, k: int = 2, projections: int = 16) -> dict[str, Any]:
+def language_model(steps: int = 300, k: int = 2, projections: int = 8) -> dict[str, Any]:
     """Settings for a few tens or hundreds of prompts of a language model, beside general text, as keyword arguments:
     `decompose(model, prompts, others=texts, …, **language_model())`. They end in minutes on two cores.
 

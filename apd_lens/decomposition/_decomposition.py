@@ -254,9 +254,17 @@ class Decomposition:
             effective_rank={name: effective_rank(spectrum) for name, spectrum in spectra.items()},
             dead_share=dead_share,
             rest=self.residuals(),
+            agreement=self._agreement(batch, k),
         )
 
     on: ClassVar[Callable[..., "Decomposition"]]  # `apd_lens.decomposition._load.on`, as a method
+
+    def _agreement(self, batch: Batch, k: K | None) -> float | None:
+        attribution = self.settings.attribution
+        if not isinstance(attribution, GradientAttribution) or attribution.projections == 1:
+            return None
+        error = self.attribution_error(batch, k)
+        return None if error.relative == 0 else error.agreement
 
     report: ClassVar[Callable[..., Path]]  # `apd_lens.report.write_report`, as a method
 

@@ -20,6 +20,7 @@ class Summary:
         dead_share: name -> ‖Σ P_c of the components that are never active‖ / ‖W‖. No loss keeps them small: they hold
             what faithfulness needs and the data never used.
         rest: name -> ‖W − Σ P_c‖ / ‖W‖, what the components leave to the rest; "all" for all matrices together.
+        agreement: of estimated attributions, see `AttributionError`; None where they are exact, or it cannot be told.
     """
 
     active: Float[Tensor, " C"]
@@ -28,6 +29,7 @@ class Summary:
     effective_rank: dict[str, Tensor]
     dead_share: dict[str, float]
     rest: dict[str, float]
+    agreement: float | None = None
 
     @property
     def n_dead(self) -> int:
@@ -46,6 +48,8 @@ class Summary:
         footer = f"{len(shown)} components active on this batch, {self.n_dead} dead"
         footer += f" (together {shares})" if self.n_dead else ""
         footer += f"\nthe rest W − Σ P: {self.rest['all']:.2g} of ‖W‖"
+        if self.agreement is not None:
+            footer += f"\nattributions are estimates, whose two halves agree on {self.agreement:.0%} of what is active"
         example = next(
             (f"\n{short[name]} is {name}" for name in short if short[name] != name.removesuffix(".weight")), ""
         )

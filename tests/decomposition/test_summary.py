@@ -1,5 +1,6 @@
 import torch
 
+import apd_lens as apd
 from apd_lens.decomposition._summary import Summary
 
 
@@ -46,3 +47,19 @@ def test_many_matrices_of_long_names_fit_in_120_columns():
     assert lines[2].endswith(" others")
     assert "(together 0.07 of ‖L23 o‖, 0.06 of ‖L23 v‖ and 6 others)" in lines[-3]
     assert "‖L22 k‖" in summary(names[:2])[0]
+
+
+def test_where_attributions_are_estimates_it_says_how_well_they_agree():
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(6, 9), torch.randn(12, 6)
+
+    def summary(projections: int | str) -> Summary:
+        attribution = apd.GradientAttribution(projections=projections)
+        return apd.init(model, n_components=8, rank=1, attribution=attribution).decomposition().summary(x)
+
+    assert "estimates" not in str(summary("exact"))
+    assert summary(1).agreement is None
+    some = summary(4)
+    assert some.agreement is not None
+    assert 0 < some.agreement < 1
+    assert str(some).splitlines()[-1].startswith("attributions are estimates, whose two halves agree on ")
