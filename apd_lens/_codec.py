@@ -10,7 +10,11 @@ _CLASSES: dict[str, type] = {}
 
 
 def saved(cls: _C) -> _C:
-    """Lets a frozen dataclass of settings be saved with a decomposition, under its name."""
+    """Lets a frozen dataclass of settings be saved with a decomposition, under its name.
+
+    Where an earlier form of the class had no such field and did something else than the default, its class attribute
+    `UNSAVED` says what: field -> value.
+    """
     known = _CLASSES.setdefault(cls.__name__, cls)
     if known.__module__ != cls.__module__:
         raise TypeError(f"Settings are saved by name, and {cls.__name__} is taken by {known.__module__}.")
@@ -77,4 +81,5 @@ def _decoded(value: Any) -> Any:
     fields = {name: _decoded(item) for name, item in value.items() if name != "type"}
     if value["type"] == "function":
         return UserFunction(str(fields["name"]))
-    return _CLASSES[value["type"]](**fields)
+    cls = _CLASSES[value["type"]]
+    return cls(**getattr(cls, "UNSAVED", {}) | fields)

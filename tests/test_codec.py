@@ -23,6 +23,12 @@ def test_settings_come_back_from_json(settings):
     assert decode_settings(json.loads(json.dumps(encode_settings(settings)))) == settings
 
 
+def test_what_an_earlier_apd_lens_did_not_save_means_what_it_did():
+    """Attributions where the distance is KL were of outputs alike, before there was another metric."""
+    saved_in_0_2 = {"type": "GradientAttribution", "projections": 8, "kind": "rademacher", "memory": 1000}
+    assert decode_settings(saved_in_0_2) == apd.GradientAttribution(8, memory=1000, metric="outputs")
+
+
 def test_functions_are_saved_by_name_alone():
     def twice(batch):
         return 2.0

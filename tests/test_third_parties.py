@@ -63,6 +63,7 @@ class FirstHalf:
     selection: AboveHalf = AboveHalf()
     says_what_is_active: ClassVar[bool] = True
     needs_gradients: ClassVar[bool] = True
+    runs_sparse_passes: ClassVar[bool] = True
 
     def check(self, n_components: int, losses: apd.Losses) -> None: ...
 

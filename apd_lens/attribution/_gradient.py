@@ -9,7 +9,7 @@ Integrated gradients do that on a path of weights; ablations run the model witho
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -71,6 +71,8 @@ class GradientAttribution:
     memory: int = BUDGET
     metric: Literal["auto", "outputs", "fisher"] = "auto"
     fixed: bool = False
+
+    UNSAVED: ClassVar[dict[str, str]] = {"metric": "outputs"}  # of decompositions of apd_lens 0.2
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -152,11 +152,13 @@ class Kept:
     """A batch, and what its tensors held.
 
     Attributes:
+        ids: which objects its arguments were.
         values: its arguments; tensors by weak references, since they are the user's.
         copies: of its tensors.
         versions: for each, how often it was changed in place; None where torch does not count (inference mode).
     """
 
+    ids: tuple[int, ...]
     values: dict[Key, Any]
     copies: list[Tensor]
     versions: list[int | None]
@@ -164,7 +166,7 @@ class Kept:
     @staticmethod
     def of(batch: Batch) -> "Kept":
         values = {key: weakref.ref(value) if isinstance(value, Tensor) else value for key, value in _items(batch)}
-        return Kept(values, [value.detach().clone() for value in tensors(batch)], _versions(batch))
+        return Kept(ids_of(batch), values, [value.detach().clone() for value in tensors(batch)], _versions(batch))
 
     @property
     def is_alive(self) -> bool:
@@ -202,6 +204,11 @@ class Kept:
 
     def _pairs(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         return list(zip(tensors(batch), self.copies, strict=True))
+
+
+def ids_of(batch: Batch) -> tuple[int, ...]:
+    """Which objects the arguments are."""
+    return tuple(id(value) for _, value in _items(batch))
 
 
 def _items(batch: Batch) -> list[tuple[Key, Any]]:

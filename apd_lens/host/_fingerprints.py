@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apd_lens.host._matrix import WeightMatrix
 
@@ -13,10 +13,16 @@ SAMPLED = 2**20
 
 def mark(matrix: "WeightMatrix") -> tuple[Any, ...]:
     """Differs once a matrix was put in another place, or written to through torch."""
-    tensors = [matrix.parameter] if matrix.bias is None else [matrix.parameter, matrix.bias_parameter]
-    return tuple(
-        (id(tensor), 0 if tensor.is_meta else tensor.data_ptr(), tensor.dtype, _version(tensor)) for tensor in tensors
-    )
+    return tuple(map(_mark, [matrix.parameter] if matrix.bias is None else [matrix.parameter, matrix.bias_parameter]))
+
+
+def mark_of_model(model: nn.Module) -> tuple[Any, ...]:
+    """The same of all parameters and buffers."""
+    return tuple(map(_mark, [*model.parameters(), *model.buffers()]))
+
+
+def _mark(tensor: Tensor) -> tuple[Any, ...]:
+    return id(tensor), 0 if tensor.is_meta else tensor.data_ptr(), tensor.dtype, _version(tensor)
 
 
 def _version(tensor: Tensor) -> int:

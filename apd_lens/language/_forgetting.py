@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from apd_lens._block import no_grad
 from apd_lens._errors import ShapeMismatch
 from apd_lens._table import table
+from apd_lens.components._components import ParameterComponents
 from apd_lens.components._measures import random_components
 from apd_lens.data._batch import Batch
 from apd_lens.data._points import without_padding
@@ -19,7 +20,7 @@ from apd_lens.data._stream import one_pass
 from apd_lens.decomposition._decomposition import Decomposition, output_with
 from apd_lens.host._target import evaluating
 from apd_lens.losses._outputs import kl_divergence
-from apd_lens.passes._output import OutputFn, default_output
+from apd_lens.passes._output import OutputFn, default_output, everywhere
 from apd_lens.passes._replace import Mixture
 from apd_lens.passes._watch import as_it_is, replaced_pass
 
@@ -129,34 +130,33 @@ def forgetting(
     beside_mean = seen.attributions / seen.attributions.mean(0).clamp_min(torch.finfo(seen.attributions.dtype).tiny)
     own = torch.where(active, beside_mean, -1.0).argmax(1)
     sparse = output_with(decomposition, inputs, Mixture(components, active))
-    distinct = own.unique()
+    distinct, numbers = own.unique(return_inverse=True)
     some = distinct[torch.linspace(0, len(distinct) - 1, min(most, len(distinct))).long()]
-    everywhere = output or getattr(decomposition.output, "everywhere", decomposition.output) or default_output
+    at_all = output or everywhere(decomposition.output or default_output)
     texts = [] if others is None else list(one_pass(others))
     n_steps = 2 * len(distinct) + len(texts) * (len(some) + 1)
     with tqdm(total=n_steps, desc="forgetting", disable=not progress, mininterval=0.5, dynamic_ncols=True) as bar:
-        without, without_twin = {}, {}
+
+        def off(of: ParameterComponents, component: int) -> tuple[Tensor, Tensor]:
+            without = output_with(decomposition, inputs, Mixture(of.picked([component]), 0.0, 1.0))
+            bar.update()
+            return kl_divergence(seen.output, without), without.argmax(-1) != answers
+
         twins = random_components(components, seed=0)
-        for of, found in ((components, without), (twins, without_twin)):
-            for component in distinct.tolist():
-                off = Mixture(of.picked([component]), 0.0, 1.0)
-                found[component] = output_with(decomposition, inputs, off)
-                bar.update()
-        outputs = torch.stack([kl_divergence(seen.output, without[c]) for c in own.tolist()])
-        changed = torch.stack([without[c].argmax(-1) != answers for c in own.tolist()])
-        by_twin = torch.stack([without_twin[c][i].argmax(-1) != answers[i] for i, c in enumerate(own.tolist())])
+        kl_off, changed = map(torch.stack, zip(*(off(components, c) for c in distinct.tolist()), strict=True))
+        changed_by_twin = torch.stack([off(twins, c)[1] for c in distinct.tolist()])[numbers].diagonal()
         far, all_off = None, None
         if texts:
             chosen = [[component] for component in some.tolist()] + [list(range(components.n_components))]
-            of_chosen = _elsewhere(decomposition, chosen, texts, everywhere, bar.update)
+            of_chosen = _elsewhere(decomposition, chosen, texts, at_all, bar.update)
             far, all_off = torch.stack(of_chosen[:-1]), of_chosen[-1]
     return Forgetting(
         own=own.cpu(),
         kl_sparse=kl_divergence(seen.output, sparse).cpu(),
         kept=(sparse.argmax(-1) == answers).cpu(),
-        kl_off=outputs.cpu(),
-        changed=changed.cpu(),
-        changed_by_twin=by_twin.cpu(),
+        kl_off=kl_off[numbers].cpu(),
+        changed=changed[numbers].cpu(),
+        changed_by_twin=changed_by_twin.cpu(),
         kl_elsewhere=far,
         kl_all_off=all_off,
     )

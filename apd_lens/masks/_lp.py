@@ -91,6 +91,10 @@ class Lp:
     def needs_gradients(self) -> bool:
         return True
 
+    @property
+    def runs_sparse_passes(self) -> bool:
+        return False
+
     def masks(
         self,
         watched: WatchedPass,

@@ -47,6 +47,7 @@ class Masking(Protocol):
         selection: which components are active, after the training.
         says_what_is_active: whether a step has a mask of active components, which some moves need.
         needs_gradients: whether the masks of a batch need the graph of the target's pass.
+        runs_sparse_passes: whether minimality is of a sparse pass, and not `Masks.minimality`.
     """
 
     @property
@@ -60,6 +61,9 @@ class Masking(Protocol):
 
     @property
     def needs_gradients(self) -> bool: ...
+
+    @property
+    def runs_sparse_passes(self) -> bool: ...
 
     def check(self, n_components: int, losses: Losses) -> None:
         """Raises InvalidSetting for what cannot work with so many components, or with these losses."""
@@ -110,6 +114,10 @@ class Attributed:
     def needs_gradients(self) -> bool:
         return True
 
+    @property
+    def runs_sparse_passes(self) -> bool:
+        return True
+
     def check(self, n_components: int, losses: Losses) -> None:
         self.selection.check(n_components)
 
@@ -147,6 +155,10 @@ class NoneActive:
     @property
     def needs_gradients(self) -> bool:
         return False
+
+    @property
+    def runs_sparse_passes(self) -> bool:
+        return True
 
     def check(self, n_components: int, losses: Losses) -> None: ...
 

@@ -55,7 +55,8 @@ class ClusterMoves:
             each for its own data points: 2 is all, for two directions that have nothing to do with each other; 1 is one
             direction that is cut in two. What fills a plane, or more dimensions, is in between.
         residual: whether to add W − Σ_c P_c to a free component, so that it finds work. This alone, without splits
-            and merges, revives few: what the others leave undone is little.
+            and merges, revives few: what the others leave undone is little. Not where there are other data, since it
+            then belongs to the rest.
     """
 
     every: int = 100
@@ -108,7 +109,7 @@ class ClusterMoves:
             ):
                 touched |= {old, free.pop(0)}
                 n_moves += 1
-        if self.residual and free:
+        if self.residual and context.sums_to_weights and free:
             norms = similarities(components, weights, free).diagonal()
             smallest = free[int(norms.argmin())]
             for name, weight in weights.items():

@@ -22,6 +22,7 @@ class MoveContext:
         watched: the target's pass over the batch of the step.
         attributions, active: of that batch; `active` only for moves that need it.
         generator: on the CPU.
+        sums_to_weights: whether components are to sum to the weights; else what they lack belongs to the rest.
     """
 
     components: ParameterComponents
@@ -31,6 +32,7 @@ class MoveContext:
     attributions: Float[Tensor, "batch *pos C"]
     active: Bool[Tensor, "batch *pos C"] | None
     generator: torch.Generator
+    sums_to_weights: bool = True
 
 
 @runtime_checkable

@@ -24,6 +24,11 @@ def default_output(value: Any) -> Any:
     return getattr(value, "logits", value)
 
 
+def everywhere(output: OutputFn) -> OutputFn:
+    """The same output at all positions, where it is one of some."""
+    return getattr(output, "everywhere", output)
+
+
 class OfPositions:
     """An output that knows the batch's padding: the logits at some positions of each example.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from apd_lens.host._fingerprints import mark_of_model
 from apd_lens.host._patch import PatchedForward
 
 # Modules that so few decomposable matrices come before are as quickly run as looked up.
@@ -25,9 +26,14 @@ Patches = Sequence[tuple[nn.Module, PatchedForward]]
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """Outputs of modules, in the order of their calls."""
+    """Outputs of modules, in the order of their calls.
+
+    Attributes:
+        mark: of the model that gave them.
+    """
 
     kept: Sequence[tuple[nn.Module, Any]]
+    mark: tuple[Any, ...]
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -130,7 +136,8 @@ class Recorder:
                 return leaf.new_full((), torch.nan).detach().expand(leaf.shape)
             return leaf.detach().clone()
 
-        found = Prefix([(returned.module, tree_map(kept, returned.output)) for returned in self._returned])
+        outputs = [(returned.module, tree_map(kept, returned.output)) for returned in self._returned]
+        found = Prefix(outputs, mark_of_model(self._model))
         self.start()
         return found
 

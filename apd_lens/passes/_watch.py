@@ -17,6 +17,7 @@ from apd_lens.data._finite import Reading, count_not_finite, on_gpu, raise_first
 from apd_lens.data._inputs import Inputs
 from apd_lens.data._points import Valid, padded, zero_at_padding
 from apd_lens.host._adapter import Intercept
+from apd_lens.host._fingerprints import mark_of_model
 from apd_lens.host._matrix import Use
 from apd_lens.host._patch import outside_traces
 from apd_lens.host._sites import activations_kept
@@ -378,7 +379,7 @@ def _run(
         keep: keeps it, if that is worth it.
     """
     hidden, key = list(hidden), tuple(names)
-    prefix = None if hidden else inputs.kept.get(key)
+    prefix = None if hidden else _kept(inputs, key, target.model)
     keep = keep and not hidden and prefix is None and is_worth_it(names, target.weights)
     recorder, replay = Recorder(target.model), Replay(prefix)
     beside: Recorder | Replay = recorder if keep else replay
@@ -405,6 +406,15 @@ def _run(
     if keep:
         _keep(target, names, inputs, output, recorder.prefix(), picked)
     return picked, has_nan, kept
+
+
+def _kept(inputs: Inputs, key: tuple[str, ...], model: nn.Module) -> Prefix | None:
+    """What is kept in front of these matrices, if the model is still what it was."""
+    prefix = inputs.kept.get(key)
+    if prefix is not None and prefix.mark != mark_of_model(model):
+        del inputs.kept[key]
+        return None
+    return prefix
 
 
 def _keep(

@@ -141,6 +141,17 @@ class Passes:
     def __post_init__(self) -> None:
         self.number = {row: number for number, row in enumerate(self.layout.rows)}
 
+    def counted(self) -> Callable[[Use], tuple[int, int]]:
+        """For each use of a forward in turn: its row, and which call of the row it is."""
+        calls: Counter[int] = Counter()
+
+        def key(use: Use) -> tuple[int, int]:
+            row = self.number[use.matrix, use.site]
+            calls[row] += 1
+            return row, calls[row] - 1
+
+        return key
+
     def names(self) -> list[str]:
         """All scanned matrices. Every pass takes all of them: a forward is looked at anew for other ones, which takes
         longer than to go through them."""
@@ -156,22 +167,20 @@ class Passes:
         self, inputs: Inputs, groups: Groups, sums: dict[tuple[int, int], Tensor] | None, n_alike: int
     ) -> Float[Tensor, "batch *pos n_outputs"]:
         """The output of the model as it is; what places give is added to the sums."""
-        calls: Counter[int] = Counter()
-        has = groups.has
+        key_of, has = self.counted(), groups.has
         size, width = 0, 0
 
         def add(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
             nonlocal size, width
             y = original()
             size, width = max(size, y.numel() * y.element_size()), y.shape[-1]
-            row = self.last_row = self.number[use.matrix, use.site]
+            key = key_of(use)
+            self.last_row = key[0]
             if sums is not None:
                 here = groups.at(self._whole(y, inputs.n_examples)) * has[..., None, None]
                 total = here.new_zeros(n_alike, *here.shape[:1], *here.shape[2:], dtype=torch.float32)
                 total.index_add_(0, groups.alike, here.movedim(1, 0).float())
-                key = row, calls[row]
                 sums[key] = sums[key] + total if key in sums else total
-            calls[row] += 1
             return y
 
         output, _ = replaced_pass(self.target, self.names(), add, inputs, self.output)
@@ -199,31 +208,25 @@ class Passes:
             for step in range(1, steps):
                 pairs = zip(summed, self._gradients(part, step / steps)[1], strict=True)
                 summed = [one if other is None else other if one is None else one + other for one, other in pairs]
-            calls: Counter[int] = Counter()
+            key_of = self.counted()
             for call, gradient in zip(watched.calls, summed, strict=True):
-                row = self.number[call.use.matrix, call.use.site]
-                key = row, calls[row]
-                calls[row] += 1
+                key = key_of(call.use)
                 if gradient is None:
                     continue
                 y = self._whole(call.y.detach(), part.inputs.n_examples)
                 change = part.groups.at(y).float() - self._instead(key, part, y)
                 effect = change * part.groups.at(self._whole(gradient, len(y))).float() / steps
                 effect = effect.nan_to_num() * part.groups.own[..., None]
-                total[row] += effect.sum((1, 2, 3)).double().cpu()
+                total[key[0]] += effect.sum((1, 2, 3)).double().cpu()
         return (total / self.n_prompts()).float()
 
     def _gradients(self, part: Part, alpha: float) -> tuple[WatchedPass, Sequence[Tensor | None]]:
         """∂metric/∂y of every call, with the sources at this place between what replaces them and what they give."""
-        n, groups = part.inputs.n_examples, part.groups
-        calls: Counter[int] = Counter()
+        n, groups, key_of = part.inputs.n_examples, part.groups, self.counted()
 
         def between(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-            y = original()
-            row = self.number[use.matrix, use.site]
-            key = row, calls[row]
-            calls[row] += 1
-            if row not in self.sources:
+            y, key = original(), key_of(use)
+            if key[0] not in self.sources:
                 return y
             clean = self._whole(y, n)
             whole, instead = clean.clone(), self._instead(key, part, clean)
@@ -277,15 +280,11 @@ class Passes:
     def _replicates(self, part: Part, plans: Sequence[Collection[Place]]) -> Float[Tensor, "plan batch *pos n_outputs"]:
         """The output of a batch with each plan's places ablated, all in one forward."""
         plans = plans if part.donor is None else [(), *plans]  # donors give what they do in a clean replicate
-        n, groups = part.inputs.n_examples, part.groups
-        calls: Counter[int] = Counter()
+        n, groups, key_of = part.inputs.n_examples, part.groups, self.counted()
 
         def ablate(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-            y = original()
-            row = self.number[use.matrix, use.site]
-            key = row, calls[row]
-            calls[row] += 1
-            places = [(at, group) for at, plan in enumerate(plans) for r, group in plan if r == row]
+            y, key = original(), key_of(use)
+            places = [(at, group) for at, plan in enumerate(plans) for row, group in plan if row == key[0]]
             if not places:
                 return y
             whole = self._whole(y, n * len(plans)).clone().unflatten(0, (len(plans), n))

@@ -1,19 +1,23 @@
 """What is kept of a batch for the time that it comes again: the target never changes, so nothing of it is run twice.
 
-Kept are the inputs with what comes before the first decomposed matrix, x of every use, the gradients of the outputs if
-they are the same each time, and the target's output. They are kept as long as the user keeps the batch's tensors and
-while they fit into `KEPT` bytes; the outputs go first, since they are the largest and cost one pass.
+Which batches come again is known of lists (`State.returning`). Kept are the inputs with what comes before the first
+decomposed matrix, x of every use, the gradients of the outputs if they are the same each time, and the target's output.
+They are kept as long as the user keeps the batch's tensors, the model is what it was, and they fit into `KEPT` bytes;
+the outputs go first, since they are the largest and cost one pass.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from apd_lens.data._batch import Batch, Kept, mapped
+from apd_lens.data._batch import Batch, Kept, ids_of, mapped
 from apd_lens.data._finite import LateChecks, Reading, raise_first
 from apd_lens.data._inputs import Inputs, readings_of_inputs
+from apd_lens.host._fingerprints import mark_of_model
 from apd_lens.host._target import TargetModel
 from apd_lens.passes._watch import WatchedPass, as_it_is, reading_of_output, replaced_pass, watched_pass
 from apd_lens.training._streams import Stream
@@ -31,6 +35,7 @@ class Seen:
         watched: the pass; None where its graph was needed and was freed.
         has_output: whether the pass still has the output, and not a stand-in for it.
         readings: of the batch and the target's output; looked at already where checks are not late.
+        mark: of the model, which may be changed beside the decomposed matrices.
     """
 
     stream: str
@@ -39,6 +44,7 @@ class Seen:
     watched: WatchedPass | None
     has_output: bool
     readings: list[Reading]
+    mark: tuple[Any, ...]
 
     @property
     def pass_(self) -> WatchedPass:
@@ -46,6 +52,7 @@ class Seen:
         assert self.watched is not None
         return self.watched
 
+    @cached_property
     def n_bytes(self) -> int:
         """What it takes, without what the user keeps."""
         held = [*self.kept.copies, *(one for prefix in self.inputs.kept.values() for one in prefix.tensors())]
@@ -69,8 +76,9 @@ def watch(
     Raises:
         NonFinite: NaN or infinity in the batch or in the target's output, unless checks are late.
     """
-    found = _found(seen, stream.name, batch)
-    losses = stream.losses
+    found, mark, losses = _found(seen, stream.name, batch), mark_of_model(target.model), stream.losses
+    if found is not None and found.mark != mark:
+        found = None
     if found is not None and found.watched is not None:
         usable = found.watched.can_be_attributed or not stream.masking.needs_gradients
         if usable and found.has_output:
@@ -87,20 +95,21 @@ def watch(
     readings.append(reading_of_output(watched.output, where, watched))
     if late is None:
         raise_first(readings[-1:])
-    return Seen(stream.name, kept, inputs, watched, True, readings)
+    return Seen(stream.name, kept, inputs, watched, True, readings, mark)
 
 
 def before_training(stream: str, batches: Iterable[Batch], target: TargetModel, device: torch.device) -> list[Seen]:
     """Batches, each once, that are looked at before the first step; what is kept with their inputs serves the steps."""
-    seen: list[Seen] = []
+    seen, mark = list[Seen](), mark_of_model(target.model)
     for batch in batches:
         if _found(seen, stream, batch) is None:
-            seen.append(Seen(stream, *_read(batch, target, device), watched=None, has_output=False, readings=[]))
+            seen.append(Seen(stream, *_read(batch, target, device), None, False, [], mark))
     return seen
 
 
 def _found(seen: Sequence[Seen], stream: str, batch: Batch) -> Seen | None:
-    return next((one for one in seen if one.stream == stream and one.kept.is_same(batch)), None)
+    ids = ids_of(batch)
+    return next((one for one in seen if one.stream == stream and one.kept.ids == ids and one.kept.is_same(batch)), None)
 
 
 def _read(batch: Batch, target: TargetModel, device: torch.device) -> tuple[Kept, Inputs]:
@@ -110,24 +119,33 @@ def _read(batch: Batch, target: TargetModel, device: torch.device) -> tuple[Kept
 
 
 def remembered(
-    seen: Sequence[Seen], now: Sequence[Seen], streams: Sequence[Stream], late: LateChecks | None
+    seen: Sequence[Seen],
+    now: Sequence[Seen],
+    streams: Sequence[Stream],
+    late: LateChecks | None,
+    returning: Collection[str],
 ) -> tuple[Seen, ...]:
-    """What is kept after a step: the batches of before that the user still has, and those of now. With late checks the
-    passes of now stay whole until the next step, since they say where NaN first appeared."""
+    """What is kept after a step: the batches of now, and of streams whose batches come again those of before that the
+    user still has. With late checks the passes of now stay whole until the next step, since they say where NaN first
+    appeared."""
     of_name = {stream.name: stream for stream in streams}
     of_now = {id(one.kept) for one in now}
-    before = [_lasting(one, of_name[one.stream]) for one in seen if id(one.kept) not in of_now and one.kept.is_alive]
-    left = KEPT - sum(one.n_bytes() for one in before)
+    before = [
+        _lasting(one, of_name[one.stream])
+        for one in seen
+        if one.stream in returning and id(one.kept) not in of_now and one.kept.is_alive
+    ]
+    left = KEPT - sum(one.n_bytes for one in before)
     after = []
     for one in now:
         if not one.kept.copies:
             continue
         kept = one if late is not None or _needs_its_graph(one, of_name[one.stream]) else _without_graph(one)
-        if kept.n_bytes() > left and before:
+        if kept.n_bytes > left and before:
             kept = replace(kept, watched=kept.pass_.without_output(), has_output=False)
-        if kept.n_bytes() > left and before:
+        if kept.n_bytes > left and before:
             continue
-        left -= kept.n_bytes()
+        left -= kept.n_bytes
         after.append(kept)
     return (*before, *after)
 

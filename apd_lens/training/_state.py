@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any
@@ -60,6 +60,7 @@ class State:
         late: on a GPU, checks for NaN and infinity that are looked at a step later; None where they are made at once.
         seen: batches that may come again, and what the target made of them.
         others: streams beside that of the settings.
+        returning: names of streams whose batches come again; of others only the last one is kept.
     """
 
     target: TargetModel
@@ -75,6 +76,7 @@ class State:
     step: int = 0
     seen: tuple[Seen, ...] = ()
     others: tuple[Stream, ...] = ()
+    returning: frozenset[str] = frozenset()
 
     @property
     def streams(self) -> tuple[Stream, ...]:
@@ -209,7 +211,8 @@ def init(
     the start is fitted to data.
 
     Args:
-        batches, others: what `Optimization(start="data")` is fitted to; else not looked at.
+        batches, others: what `Optimization(start="data")` is fitted to. Of lists that are shorter than the training
+            the batches come again, and what the target makes of them is kept. Not needed else.
 
     Raises:
         UnknownWeight, UnsupportedModel: see `TargetModel.match`.
@@ -276,12 +279,20 @@ def init(
         last_active=torch.full((n_components,), -ALIVE_WINDOW, device=device),
         late=late,
         seen=seen,
+        returning=frozenset(
+            name for name, some in (("", batches), ("others", others)) if _come_again(some, settings.optimization.steps)
+        ),
         others=() if elsewhere is None else (stream_of_others(settings, elsewhere, output),),
     )
 
 
 def _check(settings: Settings, n_components: int) -> None:
     settings.masking.check(n_components, settings.losses)
+    if settings.elsewhere is not None and not settings.masking.runs_sparse_passes:
+        raise InvalidSetting(
+            f"Where there are others, sparse passes alone say what components must do, and {settings.selection} makes "
+            "none. Use TopK or BatchTopK."
+        )
     if settings.moves is not None and settings.moves.needs_active and not settings.masking.says_what_is_active:
         raise InvalidSetting(
             f"{type(settings.moves).__name__} look at which components are active, which {settings.selection} does not "
@@ -317,6 +328,11 @@ def _fit(
             generator=draws(settings.seed, 0, "start"),
         )
     return (*seen, *seen_others)
+
+
+def _come_again(batches: Batches | None, n_steps: int) -> bool:
+    """Whether the same tensors come several times, as far as can be said before."""
+    return isinstance(batches, Sequence) and len(batches) < n_steps
 
 
 def _first(batches: Batches) -> Iterable[Batch]:

@@ -18,7 +18,6 @@ from apd_lens.host._unchanged import check_unchanged
 from apd_lens.losses._terms import LOSS_TERMS, distance_scale, hidden_terms, output_distance, weight_terms, weighted_sum
 from apd_lens.masks._masking import Masks
 from apd_lens.moves._moves import MoveContext, are_due
-from apd_lens.passes._replace import Mixture
 from apd_lens.passes._watch import WatchedPass, replaced_pass
 from apd_lens.training._optimizer import update
 from apd_lens.training._seen import remembered, watch
@@ -95,7 +94,7 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
         others=others,
         last_active=last_active,
         step=state.step + 1,
-        seen=remembered(state.seen, seen, streams, state.late),
+        seen=remembered(state.seen, seen, streams, state.late, state.returning),
     )
     return later, info
 
@@ -113,13 +112,11 @@ def stream_terms(
     if masks.minimality is not None:
         terms["minimality"] = masks.minimality
     else:
-        assert masks.active is not None
         if losses.normalization == "relative":
             share = importance.float().mean().clamp_min(1e-12)  # none may be active
-        mixes = stream.mixes(masks.active, masks.n_active, losses, state.draws_on_device(stream.named("path")))
-        for name, mix in mixes.items():
+        mixtures = stream.mixtures(components, masks, losses, state.draws_on_device(stream.named("path")))
+        for name, mixture in mixtures.items():
             hidden_at = losses.hidden_at if name == "minimality" else ()
-            mixture = Mixture(components, mix.on, mix.rest, mix.n_active)
             output, found = replaced_pass(state.target, components.names, mixture, run.inputs, run.output, hidden_at)
             terms[name] = output_distance(watched, output, losses, scale)
             hidden |= found
@@ -144,6 +141,7 @@ def make_moves(state: State, watched: WatchedPass, masks: Masks) -> int:
             attributions=masks.attributions,
             active=masks.active,
             generator=state.draws("moves"),
+            sums_to_weights=state.settings.elsewhere is None,
         )
     )
     if n_moves and state.settings.optimization.unit_norm:

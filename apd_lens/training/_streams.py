@@ -7,50 +7,47 @@ import torch
 from torch import Tensor
 
 from apd_lens._settings import Elsewhere, Settings
-from apd_lens.components._factors import Mask
+from apd_lens.components._components import ParameterComponents
 from apd_lens.losses._losses import Losses
-from apd_lens.masks._masking import Attributed, Masking, NoneActive
+from apd_lens.masks._masking import Attributed, Masking, Masks, NoneActive
 from apd_lens.masks._sampling import path_mask
-from apd_lens.passes._output import OutputFn, default_output
+from apd_lens.passes._output import OutputFn, default_output, everywhere
+from apd_lens.passes._replace import Mixture
+
+# The components, their masks on a batch, the losses, draws -> name of a loss term -> what the model runs on for it.
+Mixtures = Callable[[ParameterComponents, Masks, Losses, torch.Generator], dict[str, Mixture]]
 
 
-@dataclass(frozen=True, eq=False)
-class Mix:
-    """What the model runs on in one pass of a step: how much of each component is on, and of the rest W − Σ P.
-
-    Attributes:
-        n_active: number of True in `on`, if that is known.
-    """
-
-    on: Mask
-    rest: Tensor | float = 0.0
-    n_active: int | None = None
-
-
-# The masks of active components, how many are active, the losses, draws -> name of a loss term -> its pass.
-Mixes = Callable[[Tensor, int | None, Losses, torch.Generator], dict[str, Mix]]
-
-
-def of_components(active: Tensor, n_active: int | None, losses: Losses, draws: torch.Generator) -> dict[str, Mix]:
+def of_components(
+    components: ParameterComponents, masks: Masks, losses: Losses, draws: torch.Generator
+) -> dict[str, Mixture]:
     """The active components alone; and with a random part of each other one."""
-    mixes = {"minimality": Mix(active, n_active=n_active)}
-    return mixes | ({"path": Mix(path_mask(active, draws))} if losses.path else {})
+    assert masks.active is not None
+    mixtures = {"minimality": Mixture(components, masks.active, n_active=masks.n_active)}
+    if losses.path:
+        mixtures["path"] = Mixture(components, path_mask(masks.active, draws))
+    return mixtures
 
 
 def of_components_and_rest(
-    active: Tensor, n_active: int | None, losses: Losses, draws: torch.Generator
-) -> dict[str, Mix]:
+    components: ParameterComponents, masks: Masks, losses: Losses, draws: torch.Generator
+) -> dict[str, Mixture]:
     """The active components alone; and with a random part of each other one and of the rest."""
-    mixes = of_components(active, n_active, losses, draws)
-    if "path" in mixes:
-        rest = torch.rand(len(active), generator=draws, device=active.device, dtype=torch.float32)
-        mixes["path"] = replace(mixes["path"], rest=rest)
-    return mixes
+    mixtures = of_components(components, masks, losses, draws)
+    if "path" in mixtures:
+        on = mixtures["path"].on
+        assert isinstance(on, Tensor)
+        rest = torch.rand(len(on), generator=draws, device=on.device, dtype=torch.float32)
+        mixtures["path"] = replace(mixtures["path"], rest=rest)
+    return mixtures
 
 
-def of_the_rest(active: Tensor, n_active: int | None, losses: Losses, draws: torch.Generator) -> dict[str, Mix]:
+def of_the_rest(
+    components: ParameterComponents, masks: Masks, losses: Losses, draws: torch.Generator
+) -> dict[str, Mixture]:
     """The rest and the active components; in half of the examples a random part of each other one."""
-    return {"minimality": Mix(path_mask(active, draws, bare=0.5), rest=1.0)}
+    assert masks.active is not None
+    return {"minimality": Mixture(components, path_mask(masks.active, draws, bare=0.5), rest=1.0)}
 
 
 @dataclass(frozen=True)
@@ -61,14 +58,14 @@ class Stream:
         masking: says which components are active.
         losses: what counts, and how much.
         name: stands in front of the names of its loss terms; "" for the first one.
-        mixes: what the model runs on.
+        mixtures: what the model runs on.
         output: picks the explained output from what the model returns.
     """
 
     masking: Masking
     losses: Losses
     name: str = ""
-    mixes: Mixes = of_components
+    mixtures: Mixtures = of_components
     output: OutputFn = default_output
 
     def named(self, term: str) -> str:
@@ -86,8 +83,8 @@ class Stream:
 
 def first_stream(settings: Settings, output: OutputFn) -> Stream:
     """The data that are taken apart. Where there are others, the rest is off on it."""
-    mixes = of_components if settings.elsewhere is None else of_components_and_rest
-    return Stream(settings.masking, settings.losses, mixes=mixes, output=output)
+    mixtures = of_components if settings.elsewhere is None else of_components_and_rest
+    return Stream(settings.masking, settings.losses, mixtures=mixtures, output=output)
 
 
 def stream_of_others(settings: Settings, elsewhere: Elsewhere, output: OutputFn) -> Stream:
@@ -107,5 +104,4 @@ def stream_of_others(settings: Settings, elsewhere: Elsewhere, output: OutputFn)
         masking: Masking = NoneActive(attribution, settings.selection)
     else:
         masking = Attributed(attribution, elsewhere.selection)
-    output = elsewhere.output or getattr(output, "everywhere", output)
-    return Stream(masking, losses, "others", of_the_rest, output)
+    return Stream(masking, losses, "others", of_the_rest, elsewhere.output or everywhere(output))

@@ -106,6 +106,19 @@ def test_other_examples_are_run_whole():
     torch.testing.assert_close(some.output, watched.output[:2])
 
 
+def test_a_model_that_was_changed_in_front_is_run_whole():
+    target = apd.wrap(llama())
+    names = target.match("model.layers.3.self_attn.[vo]_proj*")
+    inputs = target.read(torch.randint(12, (3, 5)))
+    watched_pass(target, names, inputs, default_output)
+    assert inputs.kept
+    with torch.no_grad():
+        target.weights["model.layers.0.mlp.up_proj.weight"].parameter.mul_(2)
+    output, _ = replaced_pass(target, names, as_it_is, inputs, default_output)
+    assert torch.equal(output, target.model(inputs.batch).logits)
+    assert not inputs.kept
+
+
 class ReadsWhatAll(nn.Module):
     """Its end reads what each layer gave, in its own code: nothing of that may be left out."""
 

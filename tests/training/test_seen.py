@@ -30,6 +30,11 @@ def state(**options) -> apd.State:
     return apd.init(model, **settings)
 
 
+def of_list(batches: list[tuple[torch.Tensor]], **options) -> apd.State:
+    """Of a training on a list, whose batches come again."""
+    return state(batches=[x for (x,) in batches], **options)
+
+
 def run(state: apd.State, *batches) -> apd.State:
     for batch in batches:
         state, _ = apd.step(state, *batch)
@@ -45,14 +50,14 @@ def test_a_batch_that_comes_again_is_watched_once_in_each_stream(passes):
 
 def test_of_many_batches_each_is_watched_once(passes):
     batches = [(torch.randn(3, 4),) for _ in range(4)]
-    after = run(state(), *batches, *batches)
+    after = run(of_list(batches), *batches, *batches)
     assert passes == ["watched_pass"] * 4
     assert len(after.seen) == 4
 
 
 def test_with_what_was_kept_factors_are_bit_for_bit_the_same():
     batches = [(torch.randn(3, 4),) for _ in range(3)]
-    kept, fresh = state(), state()
+    kept, fresh = of_list(batches), state()
     for batch in [*batches, *batches]:
         kept, _ = apd.step(kept, *batch)
         fresh, _ = apd.step(replace(fresh, seen=()), *batch)
@@ -69,19 +74,39 @@ def test_a_batch_that_was_changed_is_another(passes):
 
 
 def test_batches_that_the_user_has_given_up_are_forgotten():
-    some = state()
+    some = of_list([(torch.randn(3, 4),)])
     for _ in range(5):
         some = run(some, (torch.randn(3, 4),))
     assert len(some.seen) <= 2
 
 
+def test_of_batches_that_may_not_come_again_the_last_one_is_kept(passes):
+    batches = [(torch.randn(3, 4),) for _ in range(3)]
+    after = run(state(), *batches, batches[-1], batches[0])
+    assert len(after.seen) == 1
+    assert passes == ["watched_pass"] * 4
+    many = state(batches=[x for (x,) in batches], optimization=apd.Optimization(steps=3))
+    assert not many.returning
+
+
+def test_a_model_that_was_changed_beside_the_decomposed_matrices_is_watched_again(passes):
+    x = torch.randn(3, 4)
+    some = run(state(weights="layers.0.mlp_out*"), (x,), (x,))
+    assert passes == ["watched_pass"]
+    with torch.no_grad():
+        some.target.weights["layers.0.mlp_in.weight"].parameter.mul_(2)
+    after = run(some, (x,))
+    assert passes == ["watched_pass"] * 2
+    torch.testing.assert_close(after.seen[-1].watched.output, some.target.model(x))
+
+
 def test_where_memory_is_short_outputs_go_first_and_nothing_changes(passes, monkeypatch):
     batches = [(torch.randn(3, 4),) for _ in range(3)]
-    whole = run(state(), *batches, *batches)
+    whole = run(of_list(batches), *batches, *batches)
     passes.clear()
-    n_bytes = whole.seen[0].n_bytes()
+    n_bytes = whole.seen[0].n_bytes
     monkeypatch.setattr(_seen, "KEPT", 2 * n_bytes - 10)
-    short = run(state(), *batches, *batches)
+    short = run(of_list(batches), *batches, *batches)
     assert passes == ["watched_pass"] * 3 + ["replaced_pass"] + ["watched_pass"]
     for one, other in zip(short.components.parameters(), whole.components.parameters(), strict=True):
         assert_close(one, other)

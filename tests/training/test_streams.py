@@ -105,6 +105,40 @@ def test_with_others_nothing_may_ask_that_components_sum_to_the_weights():
         apd.decompose(model, [torch.randn(3, 4)], n_components=5, elsewhere=apd.Elsewhere())
 
 
+def test_with_others_there_is_nothing_without_sparse_passes():
+    model, losses = ResidualMLP(4, 6, 5, 1), apd.Losses(faithfulness=0.0, path=0.0)
+    with pytest.raises(apd.InvalidSetting, match=r"sparse passes alone say .*Lp\(.*Use TopK"):
+        apd.init(model, n_components=5, losses=losses, moves=None, masks=apd.Lp(), elsewhere=apd.Elsewhere())
+
+
+def test_with_others_what_components_lack_is_given_to_none():
+    """Moves at each step, which would else give it to a component that is active on nothing."""
+    model = ResidualMLP(4, 6, 5, 1)
+    moves = apd.ClusterMoves(every=1, until=1.0, merge_above=1.0, split_below=-1.0)
+    options = {"n_components": 5, "rank": 2, "moves": moves, "selection": apd.TopK(1)}
+    x, y = torch.rand(8, 4), torch.rand(6, 4)
+    _, alone = apd.step(apd.init(model, **options), x)
+    losses = apd.Losses(faithfulness=0.0)
+    _, beside = apd.step(apd.init(model, **options, losses=losses, elsewhere=apd.Elsewhere()), x, y)
+    assert (alone.moves, beside.moves) == (1, 0)
+
+
+def test_the_state_of_a_targeted_training_is_restored():
+    torch.manual_seed(1)
+    model = ResidualMLP(4, 6, 5, 1)
+
+    def fresh() -> apd.State:
+        losses = apd.Losses(faithfulness=0.0)
+        return apd.init(model, n_components=5, rank=2, moves=None, losses=losses, elsewhere=apd.Elsewhere())
+
+    x, y = torch.randn(8, 4), torch.randn(6, 4)
+    state, _ = apd.step(fresh(), x, y)
+    restored = fresh().restored(state.tensors())
+    on, on_restored = (apd.step(one, x, y)[0].tensors() for one in (state, restored))
+    assert on.keys() == on_restored.keys()
+    assert all(torch.equal(on[name], on_restored[name]) for name in on)
+
+
 def test_a_targeted_decomposition_is_saved_with_its_settings(tmp_path):
     model = ResidualMLP(4, 6, 5, 1)
     d = apd.decompose(
