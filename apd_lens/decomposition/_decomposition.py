@@ -239,7 +239,8 @@ class Decomposition:
 
         `k` as in `select`.
         """
-        some = self.observe(batch, k)
+        with evaluating(self.target.model):
+            some = observed(self.watch(batch), self.components, self.settings, k, with_error=True)
         mask = some.data(some.mask)
         spectra = {name: singular_values(self.components, name) for name in self.components.names}
         never_active = ~mask.any(0)
@@ -254,17 +255,10 @@ class Decomposition:
             effective_rank={name: effective_rank(spectrum) for name, spectrum in spectra.items()},
             dead_share=dead_share,
             rest=self.residuals(),
-            agreement=self._agreement(batch, k),
+            agreement=None if some.error is None else some.error.agreement,
         )
 
     on: ClassVar[Callable[..., "Decomposition"]]  # `apd_lens.decomposition._load.on`, as a method
-
-    def _agreement(self, batch: Batch, k: K | None) -> float | None:
-        attribution = self.settings.attribution
-        if not isinstance(attribution, GradientAttribution) or attribution.projections == 1:
-            return None
-        error = self.attribution_error(batch, k)
-        return None if error.relative == 0 else error.agreement
 
     report: ClassVar[Callable[..., Path]]  # `apd_lens.report.write_report`, as a method
 

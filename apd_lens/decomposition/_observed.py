@@ -11,11 +11,13 @@ from apd_lens._block import no_inference_mode
 from apd_lens._codec import UserFunction
 from apd_lens._errors import ArtifactError
 from apd_lens._settings import Settings
+from apd_lens.attribution._gradient import GradientAttribution
 from apd_lens.components._components import ParameterComponents
 from apd_lens.data._batch import Batch
 from apd_lens.data._finite import raise_first, reading_of_attributions
 from apd_lens.data._inputs import Inputs
 from apd_lens.data._points import Valid, without_padding
+from apd_lens.masks._error import AttributionError, attribution_error
 from apd_lens.masks._selection import BatchTopK, K, Selection, with_k
 from apd_lens.passes._watch import WatchedPass
 
@@ -30,6 +32,7 @@ class Observed:
         attributions: A_c(x), as of `Decomposition.attributions`.
         selection: finds the active components.
         valid: False at padding; None where every position is data.
+        error: of estimated attributions, where it was asked for.
     """
 
     inputs: Inputs
@@ -37,6 +40,7 @@ class Observed:
     attributions: Float[Tensor, "batch *pos C"]
     selection: Selection
     valid: Valid
+    error: AttributionError | None = None
 
     @cached_property
     def mask(self) -> Bool[Tensor, "batch *pos C"]:
@@ -53,10 +57,32 @@ class Observed:
 
 
 @no_inference_mode()
-def observed(watched: WatchedPass, components: ParameterComponents, settings: Settings, k: K | None = None) -> Observed:
-    """What a pass of the target shows; it uses up the pass's graph. To be called with the model in eval mode."""
+def observed(
+    watched: WatchedPass,
+    components: ParameterComponents,
+    settings: Settings,
+    k: K | None = None,
+    with_error: bool = False,
+) -> Observed:
+    """What a pass of the target shows; it uses up the pass's graph. To be called with the model in eval mode.
+
+    Args:
+        with_error: says how far estimated attributions are off, too.
+    """
     generator = torch.Generator(watched.output.device).manual_seed(0)
-    attributions = settings.attribution(watched, components, settings.selection.granularity, generator)
+    attribution, granularity = settings.attribution, settings.selection.granularity
+    error = None
+    if (
+        with_error
+        and isinstance(attribution, GradientAttribution)
+        and attribution.projections != 1
+        and not attribution.is_exact(watched, components, granularity)
+    ):
+        samples = attribution.samples(watched, components, granularity, generator)
+        attributions = samples.square().mean(0).sqrt()
+        error = attribution_error(samples, selection_of(settings.selection, watched.run.batch, k), watched.valid)
+    else:
+        attributions = attribution(watched, components, granularity, generator)
     raise_first([reading_of_attributions(attributions, "attributions")])
     return Observed(
         inputs=watched.run.inputs,
@@ -64,6 +90,7 @@ def observed(watched: WatchedPass, components: ParameterComponents, settings: Se
         attributions=attributions,
         selection=with_k(settings.selection, k),
         valid=watched.valid,
+        error=error,
     )
 
 

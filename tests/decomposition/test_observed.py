@@ -50,6 +50,18 @@ def test_attributions_are_seen_where_nothing_says_what_is_active(decomposition: 
     assert seen.select(2.0).sum() == 16
 
 
+def test_a_summary_says_how_far_estimates_are_off_from_the_same_pass(decomposition: apd.Decomposition):
+    x, model = torch.randn(8, 4), decomposition.target.model
+    attribution = apd.GradientAttribution(projections=4)
+    settings = apd.Settings(selection=apd.BatchTopK(1.0), attribution=attribution)
+    estimated = replace(decomposition, settings=settings)
+    with counted(model) as passes:
+        summary = estimated.summary(x)
+    assert len(passes) == 1
+    assert summary.agreement == pytest.approx(estimated.attribution_error(x).agreement)
+    assert_close(summary.attribution, estimated.attributions(x).mean(0))
+
+
 def test_what_looks_at_a_batch_runs_the_target_once(decomposition: apd.Decomposition):
     """The other passes are those of sparse models: one of a monitor, two of the audit before its amounts."""
     x, model = torch.randn(8, 4), decomposition.target.model
