@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib import pyplot as plt
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import apd_lens as apd
+from apd_lens import plots
 
 KNOWN = """
 France Paris, Germany Berlin, Italy Rome, Spain Madrid, Portugal Lisbon, England London, Ireland Dublin,
@@ -111,6 +113,10 @@ def main(model: Any, tokenizer: Any, steps: int, out: Path, texts: Tensor) -> tu
     places = apd.where(model, [prompts.batch], output=apd.last_position(), decode=tokenizer.decode)
     weights = places.best()
     say(f"Where the capitals are:\n{places}\nChosen: {', '.join(weights)}.")
+    figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    plots.where(places, top=14, ax=ax)
+    figure.savefig(out / "where.png", dpi=110)
+    plt.close(figure)
 
     others, held_out = list(texts[:-32].split(4)), [texts[-32:]]
 

@@ -26,6 +26,7 @@ def test_capitals(tmp_path):
     assert "component of France out of the weights" in printed
     assert "raises 'Berlin'" in printed
     assert (tmp_path / "decomposition" / "components.safetensors").is_file()
+    assert (tmp_path / "where.png").stat().st_size > 10_000
 
 
 def test_a_part_of_toys():
