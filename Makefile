@@ -6,6 +6,7 @@
 # make docs    builds the documentation under build/site
 # make bench   measures speed: twenty minutes, on a machine that does nothing else
 # make paper   the paper's systems: trains, decomposes, measures and draws (hours; may be stopped and started again)
+# make lm      what components of a public language model are worth, task by task (hours; may be stopped and started again)
 # make check   ruff and pyright
 # make wheel   installs into a bare environment, without any extra, and tries it there
 # Each sets up what it needs. Arguments: make demo ARGS="--seeds 5", make test ARGS="-k golden"
@@ -14,7 +15,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo demo-toy paper test test-tl4 coverage-table docs bench check wheel clean
+.PHONY: demo demo-toy paper lm test test-tl4 coverage-table docs bench check wheel clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -39,6 +40,10 @@ paper: .venv/installed
 # In as many processes as there are cores, each on one thread.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+lm: .venv/installed
+	mkdir -p out/lm
+	$(BIN)/python -u examples/language_model/run.py $(ARGS) 2>&1 | tee -a out/lm/log
 
 .venv-tl4/installed: pyproject.toml constraints-tl4.txt
 	$(PYTHON) -m venv .venv-tl4

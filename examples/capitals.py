@@ -143,6 +143,13 @@ def main(model: Any, tokenizer: Any, steps: int, out: Path, texts: Tensor) -> tu
     for one, other in zip(plain, edited, strict=True):
         print(f"  before {tokenizer.decode(one.tolist())!r}\n  after  {tokenizer.decode(other.tolist())!r}")
     print(f"\n{apd.language.component_tokens(decomposition, [prompts.batch], tokenizer)}")
+    page = decomposition.report(
+        prompts.batches(),
+        out / "report.html",
+        title="The capitals that a language model knows",
+        decode=lambda token: tokenizer.decode([token]),
+    )
+    say(f"A page to look at: {page}")
     return before, after
 
 

