@@ -187,9 +187,10 @@ def language_model(steps: int = 300, k: int = 2, projections: int = 8) -> dict[s
         "rank": 6,
         "selection": TopK(k),
         "attribution": GradientAttribution(projections=projections, fixed=True),
-        "losses": Losses(faithfulness=0.0, distance="kl", simplicity=HoldThenDecay(0.02), simplicity_floor=0.0),
-        "elsewhere": Elsewhere(),
+        "losses": Losses(faithfulness=0.0, distance="kl", simplicity=HoldThenDecay(0.002), simplicity_floor=0.0),
+        # More of either, and components leave the start further than the prompts bear.
+        "elsewhere": Elsewhere(weight=3.0),
         "moves": None,
-        "optimization": Optimization(steps=steps, lr=1e-3, scaled=False, start="data"),
+        "optimization": Optimization(steps=steps, lr=3e-4, scaled=False, start="data"),
         "output": last_position(),
     }

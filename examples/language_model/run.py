@@ -252,9 +252,12 @@ def result(run: Run, name: str, of: Known, model: Any, tokenizer: Any, steps: in
     for stage, n_steps in zip(STAGES, (0, steps), strict=True):
         folder = out / f"{name}-{n_steps}"
         decomposition, seconds = decomposed(run, of, model, tokenizer, n_steps, folder)
-        numbers = measured(decomposition, of, model, tokenizer, most)
-        numbers |= shared_by_phrasings(decomposition, run, of, tokenizer)
-        found[stage] = {"seconds": round(seconds, 1), **numbers}
+        kept = folder / "measured.json"
+        if not kept.exists():
+            numbers = measured(decomposition, of, model, tokenizer, most)
+            numbers |= shared_by_phrasings(decomposition, run, of, tokenizer)
+            kept.write_text(json.dumps({"seconds": round(seconds, 1), **numbers}, indent=1))
+        found[stage] = json.loads(kept.read_text())
         print(name, stage, json.dumps(found[stage], indent=1), flush=True)
     return {
         "run": name,
