@@ -39,7 +39,7 @@ EVERY_FIGURE = {
     "loss_by_active": lambda new: drawing.loss_by_active((new(5) * 3).int(), new(5), {"top-1": new(5)}),
     "scrubbed_losses": lambda new: drawing.scrubbed_losses(new(9), new(2, 9), new(2, 9)),
     "scrubbed_outputs": lambda new: drawing.scrubbed_outputs(new(5), new(5), new(2, 5), new(2, 5)),
-    "ablation_path": lambda new: plots.ablation_path(metrics.AblationPath(new(3), new(3), new(3), new(3))),
+    "audit": lambda new: plots.audit(small_audit(new(6), new(6), new(6))),
     "component_nodes": lambda new: plots.component_nodes(new(4, 2), ["a0.0", "a0.1"]),
     "faithfulness": lambda new: plots.faithfulness((new(5) * 3).int(), {"own": new(5), "heads": new(5)}),
     "signed_by_position": lambda new: plots.signed_by_position(new(3, 4)),
@@ -266,17 +266,6 @@ def test_scrubbed_outputs_have_a_curve_for_each_draw():
     assert_close(drawn, torch.cat([anti, scrubbed, target[None]]))
     assert legend_of(ax) == ["anti-scrubbed, 3 draws", "scrubbed, 4 draws", "target"]
     assert ax.get_xlabel() == "value of feature 2"
-
-
-def test_the_ablation_path_has_its_three_curves():
-    path = metrics.AblationPath(*(torch.tensor(curve) for curve in ([0.0, 1.0], [1.0, 2.0], [1.0, 3.0], [1.0, 4.0])))
-    figure, ax = plt.subplots()
-    assert plots.ablation_path(path, ax=ax) is figure
-    assert lines(ax) == {
-        "worst case": ([0, 1], [1, 4]),
-        "each at random": ([0, 1], [1, 3]),
-        "all together": ([0, 1], [1, 2]),
-    }
 
 
 def history_of_a_run(steps: int) -> list[apd.StepInfo]:
