@@ -68,7 +68,8 @@ def usage_matched(
 ) -> tuple[Bool[Tensor, "data C"], Bool[Tensor, "data C"]]:
     """For each active component of a data point another one that is not active there, and is as often active on all.
 
-    The rarest finds its partner first, the one whose number of data points is nearest; of equally near ones, any.
+    The most often active one finds its partner first, the one whose number of data points is nearest; of equally near
+    ones, any.
 
     Args:
         within: the larger number over the smaller, at most. A component without such a partner is left out.
@@ -84,13 +85,13 @@ def usage_matched(
         left = active[part].clone()
         rows = torch.arange(len(left), device=active.device)
         while bool(left.any()):
-            rarest = torch.where(left, usage, torch.inf).argmin(1)
+            first = torch.where(left, usage, -1).argmax(1)
             found = left.any(1)
-            left[rows, rarest] = False
-            apart = (log_usage[rarest][:, None] - log_usage).abs()
+            left[rows, first] = False
+            apart = (log_usage[first][:, None] - log_usage).abs()
             apart += 1e-6 * torch.rand(apart.shape, generator=generator, dtype=torch.float32, device="cpu").to(apart)
             nearest, partner = apart.masked_fill(active[part] | partners[part], torch.inf).min(1)
             found &= nearest <= furthest + 1e-5
-            own[part][rows[found], rarest[found]] = True
+            own[part][rows[found], first[found]] = True
             partners[part][rows[found], partner[found]] = True
     return own, partners

@@ -3,14 +3,13 @@
 import math
 
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import NullLocator
 
 from apd_lens._checks import checked
 from apd_lens._errors import InvalidSetting
 from apd_lens.metrics._audit import WORST_FOR_ALL, WORST_OF_EACH, Audit
-from apd_lens.plots._draw import NULL, PALETTE, finished, grid, legend
+from apd_lens.plots._draw import NULL, PALETTE, finished, grid
 
 # What is so much smaller than the largest value is drawn as nothing.
 _SMALLEST = 1e-7
@@ -51,21 +50,23 @@ def audit(audit: Audit) -> Figure:
         # The null of an attack's first rung stands for all.
         of_row = [values[first[audit.what[row]]] if values is columns[1] else values[row] for row in shown]
         drawn = [(_inside(value, lowest, highest), place) for place, value in enumerate(of_row) if value == value]
-        left.scatter(*zip(*drawn, strict=True), label=label, **look) if drawn else None
+        left.scatter(*zip(*drawn, strict=True), label=label, clip_on=False, **look)
     left.set_yticks(range(len(shown)), [_name(audit, row) for row in shown])
     left.invert_yaxis()
-    left.set(xscale="log", xlim=(lowest, highest), xlabel="loss, mean over data points", title="The model on …")
-    _mark_ends(left, lowest)
+    left.set(xscale="log", xlim=(lowest, highest), xlabel="loss (at the left end: or less)", title="The model on …")
     for what, (colour, marker, label) in _ATTACKS.items():
         steps, losses, null = audit.ladder(what)
-        right.plot(steps, [_inside(x, lowest, highest) for x in losses.tolist()], color=colour, marker=marker, label=label)
-        right.scatter(
-            steps[:1], [_inside(null, lowest, highest)], color=colour, marker="_", s=130, linewidths=2.5, label="  null"
+        look = {"color": colour, "marker": marker, "label": label}
+        right.plot(steps, [_inside(loss, lowest, highest) for loss in losses.tolist()], **look)
+        right.axhline(
+            _inside(null, lowest, highest), color=colour, linestyle=":", label=f"{label}: null, {steps[0]} steps"
         )
         right.set_xscale("log")
-        right.xaxis.set_major_locator(FixedLocator(steps))
         right.xaxis.set_minor_locator(NullLocator())
         right.set_xticks(steps, [str(n) for n in steps])
+    for what, style in (("active ones alone", "--"), ("a random part of the others", "-.")):
+        loss = _inside(columns[0][last[what]], lowest, highest)
+        right.axhline(loss, color=PALETTE[0], linestyle=style, linewidth=1, label=what)
     right.set(yscale="log", ylim=(lowest, highest), xlabel="steps of the attack", title="The worst that was found")
     finished(right)
     grid(left)
@@ -80,7 +81,3 @@ def _inside(value: float, lowest: float, highest: float) -> float:
 def _name(audit: Audit, row: int) -> str:
     amount = audit.amount[row]
     return audit.what[row] if amount is None else f"{audit.what[row]}: {amount}"
-
-
-def _mark_ends(ax: Axes, lowest: float) -> None:
-    ax.axvline(lowest, color="0.8", linewidth=0.8)

@@ -67,8 +67,8 @@ def test_exact_components_pass_and_their_nulls_do_not():
 
 
 def test_the_attack_finds_a_copy_that_is_said_to_be_inactive():
-    """x = e₀, e₁, e₂, e₃ on W = diag(1, 2, 3, 4), four exact components, and the first once more. In [0, 1] the worst is
-    the copy on and the rest off, or the other way round; either changes the first output by 1."""
+    """W = diag(1, 2, 3, 4) is applied to its four inputs. There are four exact components, and the first once more. The
+    worst is the copy on and the rest off, or the other way round; either changes the first output by 1."""
     decomposition = with_more(known_parts(), [1.0])
     audit = metrics.audit(decomposition, [torch.eye(4)], masks=first_alone(5), **FEW)
     found = rows(audit)
@@ -216,9 +216,7 @@ def test_padding_changes_nothing(granularity: str, distance: str):
     decomposition = replace(decomposition, settings=settings)
     few, x, lengths = FEW | {"ladder": (2,), "unions": (1,)}, torch.randn(3, 4, 4), (4, 2, 3)
     attention_mask = (torch.arange(4) < torch.tensor(lengths)[:, None]).long()
-    alone = [
-        {"x": x[[i], :length], "attention_mask": attention_mask[[i], :length]} for i, length in enumerate(lengths)
-    ]
+    alone = [{"x": x[[i], :length], "attention_mask": attention_mask[[i], :length]} for i, length in enumerate(lengths)]
     padded = metrics.audit(decomposition, [{"x": x, "attention_mask": attention_mask}], **few)
     expected = metrics.audit(decomposition, alone, **few)
     assert padded.n_data_points == expected.n_data_points == (3 if granularity == "example" else 9)

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import apd_lens as apd
 from apd_lens import metrics, plots, toys
+from apd_lens.metrics._audit import WORST_FOR_ALL, WORST_OF_EACH
 
 ATTRIBUTIONS = torch.tensor([[0.0, 0.1, 2.0, 0.3], [1.0, 0.1, 0.0, 0.3], [0.5, 0.1, 0.4, 0.3]])
 
@@ -266,6 +267,41 @@ def test_scrubbed_outputs_have_a_curve_for_each_draw():
     assert_close(drawn, torch.cat([anti, scrubbed, target[None]]))
     assert legend_of(ax) == ["anti-scrubbed, 3 draws", "scrubbed, 4 draws", "target"]
     assert ax.get_xlabel() == "value of feature 2"
+
+
+def small_audit(loss: Tensor, null: Tensor, random: Tensor) -> metrics.Audit:
+    """Two rows of each attack beside two others."""
+    what = ["active ones alone", "a random part of the others", *2 * [WORST_OF_EACH], *2 * [WORST_FOR_ALL]]
+    return metrics.Audit(what, [None, None, 20, 40, 20, 40], loss, null, random, 9, 4, 1.0, 0, 0.1, 0.0, 1.0)
+
+
+def test_an_audit_has_a_dot_for_each_row_and_a_line_for_each_attack():
+    nan = math.nan
+    audit = small_audit(
+        torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, math.inf]),
+        torch.tensor([0.5, 0.6, 0.7, nan, 0.8, nan]),
+        torch.tensor([1.0, nan, nan, nan, nan, nan]),
+    )
+    left, right = plots.audit(audit).axes
+    low, high = left.get_xlim()
+    assert 0 < low < 0.1
+    assert 1.0 < high < math.inf
+    expected = {
+        "these components": [[low, 0], [0.1, 1], [0.3, 2], [high, 3]],
+        "null: another data point's": [[0.5, 0], [0.6, 1], [0.7, 2], [0.8, 3]],
+        "null: random components": [[1.0, 0]],
+    }
+    for name, places in expected.items():
+        assert_close(torch.tensor(dots(left)[name]), torch.tensor(places), check_dtype=False)
+    names = ["active ones alone", "a random part of the others", f"{WORST_OF_EACH}: 40", f"{WORST_FOR_ALL}: 40"]
+    assert [label.get_text() for label in left.get_yticklabels()] == names
+    assert lines(right)["each data point's own"] == ([20, 40], pytest.approx([0.2, 0.3]))
+    assert lines(right)["one for all"] == ([20, 40], pytest.approx([0.4, high]))
+    assert lines(right)["each data point's own: null, 20 steps"][1] == pytest.approx([0.7, 0.7])
+    assert lines(right)["one for all: null, 20 steps"][1] == pytest.approx([0.8, 0.8])
+    assert lines(right)["a random part of the others"][1] == pytest.approx([0.1, 0.1])
+    with pytest.raises(apd.InvalidSetting, match="above zero"):
+        plots.audit(small_audit(torch.zeros(6), torch.zeros(6), torch.zeros(6)))
 
 
 def history_of_a_run(steps: int) -> list[apd.StepInfo]:
