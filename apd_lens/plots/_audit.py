@@ -46,9 +46,9 @@ def audit(audit: Audit) -> Figure:
         (columns[1], "null: another data point's", {"color": NULL, "marker": "|", "s": 130, "linewidths": 2.5}),
         (columns[2], "null: random components", {"facecolors": "none", "edgecolors": NULL, "marker": "D", "s": 30}),
     )
+    nulls = [first[what] if (what := audit.what[row]) in _ATTACKS else row for row in shown]  # of the first rung
     for values, label, look in looks:
-        # The null of an attack's first rung stands for all.
-        of_row = [values[first[audit.what[row]]] if values is columns[1] else values[row] for row in shown]
+        of_row = [values[row] for row in (nulls if values is columns[1] else shown)]
         drawn = [(_inside(value, lowest, highest), place) for place, value in enumerate(of_row) if value == value]
         left.scatter(*zip(*drawn, strict=True), label=label, clip_on=False, **look)
     left.set_yticks(range(len(shown)), [_name(audit, row) for row in shown])
