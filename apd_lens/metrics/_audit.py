@@ -1,14 +1,15 @@
 """What "inactive" is worth: the model under maskings that change nothing if inactive components are inactive."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,6 +26,7 @@ from apd_lens.data._points import Valid, one_row, padded, without_padding
 from apd_lens.data._stream import one_pass
 from apd_lens.decomposition._decomposition import Decomposition, output_with, ready
 from apd_lens.host._adapter import Intercept
+from apd_lens.host._matrix import Use
 from apd_lens.host._target import evaluating
 from apd_lens.losses._outputs import distance_of_each
 from apd_lens.masks._adversary import ascend, harder, with_gradient
@@ -155,18 +157,48 @@ def audit(
     Source: the paper's appendix on "inactive". The worst one is sought as in Madry et al. 2018.
     """
     _check(ladder, unions, n_draws)
-    batches = list(one_pass(batches))
-    components = decomposition.components.picked(range(decomposition.components.n_components))
     data, active = _read(decomposition, batches, masks)
     n = len(active)
     if n < 2:
         raise InvalidSetting("An audit compares data points, so it needs at least two; got one.")
     unions = [k for k in unions if k + 1 < n]
+    components = decomposition.components.picked(range(decomposition.components.n_components))
     n_of_draws = n_draws * (4 if len(components.names) > 1 else 2)
     n_of_attacks = ladder[-1] + len(ladder) + ladder[0] + 2
     n_passes = (16 + 3 * len(unions) + n_of_draws + 2 * n_of_attacks) * len(data)
     with tqdm(total=n_passes, desc="audit", disable=not progress, mininterval=0.5, dynamic_ncols=True) as bar:
-        return _audited(_Runs(decomposition, data, bar.update), components, active, ladder, unions, n_draws, seed)
+        order = torch.randperm(n, generator=draws(seed, "audit", "order")).to(active.device)
+        runs = _Runs(decomposition, data, components, random_components(components, seed), order, seed, bar.update)
+        own = _Masked(F.pad(active, (0, 1)), runs, n_draws)
+        null = _Masked(runs.of_others(own.mask), runs, n_draws)
+        rows = [
+            *_on_and_off(runs, own, null),
+            *_at_random(runs, own, null, n_draws),
+            *_attacked(runs, own, null, ladder),
+            _with_noise(runs, own, null),
+            *(_with_others(runs, own, k) for k in unions),
+            *_taken_out(runs, active),
+        ]
+    what, amount, *columns = zip(*rows, strict=True)
+    never, matched = _never_active(active), usage_matched(active > 0, draws(seed, "audit", "twins"))[0]
+    weights = [decomposition.target.weights[name].value() for name in components.names]
+    dead = [components.summed(name, never) for name in components.names]
+    return Audit(
+        list(what),
+        list(amount),
+        *(torch.tensor(column, dtype=torch.float32, device="cpu") for column in columns),
+        n_data_points=n,
+        n_components=components.n_components,
+        n_active=(active > 0).sum(1).float().mean().item(),
+        n_never_active=int(never.sum()),
+        rest=decomposition.residuals()["all"],
+        never_active=_norm(dead) / _norm(weights),
+        matched=(matched.sum() / (active > 0).sum().clamp_min(1)).item(),
+    )
+
+
+def _norm(matrices: Iterable[Tensor]) -> float:
+    return math.hypot(*(matrix.float().norm().item() for matrix in matrices))
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,12 +234,30 @@ class _Data:
 _Errors = list[Tensor]
 
 
+class _Row(NamedTuple):
+    what: str
+    amount: int | None
+    loss: float
+    null: float = math.nan
+    random: float = math.nan
+
+
 @dataclass(frozen=True, eq=False)
 class _Runs:
-    """Passes over all data."""
+    """Passes over all data.
+
+    Attributes:
+        twins: random components.
+        order: of all data points, in which each one's others come behind it.
+        done: is called after each pass.
+    """
 
     decomposition: Decomposition
     data: list[_Data]
+    components: ParameterComponents
+    twins: ParameterComponents
+    order: Int[Tensor, " data"]
+    seed: int
     done: Callable[[], object]
 
     def errors(self, batch: _Data, replaced: Intercept) -> Float[Tensor, " examples"]:
@@ -229,16 +279,47 @@ class _Runs:
         total = sum(of_batch.double().sum() for of_draw in errors for of_batch in of_draw)
         return float(total) / (len(errors) * sum(batch.n for batch in self.data))
 
+    def loss(self, shares: Float[Tensor, "data units"], random: bool = False) -> float:
+        """With these shares of the components, or of random ones, and of the rest."""
+        return self.mean(self(partial(_mixture, self.twins if random else self.components), shares))
+
+    def of_others(self, values: Float[Tensor, "data units"], shift: int = 1) -> Float[Tensor, "data units"]:
+        """What another data point has, for each one."""
+        moved = torch.empty_like(values)
+        moved[self.order] = values[self.order.roll(-shift)]
+        return moved
+
+    def uniform(self, name: str, draw: int, *shape: int) -> Tensor:
+        """Draws from U[0, 1]."""
+        generator = draws(self.seed, "audit", name, draw)
+        return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu").to(self.order.device)
+
+
+class _Masked:
+    """A mask, with a last column of zeros for the rest, and the errors with none or a random part of the others on.
+
+    Attributes:
+        mask: `data units`.
+        sources: which part of the others is on, `data units`; none first.
+        errors: under each of them.
+    """
+
+    def __init__(self, mask: Float[Tensor, "data units"], runs: _Runs, n_draws: int):
+        self.mask = mask
+        drawn = [runs.uniform("part", draw, *mask.shape).to(mask) for draw in range(n_draws)]
+        self.sources = [torch.zeros_like(mask), *drawn]
+        self.errors = [runs(partial(_mixture, runs.components), mask + (1 - mask) * source) for source in self.sources]
+
 
 def _read(
-    decomposition: Decomposition, batches: Sequence[Batch], masks: Callable[[Batch], Tensor] | None
+    decomposition: Decomposition, batches: Iterable[Batch], masks: Callable[[Batch], Tensor] | None
 ) -> tuple[list[_Data], Float[Tensor, "data C"]]:
     """All batches, and how active each component is on each data point."""
     data: list[_Data] = []
     active: list[Tensor] = []
     first = 0
     factor = next(decomposition.components.parameters())
-    for batch in batches:
+    for batch in one_pass(batches):
         if masks is None:
             seen = decomposition.observe(batch)
             inputs, output, mask = seen.inputs, seen.output, seen.mask
@@ -258,105 +339,78 @@ def _read(
     return data, torch.cat(active)
 
 
-def _audited(
-    runs: _Runs,
-    components: ParameterComponents,
-    active: Float[Tensor, "data C"],
-    ladder: Sequence[int],
-    unions: Sequence[int],
-    n_draws: int,
-    seed: int,
-) -> Audit:
-    n, C = active.shape
-    twins = random_components(components, seed)
-    order = torch.randperm(n, generator=draws(seed, "audit", "order")).to(active.device)
+def _on_and_off(runs: _Runs, own: _Masked, null: _Masked) -> Iterator[_Row]:
+    off, on = torch.zeros_like(own.mask), torch.ones_like(own.mask)
+    rest = off.clone()
+    rest[:, -1] = 1
+    yield _Row("everything", None, runs.loss(on))
+    yield _Row("all components", None, runs.loss(on - rest))
+    yield _Row("active ones and the rest", None, runs.loss(own.mask + rest), runs.loss(null.mask + rest))
+    alone, alone_null = (runs.mean(some.errors[0]) for some in (own, null))
+    yield _Row("active ones alone", None, alone, alone_null, runs.loss(own.mask, random=True))
+    yield _Row("nothing", None, runs.loss(off))
 
-    def of_others(values: Tensor, shift: int) -> Tensor:
-        """What another data point has, for each one."""
-        moved = torch.empty_like(values)
-        moved[order] = values[order.roll(-shift)]
-        return moved
 
-    def uniform(name: str, draw: int, *shape: int) -> Tensor:
-        generator = draws(seed, "audit", name, draw)
-        return torch.rand(shape, generator=generator, dtype=active.dtype, device="cpu").to(active.device)
-
-    def under(shares: Tensor, of: ParameterComponents = components) -> float:
-        return runs.mean(runs(partial(_mixture, of), shares))
-
-    rows: list[tuple[str, int | None, float, float, float]] = []
-
-    def add(what: str, loss: float, null: float = torch.nan, random: float = torch.nan, n: int | None = None) -> None:
-        rows.append((what, n, loss, null, random))
-
-    s = F.pad(active, (0, 1))  # the rest is off
-    other = of_others(s, 1)
-    ones = torch.ones_like(s)
-    add("everything", under(ones))
-    add("all components", under(F.pad(ones[:, 1:], (0, 1))))
-    rest = F.pad(torch.zeros_like(active), (0, 1), value=1.0)
-    add("active ones and the rest", under(s + rest), under(other + rest))
-    # Both with their errors, from where the attacks start.
-    starts = {"own": [(torch.zeros_like(s), runs(partial(_mixture, components), s))]}
-    starts["null"] = [(torch.zeros_like(s), runs(partial(_mixture, components), other))]
-    add("active ones alone", runs.mean(starts["own"][0][1]), runs.mean(starts["null"][0][1]), under(s, twins))
-    add("nothing", under(torch.zeros_like(s)))
-
+def _at_random(runs: _Runs, own: _Masked, null: _Masked, n_draws: int) -> Iterator[_Row]:
+    yield _Row("a random part of the others", None, *(runs.mean(*some.errors[1:]) for some in (own, null)))
+    n, M = len(own.mask), len(runs.components.names)
+    if M == 1:
+        return
+    errors: tuple[list[_Errors], list[_Errors]] = ([], [])
     for draw in range(n_draws):
-        source = uniform("part", draw, *s.shape)
-        for mask, found in ((s, starts["own"]), (other, starts["null"])):
-            found.append((source, runs(partial(_mixture, components), mask + (1 - mask) * source)))
-    drawn, drawn_null = (runs.mean(*(errors for _, errors in found[1:])) for found in starts.values())
-    add("a random part of the others", drawn, drawn_null)
-    if (M := len(components.names)) > 1:
-        errors: dict[str, list[_Errors]] = {"own": [], "null": []}
-        for draw in range(n_draws):
-            sizes = 1 + (M * uniform("sizes", draw, n, 1)).long()
-            chosen = uniform("matrices", draw, n, M).argsort(1).argsort(1) < sizes
-            for name, mask in (("own", s), ("null", other)):
-                shares = [torch.where(chosen[:, [place]], mask, 1.0) for place in range(M)]
-                errors[name].append(runs(partial(_by_matrix, components), *shares))
-        add("active ones alone, in some matrices", runs.mean(*errors["own"]), runs.mean(*errors["null"]))
+        sizes = 1 + (M * runs.uniform("sizes", draw, n, 1)).long()
+        chosen = runs.uniform("matrices", draw, n, M).argsort(1).argsort(1) < sizes
+        for some, found in zip((own, null), errors, strict=True):
+            shares = [torch.where(chosen[:, [place]], some.mask, 1.0) for place in range(M)]
+            found.append(runs(partial(_by_matrix, runs.components), *shares))
+    yield _Row("active ones alone, in some matrices", None, *(runs.mean(*found) for found in errors))
 
+
+def _attacked(runs: _Runs, own: _Masked, null: _Masked, ladder: Sequence[int]) -> Iterator[_Row]:
     for what, attack in ((WORST_OF_EACH, _worst_of_each), (WORST_FOR_ALL, _worst_for_all)):
-        null = attack(runs, components, other, starts["null"], ladder[:1])
-        for steps, loss in zip(ladder, attack(runs, components, s, starts["own"], ladder), strict=True):
-            add(what, loss, null[0] if steps == ladder[0] else torch.nan, n=steps)
+        (first,) = attack(runs, null, ladder[:1])
+        for place, loss in enumerate(attack(runs, own, ladder)):
+            yield _Row(what, ladder[place], loss, math.nan if place else first)
 
-    noise = partial(_with_noise, components, twins, _noise_like_rest(runs.decomposition, components, seed))
-    add("noise for the others", runs.mean(runs(noise, s)), runs.mean(runs(noise, other)))
 
-    for k in unions:
-        with_others, only_others = (
-            torch.stack([of_others(s, shift) for shift in range(first, first + k + 1)]).amax(0) for first in (0, 1)
-        )
-        add("with active ones of others", under(with_others), under(only_others), under(with_others, twins), k)
+def _with_noise(runs: _Runs, own: _Masked, null: _Masked) -> _Row:
+    rest = Mixture(_noise_like_rest(runs))
 
-    never = ~(active > 0).any(0)
-    shuffled = never[uniform("never", 0, C).argsort()]
-    kept, kept_null = (F.pad((~off).to(s), (0, 1), value=1.0).expand(n, -1) for off in (never, shuffled))
-    add("all but those never active", under(kept), under(kept_null), under(kept, twins), int(never.sum()))
+    def replaced(shares: Tensor) -> Intercept:
+        """A component by its share, its random twin by what is left of that, and noise in the place of the rest."""
+        kept, twins = Mixture(runs.components, shares[..., :-1]), Mixture(runs.twins, 1 - shares[..., :-1])
 
-    own, matched = usage_matched(active > 0, draws(seed, "audit", "twins"))
-    without, without_matched = (F.pad((~off).to(s), (0, 1), value=1.0) for off in (own, matched))
-    add("all but the active ones", under(without), under(without_matched), under(without, twins))
+        def replaced(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+            return kept(use, x, original, bias) + twins(use, x, original, None) + rest(use, x, original, None)
 
-    what, amount, *values = zip(*rows, strict=True)
-    weights = {name: runs.decomposition.target.weights[name].value() for name in components.names}
-    whole = torch.stack([weight.float().norm() for weight in weights.values()]).norm()
-    dead = torch.stack([components.summed(name, never).norm() for name in components.names]).norm()
-    return Audit(
-        list(what),
-        list(amount),
-        *(torch.tensor(column, dtype=torch.float32, device="cpu") for column in values),
-        n_data_points=n,
-        n_components=C,
-        n_active=(active > 0).sum(1).float().mean().item(),
-        n_never_active=int(never.sum()),
-        rest=runs.decomposition.residuals()["all"],
-        never_active=(dead / whole).item(),
-        matched=(own.sum() / (active > 0).sum().clamp_min(1)).item(),
+        return replaced
+
+    return _Row("noise for the others", None, *(runs.mean(runs(replaced, some.mask)) for some in (own, null)))
+
+
+def _with_others(runs: _Runs, own: _Masked, k: int) -> _Row:
+    union, only_others = (
+        torch.stack([runs.of_others(own.mask, shift) for shift in range(first, first + k + 1)]).amax(0)
+        for first in (0, 1)
     )
+    name = "with active ones of others"
+    return _Row(name, k, runs.loss(union), runs.loss(only_others), runs.loss(union, random=True))
+
+
+def _taken_out(runs: _Runs, active: Float[Tensor, "data C"]) -> Iterator[_Row]:
+    def without(off: Tensor, random: bool = False) -> float:
+        return runs.loss(F.pad((~off).to(active), (0, 1), value=1.0).expand(len(active), -1), random)
+
+    never = _never_active(active)
+    shuffled = never[runs.uniform("never", 0, len(never)).argsort()]
+    losses = without(never), without(shuffled), without(never, random=True)
+    yield _Row("all but those never active", int(never.sum()), *losses)
+    own, partners = usage_matched(active > 0, draws(runs.seed, "audit", "twins"))
+    yield _Row("all but the active ones", None, without(own), without(partners), without(own, random=True))
+
+
+def _never_active(active: Float[Tensor, "data C"]) -> Bool[Tensor, " C"]:
+    return ~(active > 0).any(0)
 
 
 def _mixture(components: ParameterComponents, shares: Float[Tensor, "examples *pos units"]) -> Mixture:
@@ -370,70 +424,47 @@ def _by_matrix(components: ParameterComponents, *shares: Tensor) -> Intercept:
     return lambda use, x, original, bias: mixtures[use.matrix](use, x, original, bias)
 
 
-def _with_noise(
-    components: ParameterComponents, twins: ParameterComponents, rest: ParameterComponents, shares: Tensor
-) -> Intercept:
-    """A component by its share, its random twin by what is left of that, and noise in the place of the rest."""
-    kept, lost, noise = Mixture(components, shares[..., :-1]), Mixture(twins, 1 - shares[..., :-1]), Mixture(rest)
-
-    def replaced(use, x, original, bias):  # type: ignore[no-untyped-def]
-        return kept(use, x, original, bias) + lost(use, x, original, None) + noise(use, x, original, None)
-
-    return replaced
-
-
 @torch.no_grad()
-def _noise_like_rest(decomposition: Decomposition, components: ParameterComponents, seed: int) -> ParameterComponents:
+def _noise_like_rest(runs: _Runs) -> ParameterComponents:
     """One component with normal entries, of the norm of W − Σ P in each matrix."""
     A, B = {}, {}
-    for name in components.names:
-        summed = components.summed(name)
-        size = (decomposition.target.weights[name].value().to(summed) - summed).norm() / summed.numel() ** 0.5
-        noise = torch.randn(summed.shape, generator=draws(seed, "audit", name), dtype=summed.dtype, device="cpu")
-        noise, d_in, d_out = noise.to(summed) * size, *summed.shape
-        eye = torch.eye(min(d_in, d_out)).to(summed)
-        A[name], B[name] = (eye, noise) if d_in <= d_out else (noise, eye)
-        A[name], B[name] = A[name][None], B[name][None]
+    for name in runs.components.names:
+        summed = runs.components.summed(name)
+        rest = runs.decomposition.target.weights[name].value().to(summed) - summed
+        noise = torch.randn(rest.shape, generator=draws(runs.seed, "audit", name), dtype=rest.dtype, device="cpu")
+        noise = noise.to(rest) * rest.norm() / rest.numel() ** 0.5
+        eye = torch.eye(min(rest.shape), dtype=rest.dtype, device=rest.device)
+        A[name], B[name] = (eye[None], noise[None]) if len(rest) <= rest.shape[1] else (noise[None], eye[None])
     return ParameterComponents(A, B).requires_grad_(False)
 
 
-# Places of the attack that were tried, and the errors there.
-_Starts = list[tuple[Float[Tensor, "data units"], _Errors]]
-
-
-def _worst_of_each(
-    runs: _Runs, components: ParameterComponents, mask: Tensor, starts: _Starts, ladder: Sequence[int]
-) -> list[float]:
-    """The largest mean loss on each rung, with shares of each data point's own."""
+def _worst_of_each(runs: _Runs, some: _Masked, ladder: Sequence[int]) -> list[float]:
+    """The largest mean loss on each rung, with a part of each of the others for each data point."""
     rungs: list[_Errors] = []
     for place, batch in enumerate(runs.data):
-        s = batch.spread(mask)
+        s = batch.spread(some.mask)
 
         def errors_under(source: Tensor) -> Tensor:
-            return runs.errors(batch, _mixture(components, s + (1 - s) * source))  # noqa: B023
+            return runs.errors(batch, _mixture(runs.components, s + (1 - s) * source))  # noqa: B023
 
-        tried = [(batch.spread(source), errors[place]) for source, errors in starts]
-        hardest, largest = tried[0]
-        for source, errors in tried[1:]:
-            hardest, largest = harder(hardest, largest, source, errors)
+        hardest, largest = batch.spread(some.sources[0]), some.errors[0][place]
+        for source, errors in zip(some.sources[1:], some.errors[1:], strict=True):
+            hardest, largest = harder(hardest, largest, batch.spread(source), errors[place])
         rungs.append(_climb(errors_under, hardest, largest, ladder))
     return [runs.mean(list(rung)) for rung in zip(*rungs, strict=True)]
 
 
-def _worst_for_all(
-    runs: _Runs, components: ParameterComponents, mask: Tensor, starts: _Starts, ladder: Sequence[int]
-) -> list[float]:
-    """The same with one share of each component, and of the rest, for all data. It starts anywhere, as at 0 there may
-    be no gradient."""
+def _worst_for_all(runs: _Runs, some: _Masked, ladder: Sequence[int]) -> list[float]:
+    """The same with one part of each of the others for all data."""
 
     def total_under(source: Float[Tensor, "1 units"]) -> Float[Tensor, " 1"]:
-        """The sum over all data, of which each batch's gradient is taken at once."""
+        """The sum over all data. The gradient of each batch is taken at once, so that one graph is held at a time."""
         total = source.new_zeros(1)
         for batch in runs.data:
-            s = batch.spread(mask)
+            s = batch.spread(some.mask)
 
             def of_batch(source: Tensor) -> Tensor:
-                return runs.errors(batch, _mixture(components, s + (1 - s) * source)).sum()[None]  # noqa: B023
+                return runs.errors(batch, _mixture(runs.components, s + (1 - s) * source)).sum()[None]  # noqa: B023
 
             if torch.is_grad_enabled():
                 value, gradient = with_gradient(of_batch, source)
@@ -442,12 +473,11 @@ def _worst_for_all(
                 total = total + of_batch(source)
         return total
 
-    hardest = starts[1][0][:1]
+    none, part = some.sources[0][:1], some.sources[1][:1]  # where none is on there may be no gradient
     with torch.no_grad():
-        largest = total_under(hardest)
-    zero = torch.stack([of_batch.sum() for of_batch in starts[0][1]]).sum()[None]
-    hardest, largest = harder(hardest, largest, torch.zeros_like(hardest), zero)
-    return [runs.mean([rung]) for rung in _climb(total_under, hardest, largest, ladder)]
+        drawn = total_under(part)
+    of_none = torch.stack([of_batch.sum() for of_batch in some.errors[0]]).sum()[None]
+    return [runs.mean([rung]) for rung in _climb(total_under, *harder(part, drawn, none, of_none), ladder)]
 
 
 def _climb(
