@@ -47,6 +47,7 @@ from apd_lens.components._measures import random_components as random_components
 from apd_lens.decomposition._decomposition import Decomposition as Decomposition
 from apd_lens.decomposition._editing import Edit as Edit
 from apd_lens.decomposition._editing import apply_edit as apply_edit
+from apd_lens.decomposition._load import from_factors as _from_factors
 from apd_lens.decomposition._load import load as load
 from apd_lens.decomposition._observed import Observed as Observed
 from apd_lens.decomposition._summary import Summary as Summary
@@ -80,6 +81,7 @@ from apd_lens.training._state import StepInfo as StepInfo
 from apd_lens.training._step import step as step
 
 decompose = _checked(_loop.decompose, InvalidSetting)
+from_factors = _checked(_from_factors)
 init = _checked(_state.init, InvalidSetting)
 responses = _checked(_responses, InvalidSetting)
 where = _checked(_where, InvalidSetting)

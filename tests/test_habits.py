@@ -183,7 +183,7 @@ def everything(decomposition: apd.Decomposition) -> dict[str, object]:
         "edits": str(compare.edit_effects(decomposition, [0], [x], [x])),
         "map": [matrix.total for matrix in compare.attribution_map(decomposition, [x], metric).matrices],
         "signed": compare.signed_attributions(decomposition, [x], metric).attribution,
-        "audit": apd.metrics.ablation_path_audit(decomposition, x, n_draws=2, ascent_steps=2).worst,
+        "audit": apd.metrics.audit(decomposition, [x], ladder=(2,), unions=(2,), progress=False).loss,
     }
 
 

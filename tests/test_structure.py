@@ -101,6 +101,7 @@ TESTED_WITH = {
     "host/patch": "host/interrupts",
     "losses/terms": "losses/losses",
     "plots/attributions": "plots/plots",
+    "plots/audit": "plots/plots",
     "plots/draw": "plots/plots",
     "plots/runs": "plots/plots",
     "plots/watch": "plots/monitor",

@@ -1,6 +1,7 @@
-"""Loading a saved decomposition onto a model."""
+"""Decompositions that are there already: saved ones, and factors of another method."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import torch
 from torch import Tensor
 
 from apd_lens._codec import decode_settings
-from apd_lens._errors import ArtifactError, InvalidSetting, UnsupportedModel
+from apd_lens._errors import ArtifactError, InvalidSetting, ShapeMismatch, UnsupportedModel
 from apd_lens._files import user_path
-from apd_lens._settings import Settings
+from apd_lens._settings import DEFAULTS, Settings
 from apd_lens.components._components import ParameterComponents
 from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import ValidFn
@@ -98,6 +99,57 @@ def load(
             here[name]: target.weights[here[name]].fingerprint() if other_dtype else saved["fingerprint"]
             for name, saved in about["matrices"].items()
         },
+    )
+
+
+def from_factors(
+    model: Any,
+    A: Mapping[str, Tensor],
+    B: Mapping[str, Tensor],
+    *,
+    settings: Settings = DEFAULTS,
+    output: OutputFn = default_output,
+    valid: ValidFn | None = None,
+) -> Decomposition:
+    """A decomposition with given components P_c = A_c B_c, such as those of another method. The factors are copied.
+
+    Where that method says itself which components are active, give its masks to what takes them, such as
+    `decomposition.sparse` and `metrics.audit(decomposition, batches, masks=...)`.
+
+    Args:
+        A, B: name of a matrix -> `C d_in m` and `C m d_out`, with x @ A @ B. A component that has no part in a matrix
+            is zero there.
+        settings: the distance between outputs (`losses`), and how attributions say what is active.
+        output, valid: as in `decompose`.
+
+    Raises:
+        UnknownWeight, UnsupportedModel: a name is not that of a matrix that can be decomposed.
+        ShapeMismatch: factors of other matrices in A than in B, or of another shape.
+    """
+    target = wrap(model)
+    target = target if valid is None else target.with_valid(valid)
+    if A.keys() != B.keys():
+        raise ShapeMismatch(f"Expected factors of the same matrices, got A of {sorted(A)} and B of {sorted(B)}.")
+    given = {target.match(name)[0]: name for name in A}
+    factors: list[dict[str, Tensor]] = [{}, {}]
+    C = len(next(iter(A.values()), ()))
+    for name in target.match(given):
+        matrix, a, b = target.weights[name], A[given[name]], B[given[name]]
+        m = a.shape[-1]
+        if a.shape != (C, matrix.d_in, m) or b.shape != (C, m, matrix.d_out):
+            raise ShapeMismatch(
+                f"{name} is {matrix.d_in} × {matrix.d_out}. Expected A of shape ({C}, {matrix.d_in}, m) and B of shape "
+                f"({C}, m, {matrix.d_out}), got {tuple(a.shape)} and {tuple(b.shape)}."
+            )
+        dtype = torch.promote_types(matrix.parameter.dtype, torch.float32)
+        for side, factor in zip(factors, (a, b), strict=True):
+            side[name] = factor.detach().to(matrix.parameter.device, dtype).clone()
+    return Decomposition(
+        target=target,
+        components=ParameterComponents(*factors).requires_grad_(False),
+        settings=settings,
+        output=output,
+        fingerprints={name: target.fingerprints.of(target.weights[name]) for name in factors[0]},
     )
 
 

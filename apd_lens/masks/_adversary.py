@@ -26,9 +26,9 @@ def ascend(
     """
     gamma = hardest
     for _ in range(steps):
-        error, gradient = _with_gradient(errors_under, gamma)
+        error, gradient = with_gradient(errors_under, gamma)
         hardest, largest = harder(hardest, largest, gamma, error)
-        gamma = torch.maximum(gamma + size * gradient.sign(), lowest).clamp_max(1)
+        gamma = torch.maximum(gamma + size * gradient.nan_to_num(0).sign(), lowest).clamp_max(1)
     with torch.no_grad():
         return harder(hardest, largest, gamma, errors_under(gamma))
 
@@ -45,7 +45,7 @@ def harder(
     return chosen, torch.maximum(error, largest)
 
 
-def _with_gradient(
+def with_gradient(
     errors_under: Callable[[Tensor], Tensor], gamma: Float[Tensor, "batch *pos units"]
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch *pos units"]]:
     """The error of each example, and the gradient of their sum."""

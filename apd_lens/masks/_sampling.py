@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from apd_lens._checks import checked
+from apd_lens._memory import chunks
 
 
 def path_mask(
@@ -60,3 +61,37 @@ def anti_scrubbed_mask(
 
 def _half(like: Bool[Tensor, "batch *pos C"], generator: torch.Generator | None) -> Bool[Tensor, "batch *pos C"]:
     return torch.rand(like.shape, generator=generator, device=like.device, dtype=torch.float32) < 0.5
+
+
+def usage_matched(
+    active: Bool[Tensor, "data C"], generator: torch.Generator | None = None, within: float = 2.0
+) -> tuple[Bool[Tensor, "data C"], Bool[Tensor, "data C"]]:
+    """For each active component of a data point another one that is not active there, and is as often active on all.
+
+    The most often active one finds its partner first, the one whose number of data points is nearest; of equally near
+    ones, any.
+
+    Args:
+        within: the larger number over the smaller, at most. A component without such a partner is left out.
+        generator: on the CPU.
+
+    Returns:
+        The active ones that have a partner, and the partners.
+    """
+    usage = active.sum(0).float()
+    own, partners = torch.zeros_like(active), torch.zeros_like(active)
+    log_usage, furthest = usage.log(), torch.tensor(within).log().item()
+    for part in chunks(len(active), 32 * len(usage)):
+        left = active[part].clone()
+        rows = torch.arange(len(left), device=active.device)
+        while bool(left.any()):
+            first = torch.where(left, usage, -1).argmax(1)
+            found = left.any(1)
+            left[rows, first] = False
+            apart = (log_usage[first][:, None] - log_usage).abs()
+            apart += 1e-6 * torch.rand(apart.shape, generator=generator, dtype=torch.float32, device="cpu").to(apart)
+            nearest, partner = apart.masked_fill(active[part] | partners[part], torch.inf).min(1)
+            found &= nearest <= furthest + 1e-5
+            own[part][rows[found], first[found]] = True
+            partners[part][rows[found], partner[found]] = True
+    return own, partners

@@ -9,10 +9,10 @@ from apd_lens.components import effective_rank as effective_rank
 from apd_lens.masks._sampling import anti_scrubbed_mask as anti_scrubbed_mask
 from apd_lens.masks._sampling import scrubbed_mask as scrubbed_mask
 from apd_lens.metrics import _stability
-from apd_lens.metrics._audit import AblationPath as AblationPath
-from apd_lens.metrics._audit import Agreement as Agreement
-from apd_lens.metrics._audit import ablation_path_audit as ablation_path_audit
-from apd_lens.metrics._audit import agreement as agreement
+from apd_lens.metrics._agreement import Agreement as Agreement
+from apd_lens.metrics._agreement import agreement as agreement
+from apd_lens.metrics._audit import Audit as Audit
+from apd_lens.metrics._audit import audit as audit
 from apd_lens.metrics._auroc import auroc as auroc
 from apd_lens.metrics._mechanisms import best_components as best_components
 from apd_lens.metrics._mechanisms import features_alone as features_alone

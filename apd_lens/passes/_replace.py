@@ -27,13 +27,13 @@ class Mixture:
     Attributes:
         components: those whose share is not that of the rest.
         on: s, for each data point or for all.
-        rest: r, for each example or for all.
+        rest: r, for each example or data point, or for all.
         n_active: number of True in `on`, if that is known.
     """
 
     components: ParameterComponents
     on: Mask | float = 1.0
-    rest: Float[Tensor, " examples"] | float = 0.0
+    rest: Float[Tensor, "examples *rest_pos"] | float = 0.0
     n_active: int | None = None
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class Mixture:
         if isinstance(self.on, Tensor):
             return self.on.to(A.dtype) - _for_each(self.rest, self.on)
         assert isinstance(self.rest, Tensor)
-        return (self.on - self.rest.to(A.dtype))[:, None].expand(-1, len(A))
+        return (self.on - self.rest.to(A.dtype))[..., None].expand(*self.rest.shape, len(A))
 
     @cached_property
     def _pairs(self) -> tuple[Bool[Tensor, "examples *mask_pos C"], ActivePairs] | None:
@@ -103,8 +103,10 @@ def all_but_one(
 
 
 def _for_each(rest: Tensor | float, values: Tensor) -> Tensor | float:
-    """r of each example, to be multiplied with values `examples *rest`."""
-    return rest.to(values.device).reshape(-1, *[1] * (values.ndim - 1)) if isinstance(rest, Tensor) else rest
+    """r of each example or data point, to be multiplied with values `examples *rest`."""
+    if not isinstance(rest, Tensor):
+        return rest
+    return rest.to(values.device).reshape(*rest.shape, *[1] * (values.ndim - rest.ndim))
 
 
 def _in_host_dtype(y: Tensor, x: Tensor, original: Callable[[], Tensor]) -> Tensor:

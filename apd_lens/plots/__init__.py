@@ -16,13 +16,13 @@ except ImportError as error:
 
 from apd_lens.plots._attributions import attribution_matrix as attribution_matrix
 from apd_lens.plots._attributions import sorted_components as sorted_components
+from apd_lens.plots._audit import audit as audit
 from apd_lens.plots._circuits import component_nodes as component_nodes
 from apd_lens.plots._circuits import faithfulness as faithfulness
 from apd_lens.plots._circuits import signed_by_position as signed_by_position
 from apd_lens.plots._dictionaries import best_matches as best_matches
 from apd_lens.plots._dictionaries import loss_against_sparsity as loss_against_sparsity
 from apd_lens.plots._dictionaries import match_matrix as match_matrix
-from apd_lens.plots._runs import ablation_path as ablation_path
 from apd_lens.plots._runs import alive_components as alive_components
 from apd_lens.plots._runs import loss_curves as loss_curves
 from apd_lens.plots._runs import seed_stability as seed_stability

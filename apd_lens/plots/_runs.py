@@ -1,7 +1,6 @@
-"""What the model gives out on all, some and none of its components."""
+"""What happens in a training run, and over seeds."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,13 +11,9 @@ from torch import Tensor
 
 from apd_lens._checks import checked
 from apd_lens._errors import InvalidSetting
-from apd_lens.metrics._audit import AblationPath
 from apd_lens.plots._draw import (
-    ANTI_SCRUBBED,
     NULL,
     POSITIVE,
-    SCRUBBED,
-    SPARSE,
     TARGET,
     axes,
     check_names,
@@ -34,30 +29,6 @@ from apd_lens.training._state import StepInfo
 # One entry a step that was kept: what `on_step` is called with, or name -> value.
 History = Sequence[StepInfo] | Sequence[Mapping[str, float | Tensor]]
 _NOT_LOSSES = ("step", "alive", "moves")
-
-
-@checked
-def ablation_path(path: AblationPath, *, ax: Axes | None = None) -> Figure | SubFigure:
-    """Output error as inactive components are ablated: together, each at random, and where each does most harm.
-
-    Args:
-        path: a result of `apd_lens.metrics.ablation_path_audit`.
-    """
-    ax, amount = axes(ax, 7.0), plain(path.amount).numpy()
-    looks: tuple[tuple[str, Tensor, dict[str, Any]], ...] = (
-        ("worst case", path.worst, {"color": ANTI_SCRUBBED, "marker": "^", "markersize": 10}),
-        ("each at random", path.random, {"color": SCRUBBED, "marker": "o"}),
-        ("all together", path.together, {"color": SPARSE, "marker": "s", "markersize": 4, "linestyle": "--"}),
-    )
-    for name, errors, look in looks:
-        ax.plot(amount, plain(errors).numpy(), label=name, **look)
-    ax.set(
-        yscale="log",
-        xlabel="t, how far inactive components may be ablated",
-        ylabel="output error",
-        title="Do inactive components matter?",
-    )
-    return finished(ax)
 
 
 @checked

@@ -101,7 +101,7 @@ def of_any(target: paper.Target, decomposition: apd.Decomposition) -> Drawn:
             order=order,
         ),
     )
-    yield "ablation_path", plots.ablation_path(metrics.ablation_path_audit(decomposition, x))
+    yield "audit", plots.audit(metrics.audit(decomposition, [x]))
 
 
 def of_history(history: list[dict[str, float]]) -> plt.Figure:

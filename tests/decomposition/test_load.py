@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.bridges import hugging_face_model
+from support.toy_models import linear_of_known_parts
 from torch.testing import assert_close
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
@@ -93,3 +94,38 @@ def test_a_matrix_that_is_not_there_is_named():
         original.on(other())
     with pytest.raises(apd.UnsupportedModel, match="cannot be taken to a Linear"):
         original.on(torch.nn.Linear(8, 8))
+
+
+def test_given_factors_are_a_decomposition():
+    model, components = linear_of_known_parts()
+    given = apd.from_factors(model, components.A, components.B, settings=apd.Settings(selection=apd.TopK(1)))
+    assert given.residuals()["all"] == 0
+    assert given.select(torch.eye(4)).equal(torch.eye(4).bool())
+    components.A["weight"].data.zero_()  # it has factors of its own
+    assert given.residuals()["all"] == 0
+    with torch.no_grad():
+        model.weight += 1
+    with pytest.raises(apd.WeightsChanged):
+        given.select(torch.eye(4))
+
+
+@pytest.mark.parametrize(
+    ("A", "B", "error", "message"),
+    [
+        (
+            {"weight": (3, 4, 1)},
+            {"weight": (3, 1, 5)},
+            apd.ShapeMismatch,
+            r"weight is 4 × 4.*got \(3, 4, 1\) and \(3, 1, 5",
+        ),
+        ({"weight": (3, 4, 1)}, {"weight": (2, 1, 4)}, apd.ShapeMismatch, r"B of shape \(3, m, 4\)"),
+        ({"weight": (4, 3)}, {"weight": (3, 4)}, apd.ShapeMismatch, r"got \(4, 3\)"),
+        ({"weight": (3, 4, 1)}, {}, apd.ShapeMismatch, "the same matrices"),
+        ({"bias": (3, 4, 1)}, {"bias": (3, 1, 4)}, apd.UnknownWeight, "No weight matches 'bias'"),
+        ({}, {}, apd.UnknownWeight, "got none"),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(A, B, error, message):
+    model, _ = linear_of_known_parts()
+    with pytest.raises(error, match=message):
+        apd.from_factors(model, *({name: torch.ones(shape) for name, shape in side.items()} for side in (A, B)))

@@ -63,14 +63,14 @@ def test_a_summary_says_how_far_estimates_are_off_from_the_same_pass(decompositi
 
 
 def test_what_looks_at_a_batch_runs_the_target_once(decomposition: apd.Decomposition):
-    """The other passes are those of sparse models: one of a monitor, two of the audit before its amounts."""
+    """The other passes are those of sparse models: one of a monitor, many of an audit."""
     x, model = torch.randn(8, 4), decomposition.target.model
     decomposition = replace(decomposition, settings=apd.Settings(selection=apd.BatchTopK(1.0)))
     for look, n in (
         (lambda: decomposition.summary(x), 1),
         (lambda: apd.monitor.fit(decomposition, [x]), 2),
         (lambda: apd.monitor.fit(decomposition, [x]).score(x), 4),
-        (lambda: apd.metrics.ablation_path_audit(decomposition, x, amounts=(0.0,), n_draws=1, ascent_steps=1), 1 + 5),
+        (lambda: apd.metrics.audit(decomposition, [x], ladder=(1,), unions=(), n_draws=1, progress=False), 1 + 30),
     ):
         with counted(model) as passes:
             look()

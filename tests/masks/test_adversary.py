@@ -23,3 +23,14 @@ def test_ascent_finds_the_corner_of_a_linear_error():
     expected = torch.where(a > 0, 1.0, lowest)
     assert_close(gamma, expected)
     assert_close(error, errors(expected))
+
+
+def test_a_gradient_that_is_not_a_number_moves_nothing():
+    start = torch.full((1, 2), 0.5)
+
+    def errors(gamma: torch.Tensor) -> torch.Tensor:
+        return gamma[:, 0] + (gamma[:, 1] - 0.5).abs().sqrt()  # infinite times zero at 0.5
+
+    gamma, error = ascend(errors, start, errors(start), torch.zeros(1, 2), size=0.5, steps=1)
+    assert_close(gamma, torch.tensor([[1.0, 0.5]]))
+    assert error.item() == 1

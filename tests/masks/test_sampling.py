@@ -1,6 +1,6 @@
 import torch
 
-from apd_lens.masks._sampling import anti_scrubbed_mask, path_mask, scrubbed_mask
+from apd_lens.masks._sampling import anti_scrubbed_mask, path_mask, scrubbed_mask, usage_matched
 
 
 def seeded() -> torch.Generator:
@@ -24,3 +24,27 @@ def test_scrubbed_and_anti_scrubbed_differ_by_the_responsible():
     assert not (anti & responsible).any()
     n = int((~responsible).sum())
     assert abs(int(anti.sum()) - n / 2) < 4 * (n / 4) ** 0.5
+
+
+def test_partners_are_inactive_and_as_often_active():
+    """Components 0 and 1 are active on 4 data points, 2 on 2, 3 on 1, 4 on all 9, 5 on none."""
+    active = torch.zeros(9, 6, dtype=torch.bool)
+    active[:4, 0] = active[4:8, 1] = active[:2, 2] = active[8, 3] = active[:, 4] = True
+    own, partners = usage_matched(active, seeded())
+    assert not own[:, 4].any()  # none is as often active
+    assert not partners[:, 5].any()
+    # Nearest to 2, within a factor of 2 and inactive there: 3 is on 1 data point, 1 on 4.
+    assert partners[:4].nonzero()[:, 1].tolist() == [1, 3, 1, 3, 1, 1]
+    assert own[:4].equal(active[:4] & ~(torch.arange(6) == 4))
+    assert partners[4:8].nonzero()[:, 1].tolist() == [0] * 4
+    assert partners[8].nonzero().tolist() == [[2]]
+    assert not (partners & active).any()
+
+
+def test_partners_are_distinct_and_of_equally_near_ones_any():
+    active = torch.eye(40).bool() | torch.eye(40).bool().roll(1, 0)  # two on each data point
+    own, partners = usage_matched(active, seeded())
+    assert own.equal(active)
+    assert (partners.sum(1) == 2).all()
+    assert (partners.sum(0) < 12).all()
+    assert partners.equal(usage_matched(active, seeded())[1])

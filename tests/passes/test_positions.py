@@ -182,8 +182,8 @@ def test_all_that_is_asked_of_a_decomposition_goes_on_working(tmp_path):
     assert_close(loaded.attributions(batch), decomposition.attributions(batch))
     assert apd.responses(loaded, [batch, LEFT]).n_examples == 5
     assert apd.monitor.fit(loaded, [batch], k=1).score(batch).surprise.shape == (3,)
-    path = apd.metrics.ablation_path_audit(loaded, batch, n_draws=1, ascent_steps=1)
-    assert path.worst.isfinite().all()
+    audit = apd.metrics.audit(loaded, [batch, LEFT], ladder=(1,), n_draws=1, progress=False)
+    assert audit.loss.isfinite().all()
     with loaded.sparse(loaded.select(batch, k=2)):
         model(**batch)
 

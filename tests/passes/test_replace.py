@@ -75,6 +75,25 @@ def test_one_number_for_all_data_points():
         assert_close(came, model(x))
 
 
+@pytest.mark.parametrize("components_are", ["on in part", "all on"])
+def test_a_rest_of_each_position(components_are: str):
+    model, rows = HOSTS["lookups"]()
+    decomposition = decomposition_of(model)
+    on = torch.rand(6, 2, 5) if components_are == "on in part" else 1.0
+    rest = torch.rand(6, 2).requires_grad_()
+    came = run_on(decomposition, Mixture(decomposition.components, on, rest), rows)
+    for place in range(2):  # positions do not mix
+        at_place = on[:, place] if isinstance(on, torch.Tensor) else on
+        expected = run_on(decomposition, Mixture(decomposition.components, at_place, rest[:, place]), rows)
+        assert_close(came[:, place], expected[:, place])
+    assert torch.autograd.grad(came.sum(), rest)[0].all()
+
+
+def run_on(decomposition, mixture: Mixture, batch: torch.Tensor) -> torch.Tensor:
+    with decomposition.target.intercepted(decomposition.components.names, mixture):
+        return decomposition.target.model(batch)
+
+
 def test_all_but_one():
     off = ~all_but_one(2, 3, torch.device("cpu"))
     assert off.long().argmax(1).tolist() == [0, 0, 0, 1, 1, 1]

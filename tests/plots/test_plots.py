@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import apd_lens as apd
 from apd_lens import metrics, plots, toys
+from apd_lens.metrics._audit import WORST_FOR_ALL, WORST_OF_EACH
 
 ATTRIBUTIONS = torch.tensor([[0.0, 0.1, 2.0, 0.3], [1.0, 0.1, 0.0, 0.3], [0.5, 0.1, 0.4, 0.3]])
 
@@ -39,7 +40,7 @@ EVERY_FIGURE = {
     "loss_by_active": lambda new: drawing.loss_by_active((new(5) * 3).int(), new(5), {"top-1": new(5)}),
     "scrubbed_losses": lambda new: drawing.scrubbed_losses(new(9), new(2, 9), new(2, 9)),
     "scrubbed_outputs": lambda new: drawing.scrubbed_outputs(new(5), new(5), new(2, 5), new(2, 5)),
-    "ablation_path": lambda new: plots.ablation_path(metrics.AblationPath(new(3), new(3), new(3), new(3))),
+    "audit": lambda new: plots.audit(small_audit(new(8), new(8), new(8))),
     "component_nodes": lambda new: plots.component_nodes(new(4, 2), ["a0.0", "a0.1"]),
     "faithfulness": lambda new: plots.faithfulness((new(5) * 3).int(), {"own": new(5), "heads": new(5)}),
     "signed_by_position": lambda new: plots.signed_by_position(new(3, 4)),
@@ -268,15 +269,41 @@ def test_scrubbed_outputs_have_a_curve_for_each_draw():
     assert ax.get_xlabel() == "value of feature 2"
 
 
-def test_the_ablation_path_has_its_three_curves():
-    path = metrics.AblationPath(*(torch.tensor(curve) for curve in ([0.0, 1.0], [1.0, 2.0], [1.0, 3.0], [1.0, 4.0])))
-    figure, ax = plt.subplots()
-    assert plots.ablation_path(path, ax=ax) is figure
-    assert lines(ax) == {
-        "worst case": ([0, 1], [1, 4]),
-        "each at random": ([0, 1], [1, 3]),
-        "all together": ([0, 1], [1, 2]),
+def small_audit(loss: Tensor, null: Tensor, random: Tensor) -> metrics.Audit:
+    """Two rows of each attack beside two others."""
+    what = ["active ones alone", "a random part of the others", *2 * [WORST_OF_EACH], *2 * [WORST_FOR_ALL]]
+    what += 2 * ["with active ones of others"]
+    return metrics.Audit(what, [None, None, 20, 40, 20, 40, 1, 2], loss, null, random, 9, 4, 1.0, 0, 0.1, 0.0, 1.0)
+
+
+def test_an_audit_has_a_dot_for_each_row_and_a_line_for_each_attack():
+    nan = math.nan
+    audit = small_audit(
+        torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, math.inf, 0.1, 0.1]),
+        torch.tensor([0.5, 0.6, 0.7, nan, 0.8, nan, 0.9, 0.4]),
+        torch.tensor([1.0, nan, nan, nan, nan, nan, nan, nan]),
+    )
+    left, right = plots.audit(audit).axes
+    low, high = left.get_xlim()
+    assert 0 < low < 0.1
+    assert 1.0 < high < math.inf
+    expected = {
+        "these components": [[low, 0], [0.1, 1], [0.3, 2], [high, 3], [0.1, 4], [0.1, 5]],
+        "null: another data point's": [[0.5, 0], [0.6, 1], [0.7, 2], [0.8, 3], [0.9, 4], [0.4, 5]],
+        "null: random components": [[1.0, 0]],
     }
+    for name, places in expected.items():
+        assert_close(torch.tensor(dots(left)[name]), torch.tensor(places), check_dtype=False)
+    names = [label.get_text() for label in left.get_yticklabels()]
+    assert names[:3] == ["active ones alone", "a random part of the others", f"{WORST_OF_EACH}: 40"]
+    assert names[3:] == [f"{WORST_FOR_ALL}: 40", *(f"with active ones of others: {k}" for k in (1, 2))]
+    assert lines(right)["each data point's own"] == ([20, 40], pytest.approx([0.2, 0.3]))
+    assert lines(right)["one for all"] == ([20, 40], pytest.approx([0.4, high]))
+    assert lines(right)["each data point's own: null, 20 steps"][1] == pytest.approx([0.7, 0.7])
+    assert lines(right)["one for all: null, 20 steps"][1] == pytest.approx([0.8, 0.8])
+    assert lines(right)["a random part of the others"][1] == pytest.approx([0.1, 0.1])
+    with pytest.raises(apd.InvalidSetting, match="above zero"):
+        plots.audit(small_audit(torch.zeros(8), torch.zeros(8), torch.zeros(8)))
 
 
 def history_of_a_run(steps: int) -> list[apd.StepInfo]:
