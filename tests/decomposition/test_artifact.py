@@ -38,7 +38,7 @@ def saved(tmp_path):
 
 def change_json(folder, **changes) -> None:
     """Edits the JSON file, and makes its digest fit again."""
-    file = folder / "decomposition.json"
+    file = folder / "config.json"
     about = {**json.loads(file.read_text()), **changes}
     about["sha256"] = _artifact._digest(about)
     file.write_text(json.dumps(about))
@@ -62,7 +62,7 @@ def test_everything_comes_back(saved):
     assert "<lambda>" in repr(settings.losses.distance)
     with pytest.raises(apd.ArtifactError, match="<lambda> was not saved"):
         settings.losses.distance(torch.ones(1), torch.ones(1))
-    assert sorted(path.name for path in saved.iterdir()) == ["components.safetensors", "decomposition.json"]
+    assert sorted(path.name for path in saved.iterdir()) == ["README.md", "components.safetensors", "config.json"]
 
 
 def test_a_loaded_decomposition_works_like_the_saved_one(tmp_path):
@@ -134,20 +134,20 @@ def flip_a_byte(folder):
 
 
 def change_a_setting(folder):
-    file = folder / "decomposition.json"
+    file = folder / "config.json"
     file.write_text(file.read_text().replace('"seed": 7', '"seed": 8'))
 
 
 DAMAGE = {
     "truncated tensors": (truncate, r"components.safetensors \(\d+ bytes\) is truncated or was changed"),
     "tampered tensors": (flip_a_byte, "is truncated or was changed after it was saved"),
-    "tampered JSON": (change_a_setting, "decomposition.json was changed after it was saved"),
+    "tampered JSON": (change_a_setting, "config.json was changed after it was saved"),
     "truncated JSON": (
-        lambda folder: (folder / "decomposition.json").write_text('{"format": "apd_l'),
-        "decomposition.json is damaged: no valid JSON",
+        lambda folder: (folder / "config.json").write_text('{"format": "apd_l'),
+        "config.json is damaged: no valid JSON",
     ),
     "foreign JSON": (
-        lambda folder: (folder / "decomposition.json").write_text('{"format": "something else"}'),
+        lambda folder: (folder / "config.json").write_text('{"format": "something else"}'),
         "is not of apd_lens: expected the format 'apd_lens decomposition'",
     ),
     "newer": (
@@ -155,7 +155,7 @@ DAMAGE = {
         "has format version 2, and this apd_lens reads up to 1. Upgrade apd_lens",
     ),
     "no tensors": (lambda folder: (folder / "components.safetensors").unlink(), "components.safetensors is missing"),
-    "no JSON": (lambda folder: (folder / "decomposition.json").unlink(), "Expected a folder with decomposition.json"),
+    "no JSON": (lambda folder: (folder / "config.json").unlink(), "Expected a folder with config.json"),
 }
 
 
@@ -230,7 +230,7 @@ def test_other_weights_are_refused_in_another_dtype_too(tmp_path, here):
 
 def test_an_artifact_of_the_first_release_loads(saved):
     """It has no digests of rounded weights."""
-    about = json.loads((saved / "decomposition.json").read_text())
+    about = json.loads((saved / "config.json").read_text())
     for matrix in about["matrices"].values():
         del matrix["rounded"]
     change_json(saved, matrices=about["matrices"])

@@ -14,7 +14,7 @@ def test_facts_in_an_mlp(tmp_path):
     assert "edited_state_dict(ablate=" in printed
     assert (tmp_path / "facts_in_an_mlp.png").stat().st_size > 10_000
     assert (tmp_path / "facts_in_an_mlp" / "components.safetensors").is_file()
-    assert apd.__version__ in (tmp_path / "facts_in_an_mlp" / "decomposition.json").read_text()
+    assert apd.__version__ in (tmp_path / "facts_in_an_mlp" / "config.json").read_text()
 
 
 def test_capitals(tmp_path):
