@@ -94,7 +94,7 @@ def card_text(card: Card, about: Mapping[str, Any], rest: Mapping[str, float], r
         "| --- | --- | --- | --- |",
         *rows,
         "",
-        f"The rest is what no component holds, over all matrices {_share(rest, 'all')} of ‖W‖. It stays in the model.",
+        f"The rest is what no component holds, over all matrices {_share(rest, 'all')} of ‖W‖.",
         *(["", "| measured | |", "| --- | --- |"] if card.metrics else []),
         *(f"| {measured} | {value:.4g} |" for measured, value in card.metrics.items()),
         "",

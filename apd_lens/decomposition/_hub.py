@@ -52,9 +52,7 @@ def from_pretrained(
         with _hub(path_or_repo, revision) as hub:
             files = [JSON_FILE, OLD_JSON_FILE, TENSOR_FILE, CARD_FILE]
             options = {"revision": revision, "local_files_only": local_files_only, "token": token}
-            path = Path(
-                hub.snapshot_download(str(path_or_repo), cache_dir=cache_dir, allow_patterns=files, **options)
-            )
+            path = Path(hub.snapshot_download(str(path_or_repo), cache_dir=cache_dir, allow_patterns=files, **options))
     elif revision is not None:
         raise InvalidSetting(f"{path} is a folder, which has no revisions. Leave revision={revision!r} away.")
     return load(path, model, output=output, valid=valid, other_dtype=other_dtype)
@@ -106,13 +104,10 @@ def push_to_hub(
                 f"huggingface_hub.update_repo_settings({repo!r}, private={private})."
             )
         decomposition.save(folder, card=card, repo=repo)
-        return api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            revision=revision,
-            commit_message=commit_message,
-            delete_patterns=OLD_JSON_FILE,
-        )
+        changes = [hub.CommitOperationAdd(file, f"{folder}/{file}") for file in (JSON_FILE, TENSOR_FILE, CARD_FILE)]
+        if OLD_JSON_FILE in names:
+            changes.append(hub.CommitOperationDelete(OLD_JSON_FILE))
+        return api.create_commit(repo, changes, commit_message=commit_message, revision=revision)
 
 
 Decomposition.push_to_hub = push_to_hub  # here, so that a decomposition knows nothing of the Hub
@@ -140,7 +135,7 @@ def _what_to_do(error: Exception, repo: str, revision: str | None, hub: Any) -> 
     login = "log in with `hf auth login`, or give token="
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.HFValidationError):
-        return f"Expected a folder that is there, or a repository 'owner/name' of the Hub, got {repo!r}."
+        return f"Expected a repository 'owner/name' of the Hub, or a folder that is there, got {repo!r}."
     if isinstance(error, errors.GatedRepoError):
         return f"{repo} asks for consent. Open {place}/{repo}, agree there, and {login}."
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -157,6 +152,7 @@ def _what_to_do(error: Exception, repo: str, revision: str | None, hub: Any) -> 
     if isinstance(error, errors.LocalEntryNotFoundError) and not isinstance(error.__cause__, Exception):
         return f"{repo} was not downloaded before, at revision {revision or 'main'}. Leave local_files_only away."
     return (
-        f"{place} cannot be reached ({type(error.__cause__ or error).__name__}), or gave no answer that is one. Try "
-        f"again with a network, or load a folder: apd_lens.load(path, model). ({error})"
+        f"{place} cannot be reached, or something went wrong on the way: {type(error.__cause__ or error).__name__}. Try "
+        "again with a network. A folder needs none: decomposition.save(path), apd_lens.load(path, model). "
+        f"({error})"
     )

@@ -1,7 +1,9 @@
 """Saving and loading: what comes back, and what is refused."""
 
+import contextlib
 import copy
 import json
+import os
 import pickle
 
 import pytest
@@ -238,6 +240,55 @@ def test_an_artifact_of_the_first_release_loads(saved):
     assert apd.load(saved, model_of().double(), other_dtype=True).components.n_components == 5
     with pytest.raises(apd.ArtifactError, match="another dtype"):
         apd.load(saved, model_of().bfloat16(), other_dtype=True)
+
+
+def as_earlier(folder) -> None:
+    """Makes of an artifact what 0.1 and 0.2 saved."""
+    (folder / "config.json").rename(folder / "decomposition.json")
+    (folder / "README.md").unlink()
+
+
+def test_an_artifact_of_earlier_releases_loads_and_is_replaced(saved):
+    as_earlier(saved)
+    assert apd.load(saved, model_of()).components.n_components == 5
+    decomposition_of(model_of(), "layers.*", n_components=3).save(saved)
+    assert sorted(path.name for path in saved.iterdir()) == ["README.md", "components.safetensors", "config.json"]
+    assert apd.load(saved, model_of()).components.n_components == 3
+
+
+@pytest.mark.parametrize("call", ["replace", "unlink"])
+@pytest.mark.parametrize("done", range(4))
+def test_a_save_over_an_earlier_one_that_ends_anywhere_leaves_one_of_the_two(saved, monkeypatch, call, done: int):
+    as_earlier(saved)
+    decomposition = decomposition_of(model_of(), "layers.*", n_components=3)
+    calls, original = [], getattr(os, call)
+
+    def stop(*arguments) -> None:
+        calls.append(arguments)
+        if len(calls) > done:
+            raise KeyboardInterrupt
+        original(*arguments)
+
+    monkeypatch.setattr(os, call, stop)
+    with contextlib.suppress(KeyboardInterrupt):
+        decomposition.save(saved)
+    monkeypatch.undo()
+    has_old = (saved / "decomposition.json").exists()
+    assert apd.load(saved, model_of()).components.n_components == (5 if has_old else 3)
+    decomposition.save(saved)
+    assert sorted(path.name for path in saved.iterdir()) == ["README.md", "components.safetensors", "config.json"]
+    assert apd.load(saved, model_of()).components.n_components == 3
+
+
+def test_another_librarys_config_is_not_replaced(saved):
+    """Beside an artifact of an earlier release too, which still loads."""
+    as_earlier(saved)
+    for content in ('{"model_type": "gpt2"}', ""):
+        (saved / "config.json").write_text(content)
+        assert apd.load(saved, model_of()).components.n_components == 5
+        with pytest.raises(apd.ArtifactError, match="is not empty and holds no decomposition"):
+            apd.load(saved, model_of()).save(saved)
+        assert (saved / "config.json").read_text() == content
 
 
 def test_factors_that_could_not_be_loaded_are_not_saved(tmp_path):

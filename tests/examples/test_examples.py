@@ -1,6 +1,7 @@
 """The examples run, with few steps. Their goals are met with the steps they have by default, which takes minutes."""
 
 import json
+import re
 
 from support.examples import run
 
@@ -64,6 +65,16 @@ def test_the_papers_systems(tmp_path):
     assert "best cosine between seeds" in valley
     assert len(list((tmp_path / "valley").glob("*.png"))) == 2
     assert len(drawn.splitlines()) == len(list((tmp_path / "figures").glob("*.png"))) > 12
+
+
+def test_directions_by_hand(tmp_path):
+    printed = run("directions.py", "--steps", "300", "--out", str(tmp_path / "directions.safetensors"))
+    difference, moved = re.findall(r"by hand: (\S+) from .*\n.* up to (\S+)", printed)[0]
+    assert float(difference) < 1e-6 < 0.1 < float(moved)
+    feature = re.findall(r"for input (\d)", printed)[0]
+    raised = [float(after) > float(before) for before, after in re.findall(r"(\S+) -> (\S+)", printed)]
+    assert raised[int(feature)]
+    assert sum(raised) > 2
 
 
 def test_the_report(tmp_path):
