@@ -19,8 +19,8 @@ class Card:
     Attributes:
         title: the heading; None for one with the base model's name.
         text: what you have to say about it, in Markdown.
-        base_model: the model's name on the Hub; None for that in a Hugging Face model's config, if it came from the Hub.
-        base_revision: the commit that it was loaded at; None as for the name.
+        base_model: the model's name on the Hub; None for what a Hugging Face model's config says.
+        base_revision: the commit that it was loaded at; None for that in the config, if the name is from there.
         datasets: names of the data, as on the Hub.
         tags: beside "apd_lens".
         license: as the Hub spells it, such as "mit".
@@ -46,9 +46,9 @@ def base_of(model: nn.Module, card: Card) -> dict[str, str]:
     configs = (getattr(module, "config", None) for module in model.modules())
     config = next((config for config in configs if isinstance(getattr(config, "_name_or_path", None), str)), None)
     name, revision = card.base_model, card.base_revision
-    if name is None and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", known := getattr(config, "_name_or_path", "")):
-        if not os.path.exists(known):
-            name, revision = known, revision or getattr(config, "_commit_hash", None)
+    known = getattr(config, "_name_or_path", "")
+    if name is None and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", known) and not os.path.exists(known):
+        name, revision = known, revision or getattr(config, "_commit_hash", None)
     return {key: value for key, value in (("name", name), ("revision", revision)) if value}
 
 
@@ -109,8 +109,8 @@ def card_text(card: Card, about: Mapping[str, Any], rest: Mapping[str, float], r
         "    ...",
         "```",
         "",
-        "The components fit these weights alone: `config.json` has the SHA-256 of every matrix, and a model with others "
-        "is refused. It also has all settings.",
+        "The components fit these weights alone: `config.json` has the SHA-256 of every matrix, and a model with "
+        "others is refused. It also has all settings.",
         *_needs(about),
     ]
     return "\n".join(lines) + "\n"

@@ -68,7 +68,7 @@ def push_to_hub(
     commit_message: str = "Upload a decomposition",
     card: Card | None = None,
 ) -> str:
-    """Publishes the decomposition as one commit to a repository of the Hugging Face Hub, which is made if there is none.
+    """Publishes the decomposition as one commit to a repository of the Hugging Face Hub, made if there is none.
     `apd_lens.from_pretrained` loads it. What the repository holds of an earlier one is replaced.
 
     Args:
@@ -152,7 +152,7 @@ def _what_to_do(error: Exception, repo: str, revision: str | None, hub: Any) -> 
     if isinstance(error, errors.LocalEntryNotFoundError) and not isinstance(error.__cause__, Exception):
         return f"{repo} was not downloaded before, at revision {revision or 'main'}. Leave local_files_only away."
     return (
-        f"{place} cannot be reached, or something went wrong on the way: {type(error.__cause__ or error).__name__}. Try "
-        "again with a network. A folder needs none: decomposition.save(path), apd_lens.load(path, model). "
+        f"{place} cannot be reached, or something went wrong on the way: {type(error.__cause__ or error).__name__}. "
+        "Try again with a network. A folder needs none: decomposition.save(path), apd_lens.load(path, model). "
         f"({error})"
     )

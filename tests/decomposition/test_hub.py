@@ -74,7 +74,7 @@ def test_revisions(hub: FakeHub, tmp_path: Path):
     load = lambda **options: apd.from_pretrained("me/run", model_of(), cache_dir=tmp_path, **options)  # noqa: E731
     for decomposition, options in ((second, {}), (first, {"revision": commit}), (third, {"revision": "other-rank"})):
         assert_same(load(**options), decomposition)
-    with pytest.raises(apd.ArtifactError, match="me/run has no revision 'v7'. Give a branch, a tag or a commit"):
+    with pytest.raises(apd.ArtifactError, match=r"me/run has no revision 'v7'. Give a branch, a tag or a commit"):
         load(revision="v7")
     assert_same(published(seed=3, revision="other-rank")[0], load(revision="other-rank"))  # the branch is there already
 
@@ -146,7 +146,7 @@ def test_a_folder_needs_neither_network_nor_account(tmp_path: Path, monkeypatch:
     decomposition.save(tmp_path / "run")
     assert_same(apd.from_pretrained(tmp_path / "run", model_of()), decomposition)
     assert_same(apd.from_pretrained(str(tmp_path / "run"), model_of()), decomposition)
-    with pytest.raises(apd.InvalidSetting, match="is a folder, which has no revisions. Leave revision='main' away"):
+    with pytest.raises(apd.InvalidSetting, match=r"is a folder, which has no revisions. Leave revision='main' away"):
         apd.from_pretrained(tmp_path / "run", model_of(), revision="main")
 
 
