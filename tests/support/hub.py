@@ -139,7 +139,8 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{asked['organization'] or 'me'}/{asked['name']}"
         known = name in self.server.repos
         if not known:
-            repo = self.server.repos[name] = Repo(private=asked.get("visibility") == "private")
+            is_private = asked.get("visibility") == "private" or asked.get("private", False)
+            repo = self.server.repos[name] = Repo(private=is_private)
             repo.commit("main", {".gitattributes": b""}, "initial commit")
         return 409 if known else 200, {"url": f"{self.server.address}/{name}"}, {}
 
