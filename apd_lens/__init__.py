@@ -44,9 +44,11 @@ from apd_lens.attribution._gradient import GradientAttribution as GradientAttrib
 from apd_lens.attribution._integrated import IntegratedGradients as IntegratedGradients
 from apd_lens.components._components import ParameterComponents as ParameterComponents
 from apd_lens.components._measures import random_components as random_components
+from apd_lens.decomposition._card import Card as Card
 from apd_lens.decomposition._decomposition import Decomposition as Decomposition
 from apd_lens.decomposition._editing import Edit as Edit
 from apd_lens.decomposition._editing import apply_edit as apply_edit
+from apd_lens.decomposition._hub import from_pretrained as from_pretrained
 from apd_lens.decomposition._load import from_factors as _from_factors
 from apd_lens.decomposition._load import load as load
 from apd_lens.decomposition._observed import Observed as Observed

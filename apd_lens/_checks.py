@@ -91,6 +91,8 @@ def check_fields(settings: Any) -> None:
         value = getattr(settings, field.name)
         with _undrawn():
             fits = is_bearable(value, cast(Any, field.type), conf=_CONF)
+        if isinstance(value, bool) and "bool" not in str(field.type):
+            fits = False  # to Python, True is an int
         if not fits:
             expected = field.type.__name__ if isinstance(field.type, type) else re.sub(r"\b\w+\.", "", str(field.type))
             raise InvalidSetting(f"{type(settings).__name__}({field.name}=...) takes {expected}, got {value!r}.")

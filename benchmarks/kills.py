@@ -40,7 +40,7 @@ from apd_lens import _files
 from apd_lens import monitor as watch
 from apd_lens.decomposition import _artifact
 
-JSON, TENSORS = _artifact.JSON_FILE, _artifact.TENSOR_FILE
+JSON, TENSORS, CARD = _artifact.JSON_FILE, _artifact.TENSOR_FILE, _artifact.CARD_FILE
 X = torch.linspace(-1, 1, 24).reshape(6, 4)
 
 
@@ -90,7 +90,7 @@ class Kept:
 
     def is_clean(self) -> bool:
         names = sorted(os.listdir(self.artifact))
-        return names == [TENSORS, JSON] and sorted(os.listdir(self.monitor.parent)) == [
+        return names == [CARD, TENSORS, JSON] and sorted(os.listdir(self.monitor.parent)) == [
             self.artifact.name,
             self.monitor.name,
         ]

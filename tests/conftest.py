@@ -34,7 +34,7 @@ LONG = re.findall(
     r"\w+",
     """
     test_gradient test_products test_habits test_interrupts test_owner test_plots test_no_waiting test_toys
-    test_substituted_weights test_benchmarks test_files test_docs
+    test_substituted_weights test_benchmarks test_files test_docs test_hub
     """,
 )
 SLOW_IMPORT = re.compile(

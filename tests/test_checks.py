@@ -49,5 +49,7 @@ def test_fields_hold_what_they_are_annotated_with():
     check_fields(Number(1))  # an int is welcome
     with pytest.raises(apd.InvalidSetting, match=r"Number\(value=\.\.\.\) takes float, got 'a'"):
         check_fields(Number("a"))  # type: ignore[arg-type]
+    with pytest.raises(apd.InvalidSetting, match="takes float, got True"):
+        check_fields(Number(True))
     with pytest.raises(apd.InvalidSetting, match="takes a number, got NaN"):
         check_fields(Number(float("nan")))

@@ -50,7 +50,7 @@ def test_no_flipped_bit_is_loaded():
     assert kills.flips(60) == {"decomposition": (60, 0), "monitor": (60, 0)}
 
 
-@pytest.mark.parametrize("renames", [0, 1, 2, 3])
+@pytest.mark.parametrize("renames", [0, 1, 2, 3, 4])
 def test_a_save_that_ends_at_any_rename_leaves_the_old_or_the_new_one(tmp_path, monkeypatch, renames: int):
     model, folder = nn.Linear(4, 3), tmp_path / "run"
     old, new = (decomposition_of(model, seed=seed) for seed in (1, 2))
@@ -65,7 +65,7 @@ def test_a_save_that_ends_at_any_rename_leaves_the_old_or_the_new_one(tmp_path, 
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", replace_or_stop)
-    if renames < 3:  # factors under their digest, JSON, factors under their own name
+    if renames < 4:  # factors under their digest, JSON, card, factors under their own name
         with pytest.raises(KeyboardInterrupt):
             new.save(folder)
     else:
@@ -74,7 +74,7 @@ def test_a_save_that_ends_at_any_rename_leaves_the_old_or_the_new_one(tmp_path, 
     assert kills.same(apd.load(folder, model), old if renames < 2 else new)
     old.save(folder)
     assert kills.same(apd.load(folder, model), old)
-    assert sorted(os.listdir(folder)) == ["components.safetensors", "decomposition.json"]
+    assert sorted(os.listdir(folder)) == ["README.md", "components.safetensors", "config.json"]
 
 
 def test_a_first_save_that_was_killed_does_not_stand_in_the_way(tmp_path):
@@ -83,7 +83,7 @@ def test_a_first_save_that_was_killed_does_not_stand_in_the_way(tmp_path):
 
     def save_and_die() -> None:
         def replace_factors_only(source: Path, target: Path) -> None:
-            if target.name == "decomposition.json":
+            if target.name == "config.json":
                 os.kill(os.getpid(), signal.SIGKILL)
             replace(source, target)
 
@@ -92,10 +92,10 @@ def test_a_first_save_that_was_killed_does_not_stand_in_the_way(tmp_path):
 
     os.waitpid(kills.in_child(save_and_die), 0)
     assert len(os.listdir(folder)) == 2  # the factors, and JSON that is not finished
-    assert not (folder / "decomposition.json").exists()
+    assert not (folder / "config.json").exists()
     decomposition.save(folder)
     assert kills.same(apd.load(folder, model), decomposition)
-    assert sorted(os.listdir(folder)) == ["components.safetensors", "decomposition.json"]
+    assert sorted(os.listdir(folder)) == ["README.md", "components.safetensors", "config.json"]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -124,7 +124,7 @@ def test_a_full_disk_is_an_artifact_error_and_leaves_the_old_file(tmp_path, monk
     assert kills.same(apd.load(folder, model), old)
     assert torch.equal(watch.load(tmp_path / "monitor", old).coactivation, monitor.coactivation)
     assert sorted(os.listdir(tmp_path)) == ["monitor", "run"]
-    assert sorted(os.listdir(folder)) == ["components.safetensors", "decomposition.json"]
+    assert sorted(os.listdir(folder)) == ["README.md", "components.safetensors", "config.json"]
 
 
 def test_a_write_replaces_a_file_and_removes_what_killed_writes_left(tmp_path):

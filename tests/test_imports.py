@@ -8,7 +8,7 @@ from support import outside
 
 import apd_lens as apd
 
-HOSTS = ("transformer_lens", "nnsight", "transformers", "matplotlib", "sae_lens")
+HOSTS = ("transformer_lens", "nnsight", "transformers", "matplotlib", "sae_lens", "huggingface_hub")
 PRINT_HOSTS = f"import sys; print([name for name in {HOSTS} if name in sys.modules])"
 
 
@@ -75,7 +75,17 @@ def test_a_missing_extra_is_named(module: str, needs: str, extra: str):
 
 def test_the_extras_that_are_named_exist():
     extras = importlib.metadata.metadata("apd-lens").get_all("Provides-Extra")
-    assert set(extras) == {"transformer-lens", "nnsight", "sae-lens", "plots", "compare", "report", "docs", "dev"}
+    assert set(extras) == {
+        "transformer-lens",
+        "nnsight",
+        "sae-lens",
+        "hub",
+        "plots",
+        "compare",
+        "report",
+        "docs",
+        "dev",
+    }
 
 
 def test_an_adapter_is_found_by_the_package_of_the_models_class():

@@ -1,11 +1,12 @@
-"""Decompositions on disk: a folder with the factors as safetensors, and JSON about them. No pickle anywhere.
+"""Decompositions on disk: a folder with the factors as safetensors, JSON about them, and a card. No pickle anywhere.
 
-decomposition.json holds the format's version, the versions of the libraries, all settings, for every matrix its shape
-and a fingerprint of the target's weight, a digest of the tensor file, and a digest of all that.
+config.json holds the format's version, the versions of the libraries, all settings, for every matrix its shape and the
+SHA-256 of the target's weight, a digest of the tensor file, and a digest of all that. README.md is for people alone;
+nothing reads it back. The names are those that the Hugging Face Hub knows.
 
 One rename of the JSON replaces the whole artifact. The new factors are put beside the old ones before it, under a name
 with their digest, and get their plain name after it. Whoever reads in between, or after a kill in between, finds them
-by the digest.
+by the digest. Up to 0.2 the JSON was decomposition.json, which is read where it is; its removal is then what replaces.
 """
 
 import contextlib
@@ -28,12 +29,14 @@ from apd_lens._files import locked, make_folder, put, read_file, sync, write_fil
 
 FORMAT = "apd_lens decomposition"
 FORMAT_VERSION = 1
-JSON_FILE = "decomposition.json"
+JSON_FILE = "config.json"
+OLD_JSON_FILE = "decomposition.json"
 TENSOR_FILE = "components.safetensors"
+CARD_FILE = "README.md"
 # What a killed save may leave in the folder.
 _LEFTOVER = re.compile(
     r"components-[0-9a-f]{16}\.safetensors"
-    r"|(decomposition\.json|components(-[0-9a-f]{16})?\.safetensors)\.([0-9a-f]{16}\.)?unfinished"
+    r"|((config|decomposition)\.json|README\.md|components(-[0-9a-f]{16})?\.safetensors)\.([0-9a-f]{16}\.)?unfinished"
 )
 # Bytes that no real file goes beyond: JSON of 100,000 matrices, and what safetensors allows for a header.
 _LARGEST_JSON = 2**27
@@ -50,8 +53,11 @@ _TYPES: dict[str, type] = {
 _TYPES_OF_MATRIX: dict[str, type] = {"d_in": int, "d_out": int, "rank": int, "fingerprint": str, "sites": list}
 
 
-def write_artifact(folder: Path, factors: dict[str, Tensor], about: dict[str, Any]) -> None:
+def write_artifact(folder: Path, factors: dict[str, Tensor], about: dict[str, Any], card: str) -> None:
     """Writes the folder, or replaces what is in it, all or nothing.
+
+    Args:
+        card: what README.md says.
 
     Raises:
         ArtifactError: the path is a file, or a folder that holds something else; factors that could not be loaded (NaN,
@@ -75,11 +81,18 @@ def write_artifact(folder: Path, factors: dict[str, Tensor], about: dict[str, An
             _settle(folder)
             put(folder / _named_by_digest(about["tensors_sha256"]), tensors)
             put(folder / JSON_FILE, json.dumps(about, indent=2, ensure_ascii=False).encode())
+            (folder / OLD_JSON_FILE).unlink(missing_ok=True)
+            put(folder / CARD_FILE, card.encode())
             _settle(folder)
 
 
 def _check_ours(folder: Path) -> None:
-    if not os.path.isfile(folder / JSON_FILE) and any(not _LEFTOVER.fullmatch(name) for name in os.listdir(folder)):
+    """Another library's config.json is not replaced."""
+    if os.path.isfile(folder / JSON_FILE):
+        ours = FORMAT.encode() in read_file(folder / JSON_FILE, at_most=_LARGEST_JSON)
+    else:
+        ours = os.path.isfile(folder / OLD_JSON_FILE) or all(map(_LEFTOVER.fullmatch, os.listdir(folder)))
+    if not ours:
         raise ArtifactError(f"{folder} is not empty and holds no decomposition. Choose a new or an empty folder.")
 
 
@@ -91,7 +104,7 @@ def _settle(folder: Path) -> None:
     """Gives the factors that the JSON speaks of their plain name, and removes what killed saves have left."""
     ours = None
     with contextlib.suppress(ArtifactError):
-        ours = _named_by_digest(str(_read_json(folder / JSON_FILE).get("tensors_sha256")))
+        ours = _named_by_digest(str(_read_json(_json_file(folder)).get("tensors_sha256")))
     for name in os.listdir(folder):
         if name == ours:
             os.replace(folder / name, folder / TENSOR_FILE)
@@ -113,8 +126,9 @@ def read_artifact(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    about = _read_json(folder / JSON_FILE)
-    _check_about(about, folder / JSON_FILE)
+    file = _json_file(folder)
+    about = _read_json(file)
+    _check_about(about, file)
     numbers = sum(
         about["n_components"] * matrix["rank"] * (matrix["d_in"] + matrix["d_out"])
         for matrix in about["matrices"].values()
@@ -126,13 +140,18 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         content = read_file(place, at_most=8 * numbers + _LARGEST_HEADER)
         if hashlib.sha256(content).hexdigest() == about["tensors_sha256"]:
             factors = _tensors(content, place)
-            _check_factors(factors, about, f"{place} does not fit {JSON_FILE}")
+            _check_factors(factors, about, f"{place} does not fit {file.name}")
             return factors, about
         problem = (
             f"{place} ({len(content)} bytes) is truncated or was changed after it was saved: its digest is not the one "
-            f"that {JSON_FILE} gives"
+            f"that {file.name} gives"
         )
     raise ArtifactError(f"{problem}. Save the decomposition again.")
+
+
+def _json_file(folder: Path) -> Path:
+    old = folder / OLD_JSON_FILE
+    return old if os.path.isfile(old) else folder / JSON_FILE
 
 
 def _read_json(file: Path) -> dict[str, Any]:

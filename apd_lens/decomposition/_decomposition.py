@@ -1,5 +1,6 @@
 """The result: components of a model's weights, and what can be done with them on the model."""
 
+import json
 import math
 import os
 import warnings
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from apd_lens._block import Block, Part, no_grad, no_inference_mode
 from apd_lens._codec import can_be_saved, encode_settings
-from apd_lens._errors import ApdWarning, InvalidSetting, ShapeMismatch
+from apd_lens._errors import ApdWarning, InvalidSetting, ShapeMismatch, WeightsChanged
 from apd_lens._files import user_path
 from apd_lens._settings import Settings
 from apd_lens.attribution._gradient import GradientAttribution
@@ -27,7 +28,8 @@ from apd_lens.components._measures import effective_rank, singular_values
 from apd_lens.components._products import check_examples
 from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import Inputs, check_finite
-from apd_lens.decomposition._artifact import library_versions, write_artifact
+from apd_lens.decomposition._artifact import library_versions, write_artifact, write_tensors
+from apd_lens.decomposition._card import Card, base_of, card_text
 from apd_lens.decomposition._edited import check_unedited
 from apd_lens.decomposition._observed import Observed, observed, selection_of
 from apd_lens.decomposition._summary import Summary
@@ -260,24 +262,33 @@ class Decomposition:
 
     on: ClassVar[Callable[..., "Decomposition"]]  # `apd_lens.decomposition._load.on`, as a method
 
+    push_to_hub: ClassVar[Callable[..., str]]  # `apd_lens.decomposition._hub.push_to_hub`, as a method
+
     report: ClassVar[Callable[..., Path]]  # `apd_lens.report.write_report`, as a method
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a folder: the factors as safetensors, and JSON with all settings, the versions of the libraries and
-        fingerprints of the decomposed weights and of all others. Functions of the user's are not saved. See
-        `apd_lens.load`.
+    def save(self, path: str | os.PathLike[str], *, card: Card | None = None, repo: str | None = None) -> None:
+        """Writes a folder: the factors as safetensors, JSON with all settings, the versions of the libraries and
+        fingerprints of the decomposed weights and of all others, and a card. Functions of the user's are not saved.
+        See `apd_lens.load`.
 
         A decomposition that is in the folder already is replaced all at once: whatever happens meanwhile, the old one
         or the new one can be loaded.
+
+        Args:
+            card: what README.md says beside what is known.
+            repo: the name that README.md loads it by, of a folder that you will publish.
 
         Raises:
             ArtifactError: the path is a file, or a folder that holds something else; the factors hold NaN or infinity;
                 or the system cannot write, of which the message says why.
         """
         A, B = self.components.A, self.components.B
+        card = card or Card()
         about = {
             "versions": library_versions(self.target.model),
             "model": f"{type(self.target.model).__module__}.{type(self.target.model).__qualname__}",
+            "base_model": base_of(self.target.model, card),
+            "dtype": str(self.target.weights[self.components.names[0]].parameter.dtype).removeprefix("torch."),
             "n_components": self.components.n_components,
             "matrices": {
                 name: about | {"rounded": _rounded(self.target.weights[name], about["fingerprint"])}
@@ -289,7 +300,34 @@ class Decomposition:
             "valid": "default" if self.target.valid is None else "given by the user",
         }
         factors = {f"A.{name}": factor for name, factor in A.items()} | {f"B.{name}": f for name, f in B.items()}
-        write_artifact(user_path(path), factors, about)
+        try:
+            rest = self.residuals()
+        except WeightsChanged:
+            rest = {}
+        write_artifact(user_path(path), factors, about, card_text(card, about, rest, repo))
+
+    def export_directions(self, path: str | os.PathLike[str]) -> None:
+        """Writes what each component reads and writes as one safetensors file, for use without this package.
+
+        For each matrix NAME, with W as `d_in d_out` and y = x @ W, it holds NAME.read `C m d_in` and NAME.write
+        `C m d_out`. P_c = read_cᵀ @ write_c, which turns x into (x @ read_cᵀ) @ write_c. A `torch.nn.Linear` keeps Wᵀ.
+        The file's metadata says this, and of each matrix how its host stores it, as a pattern of einops.
+
+        Raises:
+            ArtifactError: it cannot be written: says why.
+        """
+        tensors, layouts = {}, {}
+        for name in self.components.names:
+            tensors[f"{name}.read"] = self.components.A[name].detach().mT.cpu().contiguous()
+            tensors[f"{name}.write"] = self.components.B[name].detach().cpu().contiguous()
+            layouts[name] = self.target.weights[name].layout
+        orientation = (
+            "W is d_in d_out and y = x @ W. NAME.read is (component, rank, d_in), NAME.write (component, rank, d_out). "
+            "Component c of W is NAME.read[c].T @ NAME.write[c]; torch.nn.Linear keeps the transpose of W. Where the "
+            "last row of W is the bias, x ends with a 1."
+        )
+        about = {"format": "apd_lens directions", "orientation": orientation, "layouts": json.dumps(layouts)}
+        write_tensors(user_path(path), tensors, about)
 
     def _picked(self, chosen: Chosen) -> ParameterComponents:
         return self.components.picked(indices_of(chosen, self.components))

@@ -354,7 +354,7 @@ def run(name: str, seed: int, steps: int | None, target_steps: int | None, out: 
         "target_seconds": round(target_seconds, 1),
         "seconds": round(seconds, 1),
         "hardware": hardware(),
-        "settings": json.loads((out / f"{name}-{seed}" / "decomposition.json").read_text())["settings"],
+        "settings": json.loads((out / f"{name}-{seed}" / "config.json").read_text())["settings"],
         "history": history,
     }
 

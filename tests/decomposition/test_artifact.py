@@ -1,7 +1,9 @@
 """Saving and loading: what comes back, and what is refused."""
 
+import contextlib
 import copy
 import json
+import os
 import pickle
 
 import pytest
@@ -38,7 +40,7 @@ def saved(tmp_path):
 
 def change_json(folder, **changes) -> None:
     """Edits the JSON file, and makes its digest fit again."""
-    file = folder / "decomposition.json"
+    file = folder / "config.json"
     about = {**json.loads(file.read_text()), **changes}
     about["sha256"] = _artifact._digest(about)
     file.write_text(json.dumps(about))
@@ -62,7 +64,7 @@ def test_everything_comes_back(saved):
     assert "<lambda>" in repr(settings.losses.distance)
     with pytest.raises(apd.ArtifactError, match="<lambda> was not saved"):
         settings.losses.distance(torch.ones(1), torch.ones(1))
-    assert sorted(path.name for path in saved.iterdir()) == ["components.safetensors", "decomposition.json"]
+    assert sorted(path.name for path in saved.iterdir()) == ["README.md", "components.safetensors", "config.json"]
 
 
 def test_a_loaded_decomposition_works_like_the_saved_one(tmp_path):
@@ -134,20 +136,20 @@ def flip_a_byte(folder):
 
 
 def change_a_setting(folder):
-    file = folder / "decomposition.json"
+    file = folder / "config.json"
     file.write_text(file.read_text().replace('"seed": 7', '"seed": 8'))
 
 
 DAMAGE = {
     "truncated tensors": (truncate, r"components.safetensors \(\d+ bytes\) is truncated or was changed"),
     "tampered tensors": (flip_a_byte, "is truncated or was changed after it was saved"),
-    "tampered JSON": (change_a_setting, "decomposition.json was changed after it was saved"),
+    "tampered JSON": (change_a_setting, "config.json was changed after it was saved"),
     "truncated JSON": (
-        lambda folder: (folder / "decomposition.json").write_text('{"format": "apd_l'),
-        "decomposition.json is damaged: no valid JSON",
+        lambda folder: (folder / "config.json").write_text('{"format": "apd_l'),
+        "config.json is damaged: no valid JSON",
     ),
     "foreign JSON": (
-        lambda folder: (folder / "decomposition.json").write_text('{"format": "something else"}'),
+        lambda folder: (folder / "config.json").write_text('{"format": "something else"}'),
         "is not of apd_lens: expected the format 'apd_lens decomposition'",
     ),
     "newer": (
@@ -155,7 +157,7 @@ DAMAGE = {
         "has format version 2, and this apd_lens reads up to 1. Upgrade apd_lens",
     ),
     "no tensors": (lambda folder: (folder / "components.safetensors").unlink(), "components.safetensors is missing"),
-    "no JSON": (lambda folder: (folder / "decomposition.json").unlink(), "Expected a folder with decomposition.json"),
+    "no JSON": (lambda folder: (folder / "config.json").unlink(), "Expected a folder with config.json"),
 }
 
 
@@ -230,7 +232,7 @@ def test_other_weights_are_refused_in_another_dtype_too(tmp_path, here):
 
 def test_an_artifact_of_the_first_release_loads(saved):
     """It has no digests of rounded weights."""
-    about = json.loads((saved / "decomposition.json").read_text())
+    about = json.loads((saved / "config.json").read_text())
     for matrix in about["matrices"].values():
         del matrix["rounded"]
     change_json(saved, matrices=about["matrices"])
@@ -238,6 +240,55 @@ def test_an_artifact_of_the_first_release_loads(saved):
     assert apd.load(saved, model_of().double(), other_dtype=True).components.n_components == 5
     with pytest.raises(apd.ArtifactError, match="another dtype"):
         apd.load(saved, model_of().bfloat16(), other_dtype=True)
+
+
+def as_earlier(folder) -> None:
+    """Makes of an artifact what 0.1 and 0.2 saved."""
+    (folder / "config.json").rename(folder / "decomposition.json")
+    (folder / "README.md").unlink()
+
+
+def test_an_artifact_of_earlier_releases_loads_and_is_replaced(saved):
+    as_earlier(saved)
+    assert apd.load(saved, model_of()).components.n_components == 5
+    decomposition_of(model_of(), "layers.*", n_components=3).save(saved)
+    assert sorted(path.name for path in saved.iterdir()) == ["README.md", "components.safetensors", "config.json"]
+    assert apd.load(saved, model_of()).components.n_components == 3
+
+
+@pytest.mark.parametrize("call", ["replace", "unlink"])
+@pytest.mark.parametrize("done", range(4))
+def test_a_save_over_an_earlier_one_that_ends_anywhere_leaves_one_of_the_two(saved, monkeypatch, call, done: int):
+    as_earlier(saved)
+    decomposition = decomposition_of(model_of(), "layers.*", n_components=3)
+    calls, original = [], getattr(os, call)
+
+    def stop(*arguments) -> None:
+        calls.append(arguments)
+        if len(calls) > done:
+            raise KeyboardInterrupt
+        original(*arguments)
+
+    monkeypatch.setattr(os, call, stop)
+    with contextlib.suppress(KeyboardInterrupt):
+        decomposition.save(saved)
+    monkeypatch.undo()
+    has_old = (saved / "decomposition.json").exists()
+    assert apd.load(saved, model_of()).components.n_components == (5 if has_old else 3)
+    decomposition.save(saved)
+    assert sorted(path.name for path in saved.iterdir()) == ["README.md", "components.safetensors", "config.json"]
+    assert apd.load(saved, model_of()).components.n_components == 3
+
+
+def test_another_librarys_config_is_not_replaced(saved):
+    """Beside an artifact of an earlier release too, which still loads."""
+    as_earlier(saved)
+    for content in ('{"model_type": "gpt2"}', ""):
+        (saved / "config.json").write_text(content)
+        assert apd.load(saved, model_of()).components.n_components == 5
+        with pytest.raises(apd.ArtifactError, match="is not empty and holds no decomposition"):
+            apd.load(saved, model_of()).save(saved)
+        assert (saved / "config.json").read_text() == content
 
 
 def test_factors_that_could_not_be_loaded_are_not_saved(tmp_path):

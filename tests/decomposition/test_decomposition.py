@@ -1,9 +1,12 @@
 """What can be done with a result; the adapter contract has the passes themselves."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from support import outside
 from support.toy_models import ResidualMLP, TinyGPT, decomposition_of
 from torch.testing import assert_close
@@ -26,6 +29,26 @@ def test_residuals(decomposition: apd.Decomposition):
         norms.append(W.norm())
         assert residuals[name] == pytest.approx((errors[-1] / norms[-1]).item(), rel=1e-5)
     assert residuals["all"] == pytest.approx((torch.stack(errors).norm() / torch.stack(norms).norm()).item(), rel=1e-5)
+
+
+def test_directions_are_plain_tensors(decomposition: apd.Decomposition, tmp_path: Path):
+    x, name = torch.randn(3, 6), "layers.0.mlp_in.weight"
+    decomposition.export_directions(tmp_path / "new" / "directions.safetensors")
+    with safe_open(tmp_path / "new" / "directions.safetensors", "pt") as file:
+        about, keys = file.metadata(), set(file.keys())
+        read, write = file.get_tensor(f"{name}.read"), file.get_tensor(f"{name}.write")
+    assert keys == {f"{of}.{side}" for of in decomposition.components.names for side in ("read", "write")}
+    assert (read.shape, write.shape) == ((5, 2, 6), (5, 2, 5))
+    for c in range(5):
+        P = decomposition.components.component_weights(name)[c]
+        assert_close(read[c].T @ write[c], P)
+        assert_close((x @ read[c].T) @ write[c], x @ P)
+    assert "(component, rank, d_in)" in about["orientation"]
+    assert json.loads(about["layouts"]) == {
+        of: decomposition.target.weights[of].layout for of in decomposition.components.names
+    }
+    with pytest.raises(apd.ArtifactError, match="cannot be written"):
+        decomposition.export_directions(tmp_path)
 
 
 def test_summary(decomposition: apd.Decomposition):

@@ -1,6 +1,7 @@
 """The examples run, with few steps. Their goals are met with the steps they have by default, which takes minutes."""
 
 import json
+import re
 
 from support.examples import run
 
@@ -14,7 +15,7 @@ def test_facts_in_an_mlp(tmp_path):
     assert "edited_state_dict(ablate=" in printed
     assert (tmp_path / "facts_in_an_mlp.png").stat().st_size > 10_000
     assert (tmp_path / "facts_in_an_mlp" / "components.safetensors").is_file()
-    assert apd.__version__ in (tmp_path / "facts_in_an_mlp" / "decomposition.json").read_text()
+    assert apd.__version__ in (tmp_path / "facts_in_an_mlp" / "config.json").read_text()
 
 
 def test_capitals(tmp_path):
@@ -77,6 +78,16 @@ def test_the_papers_systems(tmp_path):
     assert "best cosine between seeds" in valley
     assert len(list((tmp_path / "valley").glob("*.png"))) == 2
     assert len(drawn.splitlines()) == len(list((tmp_path / "figures").glob("*.png"))) > 12
+
+
+def test_directions_by_hand(tmp_path):
+    printed = run("directions.py", "--steps", "300", "--out", str(tmp_path / "directions.safetensors"))
+    difference, moved = re.findall(r"by hand: (\S+) from .*\n.* up to (\S+)", printed)[0]
+    assert float(difference) < 1e-6 < 0.1 < float(moved)
+    feature = re.findall(r"for input (\d)", printed)[0]
+    raised = [float(after) > float(before) for before, after in re.findall(r"(\S+) -> (\S+)", printed)]
+    assert raised[int(feature)]
+    assert sum(raised) > 2
 
 
 def test_the_report(tmp_path):
