@@ -377,11 +377,12 @@ def main(
     hidden, of_real, of_texts = (states(model, first, tokens) for tokens in (prompts.input_ids, real.input_ids, texts))
     fitted, *others, held_out = of_texts.split([32, *[4] * ((len(texts) - 40) // 4), 8])
     task = Task(hidden, answers, of_real, fitted)
-    changes = plant(end, linears, task, fit_steps)
-    both = {"planted": (changes.total(), changes), "fine-tuned": (fine_tune(end, linears, task, fit_steps), None)}
-    others, task = [{"inputs_embeds": some} for some in others], replace(task, texts=held_out)
+    others = [{"inputs_embeds": some} for some in (*others, *of_real.split(4))]
+    fit_task, task = task, replace(task, texts=held_out)
     result: dict[str, Any] = {"facts": facts, "matrices": own_names, "steps": steps, "runs": []}
-    for way, (differences, known) in both.items():
+    for way in ("planted", "fine-tuned"):
+        known = plant(end, linears, fit_task, fit_steps) if way == "planted" else None
+        differences = fine_tune(end, linears, fit_task, fit_steps) if known is None else known.total()
         for kind in kinds:
             changed = tuned(end, differences, apart=kind != "weights")
             if kind == kinds[0]:
