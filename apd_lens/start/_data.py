@@ -46,7 +46,7 @@ class _Regression:
         importance, importance_of_own: root mean square of the first-order effects of x W, and of the own part alone, on
             projections of the output.
         importance_of_shared: the root of the sum of squares of the means' effects at each place.
-        metric: second moments of the others' inputs, made invertible. None for lookups.
+        metric: second moments of the others' inputs, or (W Wᵀ)⁻¹ without others, made invertible. None for lookups.
     """
 
     weight: Float[Tensor, "d d_out"]
@@ -98,7 +98,9 @@ def fit_to_data(
         components: changed in place.
         weights: name -> matrix, of all components.
         batches: the target data. The first 4096 data points count, fewer where their gradients take more than 1 GiB.
-        others: data on which components should do little, all of which is run; None where G is to be the identity.
+        others: data on which components should do little, all of which is run. Without them components should sum to
+            the weights, and G is (W Wᵀ)⁻¹, made invertible: then inputs sides are made of those of W, and where the
+            target data use all of a matrix of low rank, the components sum to it.
         distance: of the minimality loss. With "kl" effects are those on the output's distribution.
         generator: of the projections, on the CPU.
 
@@ -153,9 +155,13 @@ def _regression(
         counts, shared = counts + others.counts.to(x), shared + others.sums.to(x)
     shared *= torch.where(counts > 1, 1 / counts, 0.0)[:, None]  # what is alone at its place has nothing to share
     own = x - shared[places]
+    moments = weight @ weight.mT if others is None else others.moments.to(x)
+    mean = moments.diagonal().mean()
     metric = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    if others is not None and (mean := others.moments.diagonal().mean()) > 0:
-        metric = others.moments.to(x) + _METRIC_RIDGE * mean * metric
+    if mean > 0:
+        metric = moments + _METRIC_RIDGE * mean * metric
+    if others is None:
+        metric = metric.inverse()
     of_rows, of_own = importance(x @ weight), importance(own @ weight)
     squares = torch.zeros_like(shared[:, 0]).index_add_(0, places, importance((shared @ weight)[places]).square())
     return _Regression(weight, transposed, rows, shared, own, of_rows, of_own, squares.sqrt(), metric)

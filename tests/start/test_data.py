@@ -84,6 +84,26 @@ def test_the_metric_of_others_spares_them():
     assert change[0] < 0.7 * change[1]
 
 
+def test_without_others_changes_of_low_rank_are_found():
+    """W = Σ a_k b_k, each a_k for one data point, with a part that none of them sees: no other metric can say it."""
+    x, _ = data()
+    a = torch.linalg.pinv(x).mT + 0.3 * torch.linalg.svd(x)[2][5:10]
+    b = torch.randn(5, 10, generator=seeded(4))
+    model = nn.Linear(16, 10, bias=False).requires_grad_(False)
+    model.weight.copy_(b.mT @ a)
+    cosines = []
+    for others in (None, [torch.eye(16)]):
+        target, components, found = start(model, [x], others, n_components=6, rank=1)
+        ((name, W),) = ((name, target.weights[name].value()) for name in components.names)
+        parts = components.component_weights(name)
+        changes = torch.einsum("ki,ko->kio", a, b)
+        cosines.append(torch.cosine_similarity(parts[found].flatten(1), changes.flatten(1)).mean().item())
+        if others is None:
+            assert (parts.sum(0) - W).norm() < 0.1 * W.norm()
+    assert cosines[0] > 0.95
+    assert cosines[1] < 0.9
+
+
 def test_spare_components_and_ranks_are_tiny_but_can_grow():
     _, components, _ = start(Facts(), [data()[0]])
     for name in components.names:
