@@ -43,6 +43,7 @@ The prompts, the first phrasings and other samples of general text were looked a
 capitals; nothing was tuned for the other tasks.
 """
 STAGES = ("start", "trained")
+ATTACK = (20, 80)  # steps
 VALUES_AND_OUTPUTS = "model.layers.{}.self_attn.{}_proj.weight"
 
 
@@ -160,6 +161,15 @@ def logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     return model(**batch).logits[torch.arange(len(last)), last]
 
 
+def audited(decomposition: apd.Decomposition, of: Known) -> Numbers:
+    """What inactive components and the rest are worth on the prompts, in KL."""
+    found = metrics.audit(decomposition, [of.prompts.batch], ladder=ATTACK, unions=(1, 4), n_draws=2)
+    return {
+        f"audit, {what}{'' if amount is None else f' {amount}'}": loss
+        for what, amount, loss in zip(found.what, found.amount, found.loss.tolist(), strict=True)
+    }
+
+
 def on_prompts(
     decomposition: apd.Decomposition,
     own: list[int],
@@ -252,12 +262,17 @@ def result(run: Run, name: str, of: Known, model: Any, tokenizer: Any, steps: in
     for stage, n_steps in zip(STAGES, (0, steps), strict=True):
         folder = out / f"{name}-{n_steps}"
         decomposition, seconds = decomposed(run, of, model, tokenizer, n_steps, folder)
-        kept = folder / "measured.json"
-        if not kept.exists():
-            numbers = measured(decomposition, of, model, tokenizer, most)
-            numbers |= shared_by_phrasings(decomposition, run, of, tokenizer)
-            kept.write_text(json.dumps({"seconds": round(seconds, 1), **numbers}, indent=1))
-        found[stage] = json.loads(kept.read_text())
+        found[stage] = {"seconds": round(seconds, 1)}
+        measures = {
+            "measured": lambda of_: measured(of_, of, model, tokenizer, most),
+            "phrasings": lambda of_: shared_by_phrasings(of_, run, of, tokenizer),
+            "audit": lambda of_: audited(of_, of),
+        }
+        for measure, numbers_of in measures.items():
+            kept = folder / f"{measure}.json"
+            if not kept.exists():
+                kept.write_text(json.dumps(numbers_of(decomposition), indent=1))
+            found[stage] |= json.loads(kept.read_text())
         print(name, stage, json.dumps(found[stage], indent=1), flush=True)
     return {
         "run": name,
@@ -303,6 +318,15 @@ ROWS: dict[str, tuple[Callable[[Numbers], str], ...]] = {
         number("own off, general text, 99th percentile"),
     ),
     "general text, all off: KL": (number("all off, general text, KL", ".4f"),),
+    "random parts of the inactive and of the rest on: KL": (number("audit, a random part of the others"),),
+    "the worst parts that 80 steps find, for all prompts; for each: KL": (
+        number("audit, worst found for all, steps 80"),
+        number("audit, worst found for each data point, steps 80"),
+    ),
+    "active components of one and of four other prompts on as well: KL": (
+        number("audit, with active ones of others 1"),
+        number("audit, with active ones of others 4"),
+    ),
     "unseen phrasings: forgotten": (
         lambda numbers: f"{numbers['unseen phrasings, forgotten']:.0f} of {numbers['unseen phrasings, known']:.0f}",
     ),
