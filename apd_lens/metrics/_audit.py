@@ -24,7 +24,7 @@ from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import Inputs
 from apd_lens.data._points import Valid, one_row, padded, without_padding
 from apd_lens.data._stream import one_pass
-from apd_lens.decomposition._decomposition import Decomposition, output_with, ready
+from apd_lens.decomposition._decomposition import Decomposition, ready
 from apd_lens.host._adapter import Intercept
 from apd_lens.host._matrix import Use
 from apd_lens.host._target import evaluating
@@ -262,7 +262,11 @@ class _Runs:
 
     def errors(self, batch: _Data, replaced: Intercept) -> Float[Tensor, " examples"]:
         """The sum over an example's data points of the distance to the target; infinite for NaN."""
-        output = output_with(self.decomposition, batch.inputs, replaced).to(batch.output.dtype)
+        target, explained = self.decomposition.target, self.decomposition.output
+        assert explained is not None
+        with evaluating(target.model):
+            output, _ = replaced_pass(target, self.components.names, replaced, batch.inputs, explained)
+        output = output.to(batch.output.dtype)
         self.done()
         distances = distance_of_each(batch.output, output, self.decomposition.settings.losses.distance)
         if batch.valid is not None and distances.shape == batch.valid.shape:
