@@ -381,12 +381,12 @@ def output_function(decomposition: Decomposition) -> OutputFn:
     return decomposition.output
 
 
-def output_with(decomposition: Decomposition, inputs: Inputs, replaced: Intercept) -> Tensor:
-    """The explained output with this in the place of the weights, of inputs that were observed or are `ready`."""
+def output_with(decomposition: Decomposition, inputs: Inputs, mixture: Mixture) -> Tensor:
+    """The explained output with a mixture in the place of the weights, of inputs that were observed or are `ready`."""
     assert decomposition.output is not None
     target = decomposition.target
     with evaluating(target.model):
-        return replaced_pass(target, decomposition.components.names, replaced, inputs, decomposition.output)[0]
+        return replaced_pass(target, mixture.components.names, mixture, inputs, decomposition.output)[0]
 
 
 def indices_of(chosen: Chosen, components: ParameterComponents) -> list[int]:

@@ -1,5 +1,7 @@
 """Masks that are drawn: path masks, scrubbed and anti-scrubbed ones."""
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -80,7 +82,7 @@ def usage_matched(
     """
     usage = active.sum(0).float()
     own, partners = torch.zeros_like(active), torch.zeros_like(active)
-    log_usage, furthest = usage.log(), torch.tensor(within).log().item()
+    log_usage, furthest = usage.log(), math.log(within)
     for part in chunks(len(active), 32 * len(usage)):
         left = active[part].clone()
         rows = torch.arange(len(left), device=active.device)

@@ -24,7 +24,7 @@ from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import Inputs
 from apd_lens.data._points import Valid, one_row, padded, without_padding
 from apd_lens.data._stream import one_pass
-from apd_lens.decomposition._decomposition import Decomposition, output_with, ready
+from apd_lens.decomposition._decomposition import Decomposition, ready
 from apd_lens.host._adapter import Intercept
 from apd_lens.host._matrix import Use
 from apd_lens.host._target import evaluating
@@ -82,7 +82,7 @@ class Audit:
         return [self.amount[row] or 0 for row in rows], self.loss[rows], self.null[rows[0]].item()
 
     def table(self) -> "DataFrame":
-        """One row for each masking."""
+        """One row for each masking; n is −1 where no number belongs to it."""
         numbers = [-1 if n is None else n for n in self.amount]
         columns = {"what": self.what, "n": numbers, "loss": self.loss, "null": self.null, "random": self.random}
         return frame(columns)
@@ -167,7 +167,7 @@ def audit(
     n_of_attacks = ladder[-1] + len(ladder) + ladder[0] + 2
     n_passes = (16 + 3 * len(unions) + n_of_draws + 2 * n_of_attacks) * len(data)
     with tqdm(total=n_passes, desc="audit", disable=not progress, mininterval=0.5, dynamic_ncols=True) as bar:
-        order = torch.randperm(n, generator=draws(seed, "audit", "order")).to(active.device)
+        order = torch.randperm(n, generator=draws(seed, "audit", "order"), device="cpu").to(active.device)
         runs = _Runs(decomposition, data, components, random_components(components, seed), order, seed, bar.update)
         own = _Masked(F.pad(active, (0, 1)), runs, n_draws)
         null = _Masked(runs.of_others(own.mask), runs, n_draws)
@@ -262,7 +262,11 @@ class _Runs:
 
     def errors(self, batch: _Data, replaced: Intercept) -> Float[Tensor, " examples"]:
         """The sum over an example's data points of the distance to the target; infinite for NaN."""
-        output = output_with(self.decomposition, batch.inputs, replaced).to(batch.output.dtype)
+        target, explained = self.decomposition.target, self.decomposition.output
+        assert explained is not None
+        with evaluating(target.model):
+            output, _ = replaced_pass(target, self.components.names, replaced, batch.inputs, explained)
+        output = output.to(batch.output.dtype)
         self.done()
         distances = distance_of_each(batch.output, output, self.decomposition.settings.losses.distance)
         if batch.valid is not None and distances.shape == batch.valid.shape:
