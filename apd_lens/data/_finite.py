@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apd_lens._errors import ApdError, NonFinite
+from apd_lens._processes import summed
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,7 @@ class LateChecks:
 
     def add(self, readings: Sequence[Reading]) -> None:
         """Readings of one step, before its update."""
-        values = torch.stack([reading.value.float() for reading in readings])
+        values = summed(torch.stack([reading.value.float() for reading in readings]))
         self.failed.masked_fill_((values != 0).any(), 1.0)
         on_host = values.to("cpu", non_blocking=True)  # pinned
         arrived = None
