@@ -67,7 +67,8 @@ class _Summed(torch.autograd.Function):
     def forward(values: Tensor) -> Tensor:
         _say(f"a sum of {tuple(values.shape)}")
         total = values.clone(memory_format=torch.contiguous_format)
-        _reduce(total)
+        with _reached("a sum"):
+            dist.all_reduce(total, group=_group(total))
         return total
 
     @staticmethod
@@ -128,10 +129,14 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     if n_processes() == 1:
         return
     _say("gradients")
-    for parameter in parameters:
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
-        _reduce(gradient)
-        parameter.grad = gradient.div_(n_processes())
+    with _reached("gradients"):
+        sums = []
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
+            sums.append((parameter.grad, dist.all_reduce(parameter.grad, group=_group(parameter), async_op=True)))
+        for gradient, work in sums:
+            work.wait()
+            gradient.div_(n_processes())
 
 
 def wait_for_all() -> None:
@@ -175,8 +180,9 @@ def _say(doing: str, detail: str = "", error: BaseException | None = None) -> bo
         heard._said = True  # type: ignore[attr-defined]
         if error is None:
             raise
-    if error is not None:
         error._said = True  # type: ignore[attr-defined]
+        if str(error) not in str(heard):
+            error.add_note(str(heard))
     return False
 
 
@@ -209,12 +215,6 @@ def _reached(doing: str) -> Iterator[None]:
             f"Another of the {n_processes()} processes ended, or cannot be reached, while this one was at {doing}. See "
             f"what it printed. This one saw: {str(error).splitlines()[0]:.200}"
         ) from error
-
-
-def _reduce(values: Tensor, how: Any = dist.ReduceOp.SUM) -> None:
-    """In place, and the same number in all processes."""
-    with _reached("a sum"):
-        dist.all_reduce(values, how, group=_group(values))
 
 
 def _group(values: Tensor) -> Any:

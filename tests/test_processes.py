@@ -1,5 +1,6 @@
 """Several processes give what one gives with the same batches; what goes wrong in one is raised in all."""
 
+import re
 from typing import Any
 
 import pytest
@@ -39,3 +40,34 @@ def test_several_processes_give_what_one_gives(case: str, of_one: dict[str, Any]
             assert torch.equal(ours, first)
     if "moves" in case:
         assert expected["moves"]
+
+
+def test_what_goes_wrong_in_one_is_raised_in_all():
+    one, other = together(2, failing)
+    for name, (error, message) in {
+        "NaN": (apd.NonFinite, "step 3: input tensor 0 of the batch"),
+        "different batches": (apd.InvalidBatches, "step 0: the processes were given different batches.*seed what"),
+        "another order": (apd.InvalidBatches, "different batches"),
+        "different sizes": (apd.InvalidBatches, "different batches"),
+        "different settings": (apd.InvalidSetting, "different models or settings"),
+        "different models": (apd.InvalidSetting, "different models or settings"),
+        "few examples": (apd.InvalidBatches, "1 examples, and each of the 2 processes takes a part"),
+        "a wrong call in one": (apd.InvalidSetting, "TopK.*needs 0 < k <= n_components"),
+        "an error in one": (apd.ApdError, "Process 1 stopped: ValueError: no more"),
+    }.items():
+        assert one[name][0] is error, name
+        assert other[name][0] is (ValueError if name == "an error in one" else error), name
+        assert re.search(message, one[name][1]), one[name][1]
+        assert one[name][2] == other[name][2] == (name in ("NaN", "an error in one"))
+    error, message, unfinished, notes = one["NaN, looked at late"]
+    assert (error, message, unfinished) == (apd.NonFinite, "Another process met NaN or infinity.", True)
+    assert f"Process 1 stopped: {other['NaN, looked at late'][1]}" in notes
+    assert one["NaN"][1] == f"Process 1 stopped: {other['NaN'][1]}"
+    assert one["after"]["factors"][0].equal(other["after"]["factors"][0])
+
+
+def test_a_process_that_ends_ends_the_others():
+    (seconds, message), ended = together(2, dying)
+    assert ended is None
+    assert seconds < 60
+    assert re.match("Another of the 2 processes ended, or cannot be reached, while this one was at", message)

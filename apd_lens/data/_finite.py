@@ -65,9 +65,10 @@ class LateChecks:
 
     def add(self, readings: Sequence[Reading]) -> None:
         """Readings of one step, before its update."""
-        values = summed(torch.stack([reading.value.float() for reading in readings]))
-        self.failed.masked_fill_((values != 0).any(), 1.0)
-        on_host = values.to("cpu", non_blocking=True)  # pinned
+        values = torch.stack([reading.value.float() for reading in readings])
+        of_all = summed(values)
+        self.failed.masked_fill_((of_all != 0).any(), 1.0)
+        on_host = torch.stack([values, of_all]).to("cpu", non_blocking=True)  # pinned
         arrived = None
         if values.is_cuda:
             arrived = torch.cuda.Event()
@@ -81,8 +82,8 @@ class LateChecks:
             on_host, arrived, readings = self._unread.popleft()
             if arrived is not None:
                 arrived.synchronize()
-            for value, reading in zip(on_host.tolist(), readings, strict=True):
-                if value:
+            for value, of_all, reading in zip(*on_host.tolist(), readings, strict=True):
+                if of_all:
                     self._unread.clear()
                     self.failed.zero_()
-                    raise reading.error(reading.message(value))
+                    raise reading.error(reading.message(value) if value else "Another process met NaN or infinity.")

@@ -85,7 +85,7 @@ class Masking(Protocol):
         """The masks of a training step.
 
         Of several processes each has a pass over its part, `watched`; the whole batch is `watched.run.inputs.of_all`.
-        `apd_lens._processes.gathered` brings the parts together.
+        `apd_lens.masks.gathered(values, n_examples)` brings the parts together.
 
         Args:
             progress: the share of the steps that is done.

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from support.outside import METHOD, PRELOADED
@@ -18,6 +19,7 @@ import apd_lens as apd
 from apd_lens._codec import encode_settings
 from apd_lens._settings import Elsewhere
 from apd_lens.masks._selection import Needed
+from apd_lens.training import _state
 
 FEW = {"n_components": 6, "rank": 2, "progress": False}
 HIDDEN = "layers.0.act"
@@ -32,7 +34,7 @@ def together(n: int, work: Callable[[int], Any]) -> list[Any]:
         for process in started:
             process.start()
         for process in started:
-            process.join(240)
+            process.join(500)
             process.kill()
             process.join()
         files = [Path(folder) / str(rank) for rank in range(n)]
@@ -63,8 +65,8 @@ class Padded(nn.Module):
         return self.out(torch.tanh(r + r.cumsum(1) / attention_mask.cumsum(1).clamp_min(1)[..., None]))
 
 
-def mlp() -> ResidualMLP:
-    torch.manual_seed(0)
+def mlp(seed: int = 0) -> ResidualMLP:
+    torch.manual_seed(seed)
     return ResidualMLP(5, 6, 8, 1).double()
 
 
@@ -81,7 +83,7 @@ def largest_error(ours: Tensor, theirs: Tensor) -> Tensor:
     return (ours - theirs).abs().amax(-1)
 
 
-def trained(model: nn.Module | None = None, batches: Any = None, steps: int = 20, **options: Any) -> dict[str, Any]:
+def trained(model: nn.Module | None = None, batches: Any = None, steps: int = 8, **options: Any) -> dict[str, Any]:
     """Factors and reports of a training."""
     infos = []
     optimization = {"lr": 2e-2, "steps": steps} | options.pop("optimization", {})
@@ -142,13 +144,15 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         losses=apd.Losses(distance="kl", hidden=1.0, hidden_at=(HIDDEN,)), attribution=apd.GradientAttribution(2)
     ),
     "a distance of the user's, ablations": lambda: trained(
-        losses=apd.Losses(distance=largest_error), attribution=apd.AblationAttribution(), steps=5
+        losses=apd.Losses(distance=largest_error), attribution=apd.AblationAttribution()
     ),
     "padding at positions": padded,
-    "cluster moves": lambda: moved(apd.ClusterMoves(every=5, merge_above=0.3)),
-    "split moves": lambda: moved(apd.SplitMoves(every=5, until=1.0)),
-    "division moves": lambda: moved(apd.DivisionMoves(every=5)),
-    "a start fitted to data": lambda: trained(batches=[data(9, 1), data(9, 3)], optimization={"start": "data", "unit_norm": True}),
+    "cluster moves": lambda: moved(apd.ClusterMoves(every=2, merge_above=0.3)),
+    "split moves": lambda: moved(apd.SplitMoves(every=2, until=1.0)),
+    "division moves": lambda: moved(apd.DivisionMoves(every=2)),
+    "a start fitted to data": lambda: trained(
+        batches=[data(9, 1), data(9, 3)], optimization={"start": "data", "unit_norm": True}
+    ),
 }
 
 
@@ -171,48 +175,51 @@ def in_the_second(action: Callable[[int], Any]) -> Callable[..., None]:
     return on_step
 
 
+def late(batches: Any) -> dict[str, Any]:
+    """Looks at numbers a step late, as on a GPU."""
+    with patch.object(_state, "on_gpu", lambda device: True):
+        return trained(batches=batches)
+
+
 def failing(rank: int) -> dict[str, Any]:
-    """The error of each training, and then the result of one that nothing is wrong with."""
+    """The error of each training, its notes, and then the result of one that nothing is wrong with."""
     with_nan = data(10)
     with_nan[-1] = torch.nan  # in the part of the last one
     trainings: dict[str, Callable[[], Any]] = {
         "NaN": lambda: trained(batches=lambda step: with_nan if step == 3 else data(10)),
+        "NaN, looked at late": lambda: late(lambda step: with_nan if step == 3 else data(10)),
         "different batches": lambda: trained(batches=[data(10, seed=rank)]),
         "another order": lambda: trained(batches=[data(10).roll(rank, 0)]),
         "different sizes": lambda: trained(batches=[data(10 + rank)]),
         "different settings": lambda: trained(selection=apd.TopK(1 + rank)),
-        "different models": lambda: trained(nn.Linear(5, 5)),  # its weights are not seeded
+        "different models": lambda: trained(mlp(seed=rank)),
         "few examples": lambda: trained(batches=[data(1)]),
         "an error in one": lambda: apd.decompose(
             mlp(), [data()], **FEW, moves=None, on_step=in_the_second(stops), optimization=apd.Optimization(steps=3)
         ),
         "a wrong call in one": lambda: trained(selection=apd.TopK(100 if rank else 1)),
     }
-    torch.manual_seed(rank)
     errors = {}
     for name, training in trainings.items():
         try:
             training()
         except Exception as error:
-            errors[name] = (type(error), str(error), getattr(error, "decomposition", None) is not None)
+            notes = getattr(error, "__notes__", [])
+            errors[name] = (type(error), str(error), hasattr(error, "decomposition"), notes)
     return errors | {"after": trained()}
 
 
-def dying(rank: int) -> float:
-    """Seconds until the other one hears of it."""
-    died = time.monotonic()
-
-    def die(step: int) -> None:
-        os._exit(3)
+def dying(rank: int) -> tuple[float, str]:
+    """Seconds until the other one hears of it, and the message."""
+    ended = 0.0
 
     def on_step(step: int, info: apd.StepInfo) -> None:
-        nonlocal died
-        died = time.monotonic()
-        in_the_second(die)(step, info)
+        nonlocal ended
+        ended = time.monotonic()
+        in_the_second(lambda _: os._exit(3))(step, info)
 
-    with_error: Any = None
     try:
         apd.decompose(mlp(), [data()], **FEW, moves=None, on_step=on_step)
     except apd.ApdError as error:
-        with_error = str(error)
-    return time.monotonic() - died, with_error  # type: ignore[return-value]
+        return time.monotonic() - ended, str(error)
+    raise AssertionError("heard nothing")
