@@ -10,7 +10,6 @@ processes are no faster: what they say to each other takes longer. Half a minute
 import argparse
 import time
 
-import torch
 from torch import distributed
 
 import apd_lens as apd
