@@ -152,6 +152,7 @@ def raised_in_all() -> Iterator[None]:
         yield
     except BaseException as error:
         if n_processes() > 1 and not hasattr(error, "_said"):
+            error._said = True  # type: ignore[attr-defined]
             _say("an error", error=error)
         raise
 
@@ -168,7 +169,8 @@ def _say(doing: str, detail: str = "", error: BaseException | None = None) -> bo
     state = torch.tensor([int(error is not None), digest, -digest], device="cpu")
     try:
         with _reached(doing):
-            _patiently(dist.all_reduce(state, dist.ReduceOp.MAX, group=_control(), async_op=True), error)
+            work: Any = dist.all_reduce(state, dist.ReduceOp.MAX, group=_control(), async_op=True)
+            work.wait(timedelta(0) if error is None else _PATIENCE)  # 0 is as long as the group waits
             failed, highest, lowest = state.tolist()
             if not failed and highest == -lowest:
                 return True
@@ -180,29 +182,24 @@ def _say(doing: str, detail: str = "", error: BaseException | None = None) -> bo
         heard._said = True  # type: ignore[attr-defined]
         if error is None:
             raise
-        error._said = True  # type: ignore[attr-defined]
         if str(error) not in str(heard):
             error.add_note(str(heard))
     return False
 
 
 def _raise_first(said: Iterable[tuple[str, tuple[str, str] | None]]) -> None:
-    """Raises what the first process that failed says; or that they do different things."""
-    for number, (_, failure) in enumerate(said):
-        if failure is not None:
-            name, message = failure
+    """Raises what the first other process that failed says; or that they do different things."""
+    failures = {number: failure for number, (_, failure) in enumerate(said) if failure is not None}
+    for number, (name, message) in failures.items():
+        if number != dist.get_rank():
             cls = getattr(_errors, name, None)
             raise (cls or ApdError)(f"Process {number} stopped: {message if cls else f'{name}: {message}'}")
     doings = sorted({doing for doing, _ in said})
-    if len(doings) > 1:
+    if len(doings) > 1 and not failures:
         raise ApdError(
             f"The processes do different things, {' and '.join(doings)}. Each must make the same calls, with the same "
             "arguments and a model of the same weights."
         )
-
-
-def _patiently(work: Any, error: BaseException | None) -> None:
-    work.wait() if error is None else work.wait(_PATIENCE)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import apd_lens as apd
 
 @pytest.fixture(scope="module")
 def of_one() -> dict[str, dict[str, Any]]:
-    return all_cases(0)
+    return together(1, all_cases)[0]
 
 
 @pytest.fixture(scope="module", params=[2, 4])

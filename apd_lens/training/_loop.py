@@ -47,6 +47,9 @@ def decompose(
 ) -> Decomposition:
     """Takes the named weight matrices of a trained model apart into parameter components.
 
+    In a process group of torch.distributed the processes train together: each is given the same batches and takes its
+    part of the examples of each, and all get what one would.
+
     Args:
         model: a HookedTransformer, TransformerBridge, nnsight model, torch.nn.Module, or `apd_lens.wrap(...)` of one.
             It is never changed: after this call, and after any error in it, it is bit for bit what it was and carries
