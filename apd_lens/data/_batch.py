@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from apd_lens._errors import InvalidBatches
+from apd_lens._processes import check_same, n_processes
 from apd_lens.data._finite import Reading, on_gpu
 
 # A tensor, a tuple or list of tensors (positional arguments), a mapping (keyword arguments), or whatever else the
@@ -81,6 +82,34 @@ def tensors(batch: Batch) -> list[Tensor]:
     """The tensors among a batch's arguments."""
     args, kwargs = arguments(batch)
     return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+
+
+def check_same_batch(batch: Batch, where: str) -> None:
+    """Raises InvalidBatches if other processes were given another batch. Waits for what is on a GPU."""
+    if n_processes() == 1:
+        return
+    seen = [
+        (key, value.shape, value.dtype, _checksum(value))
+        if isinstance(value, Tensor)
+        else (key, are_texts(value) and value)
+        for key, value in _items(batch)
+    ]
+    check_same(
+        seen,
+        InvalidBatches(
+            f"{where}: the processes were given different batches. All must be given the same, of which each takes its "
+            "part of the examples: seed what shuffles, DataLoader(…, generator=torch.Generator().manual_seed(0)), and "
+            "give a DataLoader without a DistributedSampler that accelerate has not prepared."
+        ),
+    )
+
+
+def _checksum(values: Tensor) -> int:
+    """A number that changes with the numbers of an example, and with the order of the examples."""
+    bits = values.detach().contiguous()
+    bits = bits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}.get(values.element_size(), torch.uint8))
+    rows = bits.reshape(len(values) if values.ndim else 1, -1).sum(1, dtype=torch.int64)
+    return int((rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum())
 
 
 def holds_tensors(value: Any) -> bool:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apd_lens._errors import ApdError, NonFinite
+from apd_lens._processes import summed
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +66,9 @@ class LateChecks:
     def add(self, readings: Sequence[Reading]) -> None:
         """Readings of one step, before its update."""
         values = torch.stack([reading.value.float() for reading in readings])
-        self.failed.masked_fill_((values != 0).any(), 1.0)
-        on_host = values.to("cpu", non_blocking=True)  # pinned
+        of_all = summed(values)
+        self.failed.masked_fill_((of_all != 0).any(), 1.0)
+        on_host = torch.stack([values, of_all]).to("cpu", non_blocking=True)  # pinned
         arrived = None
         if values.is_cuda:
             arrived = torch.cuda.Event()
@@ -80,8 +82,8 @@ class LateChecks:
             on_host, arrived, readings = self._unread.popleft()
             if arrived is not None:
                 arrived.synchronize()
-            for value, reading in zip(on_host.tolist(), readings, strict=True):
-                if value:
+            for value, of_all, reading in zip(*on_host.tolist(), readings, strict=True):
+                if of_all:
                     self._unread.clear()
                     self.failed.zero_()
-                    raise reading.error(reading.message(value))
+                    raise reading.error(reading.message(value) if value else "Another process met NaN or infinity.")

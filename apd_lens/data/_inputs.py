@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from apd_lens import _processes
 from apd_lens._errors import InvalidBatches, ShapeMismatch
 from apd_lens.data._batch import (
     Batch,
@@ -49,6 +50,7 @@ class Inputs:
         doubtful: keys of those that may have one, as far as shapes say.
         outputs: what the model returns on a batch.
         kept: names of matrices -> what passes over this batch need not run again in front of them (`Prefix`).
+        whole: the batch of all processes, where these are the examples of one of several.
     """
 
     batch: Batch
@@ -61,6 +63,26 @@ class Inputs:
     doubtful: frozenset[Key]
     outputs: Callable[[Batch], Any] | None
     kept: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    whole: "Inputs | None" = None
+
+    @property
+    def of_all(self) -> "Inputs":
+        """The batch of all processes."""
+        return self.whole or self
+
+    def own(self) -> "Inputs":
+        """The examples of this process.
+
+        Raises:
+            InvalidBatches: there is not one for each process.
+        """
+        n = _processes.n_processes()
+        if self.n_examples < n:
+            raise InvalidBatches(
+                f"The batch has {self.n_examples} examples, and each of the {n} processes takes a part of them. Give "
+                "larger batches, or start fewer processes."
+            )
+        return self if n == 1 else replace(self.some(_processes.part(self.n_examples)), whole=self)
 
     def some(self, examples: slice) -> "Inputs":
         """Some of the examples."""

@@ -34,12 +34,25 @@ def minimality_loss(
     >>> minimality_loss(torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]))
     tensor(5.)
     """
+    return mean_distance(target_output, sparse_output, distance, valid)[0]
+
+
+def mean_distance(
+    target_output: Float[Tensor, "batch *pos n_outputs"],
+    sparse_output: Float[Tensor, "batch *pos n_outputs"],
+    distance: Distance,
+    valid: Valid,
+) -> tuple[Float[Tensor, ""], int]:
+    """`minimality_loss`, and the number of values that it is the mean of."""
     if distance == "mse":
-        return F.mse_loss(without_padding(sparse_output, valid), without_padding(target_output, valid))
+        sparse = without_padding(sparse_output, valid)
+        return F.mse_loss(sparse, without_padding(target_output, valid)), sparse.numel()
     if distance == "kl":
-        return kl_divergence(without_padding(target_output, valid), without_padding(sparse_output, valid)).mean()
-    values = distance_of_each(target_output, sparse_output, distance)
-    return (values[valid] if valid is not None and values.shape == valid.shape else values).mean()
+        values = kl_divergence(without_padding(target_output, valid), without_padding(sparse_output, valid))
+    else:
+        values = distance_of_each(target_output, sparse_output, distance)
+        values = values[valid] if valid is not None and values.shape == valid.shape else values
+    return values.mean(), values.numel()
 
 
 def distance_of_each(

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from apd_lens import _processes
 from apd_lens._block import full_precision
 from apd_lens._schedules import value_at
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import Mask
 from apd_lens.data._points import without_padding
 from apd_lens.losses._losses import Losses
-from apd_lens.losses._outputs import hidden_activation_loss, minimality_loss
+from apd_lens.losses._outputs import hidden_activation_loss, mean_distance
 from apd_lens.losses._weights import weight_losses
 from apd_lens.passes._watch import WatchedPass
 
@@ -37,14 +38,16 @@ def distance_scale(watched: WatchedPass, losses: Losses) -> Tensor | float:
     """What distances between outputs are divided by: the variance of the target's, where they are relative."""
     if losses.normalization != "relative" or losses.distance != "mse":
         return 1.0
-    variance = without_padding(at_least_float32(watched.output.detach()), watched.valid).var()
+    variance = _processes.variance(without_padding(at_least_float32(watched.output.detach()), watched.valid))
     return torch.where(variance > 0, variance, 1.0)  # 1 where there is none
 
 
 def output_distance(watched: WatchedPass, output: Tensor, losses: Losses, scale: Tensor | float) -> Tensor:
     """The distance of an output from the target's."""
     target_output = at_least_float32(watched.output.detach())
-    return minimality_loss(target_output, at_least_float32(output), losses.distance, watched.valid) / scale
+    return (
+        _processes.mean(*mean_distance(target_output, at_least_float32(output), losses.distance, watched.valid)) / scale
+    )
 
 
 def weight_terms(
@@ -99,11 +102,16 @@ def at_least_float32(output: Tensor) -> Tensor:
 
 def _hidden_term(target: dict[str, Tensor], sparse: dict[str, Tensor], relative: bool) -> Tensor:
     """Σ_places mean over data points Σ_units squared error, over the number of units (times the target's variance)."""
-    errors = torch.stack([hidden_activation_loss(target[name], sparse[name]) for name in target]).sum()
+    means = [
+        _processes.mean(hidden_activation_loss(activation, sparse[name]), activation[..., 0].numel())
+        for name, activation in target.items()
+    ]
+    errors = torch.stack(means).sum()
     units = sum(activation.shape[-1] for activation in target.values())
     if not relative:
         return errors / units
-    return errors / torch.stack([activation.var() * activation.shape[-1] for activation in target.values()]).sum()
+    variances = [_processes.variance(activation) * activation.shape[-1] for activation in target.values()]
+    return errors / torch.stack(variances).sum()
 
 
 def scales_of(losses: Losses, weights: Sequence[Tensor]) -> Scales:

@@ -1,6 +1,7 @@
 """Which components are active: selections, drawn masks and attacked ones."""
 
 from apd_lens._checks import checked
+from apd_lens._processes import gathered as gathered
 from apd_lens.masks import _sampling, _selection
 from apd_lens.masks._masking import Masking as Masking
 from apd_lens.masks._masking import Masks as Masks

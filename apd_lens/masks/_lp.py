@@ -9,6 +9,7 @@ from torch import Tensor
 from apd_lens._checks import check_fields
 from apd_lens._codec import saved
 from apd_lens._errors import InvalidSetting
+from apd_lens._processes import gathered
 from apd_lens._schedules import Ramp, value_at
 from apd_lens.attribution._attribution import Attribution
 from apd_lens.attribution._gradient import GradientAttribution
@@ -105,13 +106,14 @@ class Lp:
     ) -> Masks:
         assert isinstance(self.attribution, GradientAttribution)  # see `check`
         squares = self.attribution.squares(watched, components, self.granularity, generator)
+        squares, valid = gathered(squares, watched.run.inputs.of_all.n_examples), watched.run.inputs.of_all.valid
         sparsity = lp_of_squares(squares / scale, value_at(self.p, progress))
         attributions = squares.detach().sqrt()
         return Masks(
             attributions=attributions,
             importance=sparsity,
-            active=None if self.threshold is None else self(attributions, watched.valid),
-            minimality=without_padding(sparsity, watched.valid).sum(-1).mean(),
+            active=None if self.threshold is None else self(attributions, valid),
+            minimality=without_padding(sparsity, valid).sum(-1).mean(),
         )
 
     def check(self, n_components: int, losses: Losses | None = None) -> None:

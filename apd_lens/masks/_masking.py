@@ -9,6 +9,7 @@ from torch import Tensor
 
 from apd_lens._checks import check_fields
 from apd_lens._codec import saved
+from apd_lens._processes import gathered
 from apd_lens.attribution._attribution import Attribution
 from apd_lens.attribution._gradient import GradientAttribution
 from apd_lens.components._components import ParameterComponents
@@ -21,7 +22,7 @@ from apd_lens.passes._watch import WatchedPass
 
 @dataclass(frozen=True, eq=False)
 class Masks:
-    """What a masking says of a batch in a training step.
+    """What a masking says of a batch in a training step; of several processes, each says it of the whole batch.
 
     Attributes:
         attributions: without a graph; what moves look at.
@@ -83,6 +84,9 @@ class Masking(Protocol):
     ) -> Masks:
         """The masks of a training step.
 
+        Of several processes each has a pass over its part, `watched`; the whole batch is `watched.run.inputs.of_all`.
+        `apd_lens.masks.gathered(values, n_examples)` brings the parts together.
+
         Args:
             progress: the share of the steps that is done.
             scale: what squared differences of outputs are divided by.
@@ -133,11 +137,13 @@ class Attributed:
         scale: Float[Tensor, ""] | float,
         generator: torch.Generator | None = None,
     ) -> Masks:
-        selection = self.selection.at(progress, watched.run.batch)
+        inputs = watched.run.inputs.of_all
+        selection = self.selection.at(progress, inputs.batch)
         attributions = self.attribution(watched, components, selection.granularity, generator)
-        active = selection(attributions, watched.valid)
+        attributions = gathered(attributions, inputs.n_examples)
+        active = selection(attributions, inputs.valid)
         # Known without asking the device, but for padding.
-        n_active = selection.n_active(active[..., 0].numel()) if padded(active, watched.valid) is None else None
+        n_active = selection.n_active(active[..., 0].numel()) if padded(active, inputs.valid) is None else None
         return Masks(attributions, active, active, n_active)
 
 
@@ -174,7 +180,7 @@ class NoneActive:
         generator: torch.Generator | None = None,
     ) -> Masks:
         factor = next(components.parameters()).detach()
-        nothing = factor.new_zeros(watched.run.inputs.n_examples, components.n_components)
+        nothing = factor.new_zeros(watched.run.inputs.of_all.n_examples, components.n_components)
         return Masks(nothing, nothing.bool(), nothing.bool(), 0)
 
 

@@ -19,7 +19,8 @@ class MoveContext:
 
     Attributes:
         weights: name -> the decomposed matrix, in the dtype of the factors.
-        watched: the target's pass over the batch of the step.
+        watched: the target's pass over the batch of the step. Of several processes only x is there, of the whole batch;
+            `watched.again(None, slice(None))` runs it for outputs.
         attributions, active: of that batch; `active` only for moves that need it.
         generator: on the CPU.
         sums_to_weights: whether components are to sum to the weights; else what they lack belongs to the rest.

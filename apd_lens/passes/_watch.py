@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from apd_lens._errors import InvalidOutput, ShapeMismatch, SiteNotCalled, UnsupportedModel
+from apd_lens._processes import gathered
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import Mask
 from apd_lens.data._batch import Batch
@@ -160,6 +161,20 @@ class WatchedPass:
         jacobians = [part for one in self._metrics if one.jacobians is not None for part in one.jacobians.tensors()]
         return [self.output, *(call.x for call in self.calls), *self.hidden.values(), *jacobians]
 
+    def of_all(self) -> "WatchedPass":
+        """The pass over the batch of all processes, of which x alone is there. Its outputs are NaN: for them run it
+        `again`."""
+        whole = self.run.inputs.of_all
+        if whole is self.run.inputs:
+            return self
+        calls = [
+            Call(call.use, x, x, _nan(call.y, len(x)))
+            for call in self.calls
+            for x in [gathered(call.x, whole.n_examples)]
+        ]
+        run, output = replace(self.run, inputs=whole), _nan(self.output, whole.n_examples)
+        return WatchedPass(output, whole.valid, calls, [], {}, run, graph_freed=True)
+
     def in_fisher_metric(self) -> "WatchedPass":
         """The same pass, on the same graph, that goes on to `fisher_coordinates` of its outputs."""
         if self._in_fisher_metric is None:
@@ -289,6 +304,11 @@ def watched_pass(
 def _stand_in(tensor: Tensor) -> Tensor:
     """A tensor of the same shape that takes no memory."""
     return tensor.detach().new_zeros(()).expand(tensor.shape)
+
+
+def _nan(tensor: Tensor, examples: int) -> Tensor:
+    """NaN in the shape of a tensor of so many examples, which takes no memory."""
+    return tensor.detach().new_full((), torch.nan).expand(examples, *tensor.shape[1:])
 
 
 def as_it_is(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from apd_lens import _processes
 from apd_lens._block import no_inference_mode
 from apd_lens._errors import InvalidSetting, NonFinite
 from apd_lens._settings import DEFAULTS, RANK, Elsewhere, Optimization
@@ -21,6 +22,7 @@ from apd_lens.training._state import Batches, StepInfo, init
 from apd_lens.training._step import step
 
 
+@_processes.raised_in_all()
 @no_inference_mode()
 def decompose(
     model: Any,
@@ -44,6 +46,9 @@ def decompose(
     progress: bool = True,
 ) -> Decomposition:
     """Takes the named weight matrices of a trained model apart into parameter components.
+
+    In a process group of torch.distributed the processes train together: each is given the same batches and takes its
+    part of the examples of each, and all get what one would.
 
     Args:
         model: a HookedTransformer, TransformerBridge, nnsight model, torch.nn.Module, or `apd_lens.wrap(...)` of one.
@@ -106,9 +111,9 @@ def decompose(
         others=others,
     )
     n_steps = state.settings.optimization.steps
-    streams = [batches] if others is None else [batches, others]
+    streams, silent = [batches] if others is None else [batches, others], not (progress and _processes.is_first())
     try:
-        with tqdm(total=n_steps, desc="decompose", disable=not progress, mininterval=0.5, dynamic_ncols=True) as bar:
+        with tqdm(total=n_steps, desc="decompose", disable=silent, mininterval=0.5, dynamic_ncols=True) as bar:
             for some in zip(*map(stream, streams), strict=True) if n_steps else ():
                 state, info = step(state, *some)
                 if on_step is not None:
@@ -117,6 +122,7 @@ def decompose(
                     bar.set_postfix_str(_postfix(info))
                 if state.step == n_steps:
                     break
+        _processes.wait_for_all()
         return state.decomposition()
     except BaseException as error:
         if state.late is not None:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from apd_lens._errors import UnsupportedModel
+from apd_lens._processes import average_gradients
 from apd_lens._settings import Optimization, learning_rate
 from apd_lens.components._components import ParameterComponents, xavier_std
 from apd_lens.training._unit_norm import normalize_columns, remove_parallel_gradients
@@ -19,6 +20,11 @@ def adam(components: ParameterComponents, optimization: Optimization) -> torch.o
     return torch.optim.Adam(
         [{"params": factors, "scale": scale} for scale, factors in groups.items()], lr=optimization.lr, fused=True
     )
+
+
+def moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors that the optimizer keeps."""
+    return [value for kept in optimizer.state.values() for value in kept.values() if isinstance(value, Tensor)]
 
 
 def update(
@@ -42,6 +48,7 @@ def update(
             f"step {step}: this {type(model).__name__} uses torch.utils.checkpoint in eval mode too, and parts of "
             "it would be run again without the components. Switch it off while decomposing."
         ) from error
+    average_gradients(components.parameters())
     if optimization.unit_norm:
         remove_parallel_gradients(components)
     optimizer.step()

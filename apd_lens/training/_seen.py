@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apd_lens.data._batch import Batch, Kept, ids_of, mapped
+from apd_lens.data._batch import Batch, Kept, check_same_batch, ids_of, mapped
 from apd_lens.data._finite import LateChecks, Reading, raise_first
 from apd_lens.data._inputs import Inputs, readings_of_inputs
 from apd_lens.host._fingerprints import mark_of_model
@@ -71,11 +71,13 @@ def watch(
     late: LateChecks | None,
     where: str,
 ) -> Seen:
-    """The target's pass over the batch: that which was kept, if this is the same batch again.
+    """The target's pass over this process's part of the batch: that which was kept, if this is the same batch again.
 
     Raises:
         NonFinite: NaN or infinity in the batch or in the target's output, unless checks are late.
+        InvalidBatches: other processes were given another batch, or there are more of them than examples.
     """
+    check_same_batch(batch, where)
     found, mark, losses = _found(seen, stream.name, batch), mark_of_model(target.model), stream.losses
     if found is not None and found.mark != mark:
         found = None
@@ -88,6 +90,7 @@ def watch(
                 again, _ = replaced_pass(target, names, as_it_is, found.inputs, stream.output)
             return replace(found, watched=replace(found.watched, output=again), has_output=True)
     kept, inputs = _read(batch, target, device) if found is None else (found.kept, found.inputs)
+    inputs = inputs if inputs.whole is not None else inputs.own()
     readings = readings_of_inputs(inputs, where)
     if late is None:
         raise_first(readings)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apd_lens import _processes
 from apd_lens._block import no_inference_mode
 from apd_lens._codec import decode_settings, encode_settings
 from apd_lens._draws import draws
@@ -187,6 +189,7 @@ class StepInfo:
         return None if self.mean_active is None else int((self.last_active > self.step - ALIVE_WINDOW).sum())
 
 
+@_processes.raised_in_all()
 @no_inference_mode()
 def init(
     model: Any,
@@ -262,6 +265,16 @@ def init(
         seen = _fit(target, components, settings, originals, output, batches, others)
     if settings.optimization.unit_norm:
         normalize_columns(components)
+    fingerprints = {name: target.fingerprints.of(target.weights[name]) for name in names}
+    encoded = json.dumps(encode_settings(settings), default=lambda value: type(value).__name__)
+    _processes.check_same(
+        (fingerprints, n_components, rank, re.sub(r" at 0x[0-9a-f]+", "", encoded)),
+        InvalidSetting(
+            "The processes were given different models or settings. All must call with the same arguments, and have a "
+            "model of the same weights: load it, or seed it, torch.manual_seed(0), in all."
+        ),
+    )
+    _processes.copy_from_first(components.parameters())  # processes may round otherwise
     device = next(iter(originals.values())).device
     optimizer = adam(components, settings.optimization)
     late = LateChecks(device) if on_gpu(device) else None
@@ -274,7 +287,7 @@ def init(
         output=output,
         optimizer=optimizer,
         weights=originals,
-        fingerprints={name: target.fingerprints.of(target.weights[name]) for name in names},
+        fingerprints=fingerprints,
         scales=scales_of(settings.losses, list(originals.values())),
         last_active=torch.full((n_components,), -ALIVE_WINDOW, device=device),
         late=late,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from apd_lens._block import full_precision, no_inference_mode
-from apd_lens._errors import InvalidBatches
+from apd_lens._errors import InvalidBatches, ShapeMismatch
+from apd_lens._processes import copy_from_first, raised_in_all
 from apd_lens.data._batch import Batch
 from apd_lens.data._finite import Reading, raise_first, reading_of_attributions
 from apd_lens.data._points import without_padding
@@ -19,13 +20,14 @@ from apd_lens.losses._terms import LOSS_TERMS, distance_scale, hidden_terms, out
 from apd_lens.masks._masking import Masks
 from apd_lens.moves._moves import MoveContext, are_due
 from apd_lens.passes._watch import WatchedPass, replaced_pass
-from apd_lens.training._optimizer import update
+from apd_lens.training._optimizer import moments, update
 from apd_lens.training._seen import remembered, watch
 from apd_lens.training._state import State, StepInfo
 from apd_lens.training._streams import Stream
 from apd_lens.training._unit_norm import normalize_columns
 
 
+@raised_in_all()
 @no_inference_mode()
 def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
     """One training step on a batch of each stream (`State.streams`; by default there is one). The model is only looked
@@ -71,7 +73,7 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
     last_active, mean_active, watched = state.last_active, None, seen[0].pass_
     if masks.active is not None:
         last_active = torch.where(masks.active.flatten(0, -2).any(0), state.step, last_active)
-        mean_active = without_padding(masks.active, watched.valid).sum(-1).float().mean()
+        mean_active = without_padding(masks.active, watched.run.inputs.of_all.valid).sum(-1).float().mean()
     due = are_due(settings.moves, state.step, settings.optimization.steps)
     if state.late is not None:
         state.late.read(but=0 if due else 1)
@@ -107,7 +109,13 @@ def stream_terms(
     scale = distance_scale(watched, losses)
     draws = state.draws_on_device(stream.named("attribution"))
     masks = stream.masking.masks(watched, components, progress, scale, draws)
-    importance = without_padding(masks.importance, watched.valid)
+    whole = run.inputs.of_all
+    if len(masks.importance) != whole.n_examples:
+        raise ShapeMismatch(
+            f"{type(stream.masking).__name__} gave masks of {len(masks.importance)} examples, but the batch of all "
+            f"processes has {whole.n_examples}, and masks are of the whole: see `Masking.masks`."
+        )
+    importance = without_padding(masks.importance, whole.valid)
     share, hidden, terms = 1.0, {}, {}
     if masks.minimality is not None:
         terms["minimality"] = masks.minimality
@@ -137,7 +145,7 @@ def make_moves(state: State, watched: WatchedPass, masks: Masks) -> int:
             components=state.components,
             optimizer=state.optimizer,
             weights=state.weights,
-            watched=watched,
+            watched=watched.of_all(),
             attributions=masks.attributions,
             active=masks.active,
             generator=state.draws("moves"),
@@ -146,6 +154,7 @@ def make_moves(state: State, watched: WatchedPass, masks: Masks) -> int:
     )
     if n_moves and state.settings.optimization.unit_norm:
         normalize_columns(state.components)
+    copy_from_first([*state.components.parameters(), *moments(state.optimizer)])  # processes may round otherwise
     return n_moves
 
 

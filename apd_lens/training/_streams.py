@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from apd_lens._processes import n_processes, own
 from apd_lens._settings import Elsewhere, Settings
 from apd_lens.components._components import ParameterComponents
 from apd_lens.losses._losses import Losses
@@ -14,7 +15,8 @@ from apd_lens.masks._sampling import path_mask
 from apd_lens.passes._output import OutputFn, default_output, everywhere
 from apd_lens.passes._replace import Mixture
 
-# The components, their masks on a batch, the losses, draws -> name of a loss term -> what the model runs on for it.
+# The components, their masks on the whole batch, the losses, draws -> name of a loss term -> what the model runs on for
+# it, on this process's part.
 Mixtures = Callable[[ParameterComponents, Masks, Losses, torch.Generator], dict[str, Mixture]]
 
 
@@ -23,9 +25,10 @@ def of_components(
 ) -> dict[str, Mixture]:
     """The active components alone; and with a random part of each other one."""
     assert masks.active is not None
-    mixtures = {"minimality": Mixture(components, masks.active, n_active=masks.n_active)}
+    n_active = masks.n_active if n_processes() == 1 else None
+    mixtures = {"minimality": Mixture(components, own(masks.active), n_active=n_active)}
     if losses.path:
-        mixtures["path"] = Mixture(components, path_mask(masks.active, draws))
+        mixtures["path"] = Mixture(components, own(path_mask(masks.active, draws)))
     return mixtures
 
 
@@ -35,10 +38,10 @@ def of_components_and_rest(
     """The active components alone; and with a random part of each other one and of the rest."""
     mixtures = of_components(components, masks, losses, draws)
     if "path" in mixtures:
-        on = mixtures["path"].on
-        assert isinstance(on, Tensor)
-        rest = torch.rand(len(on), generator=draws, device=on.device, dtype=torch.float32)
-        mixtures["path"] = replace(mixtures["path"], rest=rest)
+        active = masks.active
+        assert active is not None
+        rest = torch.rand(len(active), generator=draws, device=active.device, dtype=torch.float32)
+        mixtures["path"] = replace(mixtures["path"], rest=own(rest))
     return mixtures
 
 
@@ -47,7 +50,7 @@ def of_the_rest(
 ) -> dict[str, Mixture]:
     """The rest and the active components; in half of the examples a random part of each other one."""
     assert masks.active is not None
-    return {"minimality": Mixture(components, path_mask(masks.active, draws, bare=0.5), rest=1.0)}
+    return {"minimality": Mixture(components, own(path_mask(masks.active, draws, bare=0.5)), rest=1.0)}
 
 
 @dataclass(frozen=True)

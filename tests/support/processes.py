@@ -1,0 +1,227 @@
+"""Several processes that train together, as a launcher starts them, and what they are asked to do."""
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from support.outside import METHOD, PRELOADED
+from support.toy_models import ResidualMLP
+from torch import Tensor, nn
+
+import apd_lens as apd
+from apd_lens._codec import encode_settings
+from apd_lens._settings import Elsewhere
+from apd_lens.masks._selection import Needed
+from apd_lens.training import _state
+
+FEW = {"n_components": 6, "rank": 2, "progress": False}
+HIDDEN = "layers.0.act"
+
+
+def together(n: int, work: Callable[[int], Any]) -> list[Any]:
+    """What work(rank) returns in each of n processes: the error, if it raises one; None of one that ended."""
+    context = multiprocessing.get_context(METHOD)
+    context.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory() as folder:
+        started = [context.Process(target=_work, args=(rank, n, work, folder)) for rank in range(n)]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(500)
+            process.kill()
+            process.join()
+        files = [Path(folder) / str(rank) for rank in range(n)]
+        return [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
+
+
+def _work(rank: int, n: int, work: Callable[[int], Any], folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n)
+    try:
+        result = work(rank)
+    except BaseException as error:
+        result = error
+    unfinished = Path(folder) / f"{rank}.unfinished"
+    unfinished.write_bytes(pickle.dumps(result))
+    unfinished.rename(Path(folder) / str(rank))
+
+
+class Padded(nn.Module):
+    """Each position reads the mean of the tokens before it that are no padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(9, 6), nn.Linear(6, 4)
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        r = self.embed(tokens) * attention_mask[..., None]
+        return self.out(torch.tanh(r + r.cumsum(1) / attention_mask.cumsum(1).clamp_min(1)[..., None]))
+
+
+def mlp(seed: int = 0) -> ResidualMLP:
+    torch.manual_seed(seed)
+    return ResidualMLP(5, 6, 8, 1).double()
+
+
+def data(n: int = 10, seed: int = 1) -> Tensor:
+    x = torch.rand(n, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x * (torch.rand(n, 5, generator=torch.Generator().manual_seed(seed + 1)) < 0.4)
+
+
+def active_features(batch: Tensor) -> float:
+    return max(0.5, (batch != 0).double().sum(1).mean().item())
+
+
+def largest_error(ours: Tensor, theirs: Tensor) -> Tensor:
+    return (ours - theirs).abs().amax(-1)
+
+
+def trained(model: nn.Module | None = None, batches: Any = None, steps: int = 8, **options: Any) -> dict[str, Any]:
+    """Factors and reports of a training."""
+    infos = []
+    optimization = {"lr": 2e-2, "steps": steps} | options.pop("optimization", {})
+    decomposition = apd.decompose(
+        model or mlp(),
+        batches or (lambda step: data(10, step)),
+        **{**FEW, "moves": None, **options},
+        optimization=apd.Optimization(**optimization),
+        on_step=lambda step, info: infos.append(info),
+    )
+    return {
+        "factors": [factor.detach() for factor in decomposition.components.parameters()],
+        "k": [info.k for info in infos],
+        "terms": [{name: term.item() for name, term in info.terms.items()} for info in infos],
+        "moves": sum(info.moves for info in infos),
+        "selection": encode_settings(decomposition.settings.selection),
+    }
+
+
+def padded() -> dict[str, Any]:
+    """Of some parts all is padding."""
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]])
+    batches = [{"tokens": torch.randint(9, (6, 4)), "attention_mask": mask} for _ in range(3)]
+    selection = apd.BatchTopK(Needed(hold=0.0), "position", 0.1)
+    return trained(Padded().double(), batches, selection=selection)
+
+
+def moved(moves: Any) -> dict[str, Any]:
+    """On a linear layer, and data that use about one row of it each."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 5, bias=False).double()
+    noise = torch.randn(46, 5, dtype=torch.float64) / 10
+    with torch.no_grad():
+        model.weight.copy_(torch.diag(torch.linspace(1, 2, 5)) + noise[:5])
+    batch = torch.eye(5, dtype=torch.float64)[torch.arange(41) % 5] * torch.linspace(0.5, 1, 41)[:, None] + noise[5:]
+    return trained(model, [batch], selection=apd.BatchTopK(1.0), moves=moves)
+
+
+CASES: dict[str, Callable[[], dict[str, Any]]] = {
+    "the defaults, k found": trained,
+    "top-k, the paper's losses": lambda: trained(
+        selection=apd.TopK(2), losses=apd.Losses(normalization="paper", simplicity=0.1)
+    ),
+    "k of each batch, batches that come again": lambda: trained(
+        batches=[data(9, 1), data(9, 3)], selection=apd.BatchTopK(active_features)
+    ),
+    "Lp": lambda: trained(selection=apd.Lp(0.9, threshold=0.1), losses=apd.Losses(path=0.0)),
+    "Lp at positions": lambda: trained(
+        Padded().double(),
+        [{"tokens": torch.arange(24).reshape(6, 4) % 9, "attention_mask": torch.ones(6, 4).tril(1)}],
+        selection=apd.Lp(1.0, "position"),
+        losses=apd.Losses(path=0.0),
+    ),
+    "other data": lambda: trained(
+        others=lambda step: data(7, 100 + step), elsewhere=Elsewhere(selection=apd.TopK(1), simplicity=0.1)
+    ),
+    "other data, none active": lambda: trained(others=[data(8, 50)]),
+    "KL from projections, hidden activations": lambda: trained(
+        losses=apd.Losses(distance="kl", hidden=1.0, hidden_at=(HIDDEN,)), attribution=apd.GradientAttribution(2)
+    ),
+    "a distance of the user's, ablations": lambda: trained(
+        losses=apd.Losses(distance=largest_error), attribution=apd.AblationAttribution()
+    ),
+    "padding at positions": padded,
+    "cluster moves": lambda: moved(apd.ClusterMoves(every=2, merge_above=0.3)),
+    "split moves": lambda: moved(apd.SplitMoves(every=2, until=1.0)),
+    "division moves": lambda: moved(apd.DivisionMoves(every=2)),
+    "a start fitted to data": lambda: trained(
+        batches=[data(9, 1), data(9, 3)], optimization={"start": "data", "unit_norm": True}
+    ),
+}
+
+
+def all_cases(rank: int) -> dict[str, dict[str, Any]]:
+    return {name: case() for name, case in CASES.items()}
+
+
+# --- what goes wrong
+
+
+def stops(rank: int) -> None:
+    raise ValueError("no more")
+
+
+def in_the_second(action: Callable[[int], Any]) -> Callable[..., None]:
+    def on_step(step: int, info: apd.StepInfo) -> None:
+        if step == 2 and torch.distributed.get_rank() == 1:
+            action(step)
+
+    return on_step
+
+
+def late(batches: Any) -> dict[str, Any]:
+    """Looks at numbers a step late, as on a GPU."""
+    with patch.object(_state, "on_gpu", lambda device: True):
+        return trained(batches=batches)
+
+
+def failing(rank: int) -> dict[str, Any]:
+    """The error of each training, its notes, and then the result of one that nothing is wrong with."""
+    with_nan = data(10)
+    with_nan[-1] = torch.nan  # in the part of the last one
+    trainings: dict[str, Callable[[], Any]] = {
+        "NaN": lambda: trained(batches=lambda step: with_nan if step == 3 else data(10)),
+        "NaN, looked at late": lambda: late(lambda step: with_nan if step == 3 else data(10)),
+        "different batches": lambda: trained(batches=[data(10, seed=rank)]),
+        "another order": lambda: trained(batches=[data(10).roll(rank, 0)]),
+        "different sizes": lambda: trained(batches=[data(10 + rank)]),
+        "different settings": lambda: trained(selection=apd.TopK(1 + rank)),
+        "different models": lambda: trained(mlp(seed=rank)),
+        "few examples": lambda: trained(batches=[data(1)]),
+        "an error in one": lambda: apd.decompose(
+            mlp(), [data()], **FEW, moves=None, on_step=in_the_second(stops), optimization=apd.Optimization(steps=3)
+        ),
+        "a wrong call in one": lambda: trained(selection=apd.TopK(100 if rank else 1)),
+    }
+    errors = {}
+    for name, training in trainings.items():
+        try:
+            training()
+        except Exception as error:
+            notes = getattr(error, "__notes__", [])
+            errors[name] = (type(error), str(error), hasattr(error, "decomposition"), notes)
+    return errors | {"after": trained()}
+
+
+def dying(rank: int) -> tuple[float, str]:
+    """Seconds until the other one hears of it, and the message."""
+    ended = 0.0
+
+    def on_step(step: int, info: apd.StepInfo) -> None:
+        nonlocal ended
+        ended = time.monotonic()
+        in_the_second(lambda _: os._exit(3))(step, info)
+
+    try:
+        apd.decompose(mlp(), [data()], **FEW, moves=None, on_step=on_step)
+    except apd.ApdError as error:
+        return time.monotonic() - ended, str(error)
+    raise AssertionError("heard nothing")
