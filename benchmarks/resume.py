@@ -208,11 +208,11 @@ def cost(steps: int, everys: tuple[int, ...], quick: bool) -> None:
             for method, function in original.items():
                 setattr(_checkpoint.Run, method, function)
             saving = sum(map(sum, spent.values())) - spent["save_if_due"][-1]  # the last one is behind the last step
-            total = at[-1] - at[0]
+            total, longest = at[-1] - at[0], 1000 * max(spent["save_if_due"])
             print(
                 f"{name}: {1000 * (total - saving) / (steps - 1):.1f} ms a step, "
                 f"{n_bytes / 2**20:.1f} MiB a checkpoint, every {every} steps: "
-                f"{100 * saving / (total - saving):.2f} % more time ({1000 * max(spent['save_if_due']):.0f} ms the longest)",
+                f"{100 * saving / (total - saving):.2f} % more time ({longest:.0f} ms the longest)",
                 flush=True,
             )
 

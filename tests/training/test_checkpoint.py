@@ -573,5 +573,5 @@ def test_a_process_that_was_killed_is_gone_on_with_in_another(tmp_path, end: str
     expected = outside.run(SCRIPT.format(folder=str(tmp_path / "whole"), end=""))
     with pytest.raises(AssertionError):
         outside.run(SCRIPT.format(folder=str(tmp_path / "killed"), end=end))
-    assert os.listdir(tmp_path / "killed") == [f"step-{step:06}.safetensors"]
+    assert max(os.listdir(tmp_path / "killed")) == f"step-{step:06}.safetensors"
     assert outside.run(SCRIPT.format(folder=str(tmp_path / "killed"), end="")) == expected
