@@ -103,8 +103,14 @@ class State:
         }
         factors = {f"components.{name}": factor.detach().clone() for name, factor in named.items()}
         maskings = json.dumps([encode_settings(stream.masking) for stream in self.streams]).encode()  # `Needed` changes
-        counts = {"step": torch.tensor(self.step), "maskings": torch.tensor(list(maskings), dtype=torch.uint8)}
-        return {**counts, "last_active": self.last_active, **factors, **moments}
+        text = torch.tensor(list(maskings), dtype=torch.uint8, device="cpu")
+        return {
+            "step": torch.tensor(self.step, device="cpu"),
+            "maskings": text,
+            "last_active": self.last_active,
+            **factors,
+            **moments,
+        }
 
     def restored(self, tensors: Mapping[str, Tensor]) -> "State":
         """This state, fresh from `init` with the same arguments, as it was when `tensors` were taken."""

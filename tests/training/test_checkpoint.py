@@ -33,7 +33,8 @@ def mlp() -> nn.Module:
 
 
 def random(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def tokens(n: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -119,6 +120,20 @@ def test_what_was_resumed_ends_bit_for_bit_as_it_would_have(tmp_path, options: d
 
 def test_in_float64(tmp_path):
     assert_resumed_is_whole(tmp_path, lambda: mlp().double(), lambda: few(batches=[random((8, 4)).double()]))
+
+
+def test_whatever_the_default_dtype_and_device(tmp_path):
+    model = mlp()
+    expected, *_ = trained(model, few())
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")  # whatever is made without a device fails
+        trained(model, few(checkpoint=apd.Checkpoint(tmp_path, every=N, keep=9)))
+        came, *_ = trained(model, few(resume=tmp_path / f"step-{N:06}.safetensors"))
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert [*map(torch.equal, came, expected)] == [True] * len(expected)
 
 
 def test_where_memory_is_short(tmp_path, monkeypatch):
