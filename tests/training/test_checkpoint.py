@@ -458,6 +458,16 @@ def test_without_checkpoints_nothing_is_done(monkeypatch):
 # Refused.
 
 
+def test_a_generator_is_warned_of_and_refused_afterwards(tmp_path):
+    def batches():
+        return (random((8, 4), seed) for seed in range(20))
+
+    with pytest.warns(apd.ApdWarning, match="batches is a generator, .* saved but cannot be resumed. Give a list"):
+        trained(mlp(), few(batches=batches(), checkpoint=apd.Checkpoint(tmp_path, every=N)))
+    with pytest.raises(apd.InvalidBatches, match="is resumed at step 6, and batches is a generator"):
+        trained(mlp(), few(batches=batches(), resume=tmp_path))
+
+
 class Other(ResidualMLP):
     """The same model, of another class."""
 
