@@ -41,14 +41,13 @@ def stream(batches: Iterable[Batch] | Callable[[int], Batch], first_step: int = 
     _check_several(
         batches, "an iterable that can be gone through again (a list, a DataLoader) or a function step -> batch"
     )
-    n_batches, n_empty = 0, 0
+    n_batches = 0
     while True:
         n_before = n_batches
         for batch in batches:
             n_batches += 1
             yield batch
-        n_empty = n_empty + 1 if n_batches == n_before else 0
-        if n_empty == 2:  # once may be: a loader whose state was loaded may be at the end of a pass
+        if n_batches == n_before:
             raise InvalidBatches(
                 "The stream of batches is empty: expected at least one batch."
                 if n_batches == 0

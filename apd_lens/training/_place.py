@@ -1,13 +1,14 @@
 """Where a training is in its data: what tells the data from others, and how to get to the same place again."""
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from apd_lens._errors import InvalidBatches
+from apd_lens._errors import ApdWarning, InvalidBatches
 from apd_lens.data._batch import Batch, are_texts, arguments, tensors_within
 from apd_lens.data._stream import stream
 from apd_lens.host._unchanged import short_digest
@@ -93,16 +94,28 @@ def stream_from(place: Place, batches: Batches, step: int, name: str) -> Iterato
         for number, digest in place.digests.items():
             _check(digest, batches(int(number)), number, name)
         return stream(batches, step)
-    done = 0
+    done, drawn = 0, stream(batches)
     if place.loader is not None and isinstance(batches, Stateful):
         batches.load_state_dict(_unpacked(place.loader, place.tensors))
-        done = place.at
-    drawn = stream(batches)
+        done, drawn = place.at, _from_state(batches, name)
     for number in map(str, range(done, step)):
         batch = next(drawn)
         if number in place.digests:
             _check(place.digests[number], batch, number, name)
     return drawn
+
+
+def _from_state(batches: Stateful, name: str) -> Iterator[Batch]:
+    """The rest of the pass that a loader was in, and then further passes, without end."""
+    yield from batches
+    warnings.warn(
+        f"{name} was put back by its load_state_dict, and begins another pass now. Whether that has the order that it "
+        "would have had is the loader's to know: torchdata's StatefulDataLoader does not keep the shuffling of further "
+        "passes. A DataLoader without a state_dict is gone through instead, and then it is the same.",
+        ApdWarning,
+        stacklevel=2,
+    )
+    yield from stream(batches)
 
 
 def digest_of(batch: Batch) -> str:

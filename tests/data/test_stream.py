@@ -24,19 +24,6 @@ def test_a_stream_that_ends_is_an_error():
         list(stream([]))
 
 
-def test_a_pass_may_be_empty_once():
-    """Of a loader that was put back to the end of a pass."""
-
-    class AtTheEnd:
-        passes = 0
-
-        def __iter__(self):
-            self.passes += 1
-            return iter([] if self.passes == 1 else [1, 2])
-
-    assert list(islice(stream(AtTheEnd()), 5)) == [1, 2, 1, 2, 1]
-
-
 def test_a_generator_cannot_be_gone_through_twice():
     check_again([1], times=2)
     with pytest.raises(apd.InvalidBatches, match="gone through 2 times"):

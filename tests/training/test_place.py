@@ -130,6 +130,10 @@ def test_the_state_of_a_loader_comes_back_as_it_was():
     assert new.loaded == {"a": [1, 2.5, None, True, "x"], 3: (b"\xff\x00", (), {}), "tensors": {}}
     assert type(new.loaded[3]) is tuple
     assert torch.equal(next(came), some()[1])  # one was passed over
+    for _ in range(3):
+        next(came)
+    with pytest.warns(apd.ApdWarning, match="put back by its load_state_dict, and begins another pass now"):
+        assert torch.equal(next(came), some()[0])
 
 
 def test_a_state_that_cannot_be_written_is_named():
