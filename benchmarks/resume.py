@@ -110,8 +110,9 @@ def kills(wanted: int, seed: int = 0) -> dict[str, tuple[int, int, int]]:
                     os.kill(pid, draw.choice([signal.SIGKILL, signal.SIGTERM]))
                     os.waitpid(pid, 0)
                     n_kills += not (folder / "end").exists()
-                    n_wrong += newest(folder / "run") < reached
-                    reached = newest(folder / "run")
+                    before, reached = reached, newest(folder / "run")
+                    n_wrong += reached < before
+                    seconds *= 1.0 if reached > before else 1.2  # the machine may be busier than it was
                 n_done += 1
                 n_wrong += not same(folder, expected)
         found[name] = n_kills, n_done, n_wrong
