@@ -78,6 +78,7 @@ from apd_lens.responses._top import responses as _responses
 from apd_lens.scan._result import Where as Where
 from apd_lens.scan._where import where as _where
 from apd_lens.training import _loop, _state
+from apd_lens.training._checkpoint import Checkpoint as Checkpoint
 from apd_lens.training._state import State as State
 from apd_lens.training._state import StepInfo as StepInfo
 from apd_lens.training._step import step as step

@@ -1,6 +1,7 @@
 """Settings as JSON can hold them, and back. A class of settings registers itself with `@saved`."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 from apd_lens._errors import ArtifactError
@@ -46,16 +47,31 @@ class UserFunction:
         return f"<function {self.name}, not saved>"
 
 
-def encode_settings(value: Any) -> Any:
+def encode_function(function: Callable[..., Any]) -> dict[str, Any]:
+    """A function by its name."""
+    name = getattr(function, "__qualname__", getattr(function, "name", repr(function)))
+    return {"type": "function", "name": name}
+
+
+def encode_settings(value: Any, of_function: Callable[[Callable[..., Any]], Any] = encode_function) -> Any:
     """Settings as what JSON can hold: dataclasses as mappings with their type, functions by name."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: encode_settings(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields}
+        items = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {"type": type(value).__name__} | {key: encode_settings(item, of_function) for key, item in items.items()}
     if isinstance(value, tuple):
-        return [encode_settings(item) for item in value]
-    if callable(value):
-        return {"type": "function", "name": getattr(value, "__qualname__", getattr(value, "name", repr(value)))}
-    return value
+        return [encode_settings(item, of_function) for item in value]
+    return of_function(value) if callable(value) else value
+
+
+def updated(value: Any, encoded: Any) -> Any:
+    """The value, with whatever was encoded otherwise as it was; functions and classes that are not saved stay."""
+    if encode_settings(value) == encoded:
+        return value
+    kind = encoded.get("type") if isinstance(encoded, dict) else None
+    if dataclasses.is_dataclass(value) and type(value).__name__ == kind:
+        names = [field.name for field in dataclasses.fields(value)]
+        return dataclasses.replace(value, **{name: updated(getattr(value, name), encoded[name]) for name in names})
+    return decode_settings(encoded)
 
 
 def decode_settings(value: Any) -> Any:

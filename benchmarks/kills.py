@@ -25,7 +25,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -40,6 +40,7 @@ from apd_lens import _files
 from apd_lens import monitor as watch
 from apd_lens.decomposition import _artifact
 
+WRITERS = {_artifact.__file__, _files.__file__}
 JSON, TENSORS, CARD = _artifact.JSON_FILE, _artifact.TENSOR_FILE, _artifact.CARD_FILE
 X = torch.linspace(-1, 1, 24).reshape(6, 4)
 
@@ -107,9 +108,11 @@ def in_child(run: Callable[[], object]) -> int:
     return pid
 
 
-def killed_at_line(number: int, run: Callable[[], object], how: signal.Signals) -> Callable[[], None]:
+def killed_at_line(
+    number: int, run: Callable[[], object], how: signal.Signals, files: Container[str] = WRITERS
+) -> Callable[[], None]:
     """Runs, and is killed before the given line of what writes files."""
-    files, seen = {_artifact.__file__, _files.__file__}, 0
+    seen = 0
 
     def at_line(frame: FrameType, event: str, argument: object) -> Any:
         nonlocal seen

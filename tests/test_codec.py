@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import pytest
 
 import apd_lens as apd
-from apd_lens._codec import UserFunction, decode_settings, encode_settings, saved
+from apd_lens._codec import UserFunction, decode_settings, encode_settings, saved, updated
 from apd_lens.masks._selection import Needed
 
 
@@ -39,6 +39,29 @@ def test_functions_are_saved_by_name_alone():
     with pytest.raises(apd.ArtifactError, match="twice was not saved with the decomposition"):
         loaded(None)
     assert encode_settings(loaded) == encode_settings(twice)
+
+
+def test_settings_are_updated_where_they_differ():
+    """Functions, and classes that are not saved, stay what they are."""
+
+    @dataclass(frozen=True)
+    class Unsaved:
+        selection: apd.BatchTopK
+        function: object
+
+    now, later = (apd.BatchTopK(apd.Needed(k), least=0.1) for k in (1.0, 3.0))
+    before = Unsaved(now, len)
+    after = updated(before, encode_settings(Unsaved(later, len)))
+    assert after == Unsaved(later, len)
+    assert updated(before, encode_settings(before)) is before
+    assert updated(now, encode_settings(apd.TopK(2))) == apd.TopK(2)
+    assert updated(apd.BatchTopK(1.0), encode_settings(now)) == now
+    assert updated(now, encode_settings(apd.BatchTopK(1.0))) == apd.BatchTopK(1.0)
+
+
+def test_functions_can_be_encoded_otherwise():
+    encoded = encode_settings((apd.BatchTopK(len),), lambda function: function.__name__)
+    assert encoded[0]["k"] == "len"
 
 
 @pytest.mark.parametrize("value", [{"type": "Nothing"}, {"k": 1}, {"type": "TopK", "k": 1, "more": 2}])

@@ -114,17 +114,19 @@ def _checksum(values: Tensor) -> int:
 
 def holds_tensors(value: Any) -> bool:
     """Whether a value is no tensor, but an object with tensors in it, such as a key-value cache."""
-    return not isinstance(value, Tensor) and bool(_tensors_within(value, set()))
+    return not isinstance(value, Tensor) and bool(tensors_within(value))
 
 
 def changed_within(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A copy of an object that holds tensors, with change(tensor) in the place of each; all else as it is."""
-    if isinstance(value, Tensor) or not (held := _tensors_within(value, set())):
+    if isinstance(value, Tensor) or not (held := tensors_within(value)):
         return value
     return copy.deepcopy(value, {id(tensor): change(tensor.detach()) for tensor in held})
 
 
-def _tensors_within(value: Any, visited: set[int]) -> list[Tensor]:
+def tensors_within(value: Any, visited: set[int] | None = None) -> list[Tensor]:
+    """A tensor itself, and those that an object holds. Those in objects that were visited are left out."""
+    visited = set() if visited is None else visited
     if isinstance(value, Tensor):
         return [value]
     if id(value) in visited or isinstance(value, nn.Module | type | str):
@@ -136,7 +138,7 @@ def _tensors_within(value: Any, visited: set[int]) -> list[Tensor]:
         inside = list(value)
     else:
         inside = list(getattr(value, "__dict__", {}).values())
-    return [tensor for item in inside for tensor in _tensors_within(item, visited)]
+    return [tensor for item in inside for tensor in tensors_within(item, visited)]
 
 
 def same_but_for_examples(batch: Batch, of_examples: Container[Key]) -> Hashable:

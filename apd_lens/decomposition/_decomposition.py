@@ -284,27 +284,13 @@ class Decomposition:
         """
         A, B = self.components.A, self.components.B
         card = card or Card()
-        about = {
-            "versions": library_versions(self.target.model),
-            "model": f"{type(self.target.model).__module__}.{type(self.target.model).__qualname__}",
-            "base_model": base_of(self.target.model, card),
-            "dtype": str(self.target.weights[self.components.names[0]].parameter.dtype).removeprefix("torch."),
-            "n_components": self.components.n_components,
-            "matrices": {
-                name: about | {"rounded": _rounded(self.target.weights[name], about["fingerprint"])}
-                for name, about in about_matrices(self).items()
-            },
-            "settings": encode_settings(self.settings),
-            **_about_output(self.output),
-            "others": digests_of_others(self.target, self.components.names),
-            "valid": "default" if self.target.valid is None else "given by the user",
-        }
+        told = about(self) | {"base_model": base_of(self.target.model, card)}
         factors = {f"A.{name}": factor for name, factor in A.items()} | {f"B.{name}": f for name, f in B.items()}
         try:
             rest = self.residuals()
         except WeightsChanged:
             rest = {}
-        write_artifact(user_path(path), factors, about, card_text(card, about, rest, repo))
+        write_artifact(user_path(path), factors, told, card_text(card, told, rest, repo))
 
     def export_directions(self, path: str | os.PathLike[str]) -> None:
         """Writes what each component reads and writes as one safetensors file, for use without this package.
@@ -432,6 +418,25 @@ def decomposed_apart(target: TargetModel, names: Iterable[str]) -> list[str]:
     """Those of the matrices that are tied in the model to others, apart from which they were decomposed."""
     whole = TargetModel(target.model, target.adapter, biases=target.biases).weights
     return [name for name in names if name not in whole or len(whole[name].uses) > len(target.weights[name].uses)]
+
+
+def about(decomposition: Decomposition) -> dict[str, Any]:
+    """What is known of a decomposition beside its factors, as JSON can hold it."""
+    target, components = decomposition.target, decomposition.components
+    return {
+        "versions": library_versions(target.model),
+        "model": f"{type(target.model).__module__}.{type(target.model).__qualname__}",
+        "dtype": str(target.weights[components.names[0]].parameter.dtype).removeprefix("torch."),
+        "n_components": components.n_components,
+        "matrices": {
+            name: matrix | {"rounded": _rounded(target.weights[name], matrix["fingerprint"])}
+            for name, matrix in about_matrices(decomposition).items()
+        },
+        "settings": encode_settings(decomposition.settings),
+        **_about_output(decomposition.output),
+        "others": digests_of_others(target, components.names),
+        "valid": "default" if target.valid is None else "given by the user",
+    }
 
 
 def about_matrices(decomposition: Decomposition) -> dict[str, dict[str, Any]]:

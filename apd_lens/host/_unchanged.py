@@ -33,14 +33,15 @@ def digests_of_others(target: "TargetModel", names: Iterable[str]) -> dict[str, 
     looked at in part."""
     decomposed = {key for name in names for key in target.weights[name].state(target.weights[name].value())}
     return {
-        key: _short_digest(tensor)
+        key: short_digest(tensor)
         for key, tensor in target.model.state_dict().items()
         if key not in decomposed and isinstance(tensor, Tensor) and tensor.layout == torch.strided
         if not tensor.is_meta and not tensor.is_quantized
     }
 
 
-def _short_digest(tensor: Tensor) -> str:
+def short_digest(tensor: Tensor) -> str:
+    """A digest of dtype, shape and numbers; of large tensors some of the numbers."""
     numbers = tensor.detach().flatten()[:: 1 + tensor.numel() // SAMPLED].cpu().contiguous()
     digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)} ".encode(), digest_size=4)
     digest.update(numbers.view(torch.uint8).numpy().tobytes())

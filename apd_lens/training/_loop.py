@@ -1,23 +1,25 @@
 """`decompose`: steps over a stream of batches."""
 
+import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from apd_lens import _processes
-from apd_lens._block import no_inference_mode
+from apd_lens._block import Block, no_inference_mode
 from apd_lens._errors import InvalidSetting, NonFinite
 from apd_lens._settings import DEFAULTS, RANK, Elsewhere, Optimization
 from apd_lens.attribution._attribution import Attribution
 from apd_lens.data._inputs import ValidFn
-from apd_lens.data._stream import stream
 from apd_lens.decomposition._decomposition import Decomposition
 from apd_lens.losses._losses import Losses
 from apd_lens.masks._masking import Masking
 from apd_lens.masks._selection import Selection
 from apd_lens.moves._moves import Moves
 from apd_lens.passes._output import OutputFn, default_output
+from apd_lens.training._checkpoint import Checkpoint, Run, checkpoints_at
 from apd_lens.training._state import Batches, StepInfo, init
 from apd_lens.training._step import step
 
@@ -44,6 +46,8 @@ def decompose(
     seed: int = 0,
     on_step: Callable[[int, StepInfo], Any] | None = None,
     progress: bool = True,
+    checkpoint: Checkpoint | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Decomposition:
     """Takes the named weight matrices of a trained model apart into parameter components.
 
@@ -85,13 +89,24 @@ def decompose(
             are looked at a step late there, see `step`.
         progress: whether to show a bar with k, the components alive, the losses and the time left. Minimality
             is how far the output on the active components is from the target's.
+        checkpoint: where and how often the training is saved; also where it is ended by an error, Ctrl-C or SIGTERM.
+        resume: a checkpoint, or a folder of them, of which the newest is taken: the training goes on from there, and
+            ends bit for bit as it would have. Give all other arguments as they were. `optimization` may have another
+            number of steps, for which the training goes on with the learning rate and the coefficients of its share of
+            the new number: schedules are functions of step / steps. Where `checkpoint` has the same folder and nothing
+            is in it yet, the training begins, so that one script serves every time. On another version of torch, number
+            of threads or device it warns that bits may differ.
 
     Raises:
+        ArtifactError: a checkpoint cannot be written or read, or is of another training: says in what they differ.
+        InvalidBatches: the data are not those of the checkpoint, or a generator, which cannot be resumed.
         ApdError: see `init`, `step` and `TargetModel.intercepted`. An error or interrupt in the middle of the training
             carries the unfinished result as its attribute `decomposition`.
     """
     if elsewhere is not None and others is None:
         raise InvalidSetting("elsewhere= says what is asked of components on the others; give others= too.")
+    resumed = [] if resume is None else checkpoints_at(resume, checkpoint)
+    optimization = optimization or DEFAULTS.optimization
     state = init(
         model,
         weights=weights,
@@ -100,7 +115,7 @@ def decompose(
         selection=selection,
         attribution=attribution,
         losses=losses,
-        optimization=optimization,
+        optimization=replace(optimization, start="random") if resumed else optimization,  # what was fitted is read
         moves=moves,
         masks=masks,
         elsewhere=None if others is None else elsewhere or Elsewhere(),
@@ -110,30 +125,36 @@ def decompose(
         batches=batches,
         others=others,
     )
-    n_steps = state.settings.optimization.steps
-    streams, silent = [batches] if others is None else [batches, others], not (progress and _processes.is_first())
-    try:
-        with tqdm(total=n_steps, desc="decompose", disable=silent, mininterval=0.5, dynamic_ncols=True) as bar:
-            for some in zip(*map(stream, streams), strict=True) if n_steps else ():
+    state = replace(state, settings=replace(state.settings, optimization=optimization))
+    run = Run(state, [batches] if others is None else [batches, others], checkpoint, resumed)
+    state, n_steps = run.state, optimization.steps
+    silent = not (progress and _processes.is_first())
+    shown = {"initial": state.step, "disable": silent, "mininterval": 0.5, "dynamic_ncols": True}
+    with Block(lambda: run), tqdm(total=n_steps, desc="decompose", **shown) as bar:
+        try:
+            for some in run.batches if state.step < n_steps else ():
                 state, info = step(state, *some)
+                run.reached(state, some)
                 if on_step is not None:
                     on_step(info.step, info)
                 if bar.update():  # drawn anew just now; so the terms are fetched from the device only then
                     bar.set_postfix_str(_postfix(info))
+                run.save_if_due()
                 if state.step == n_steps:
                     break
-        _processes.wait_for_all()
-        return state.decomposition()
-    except BaseException as error:
-        if state.late is not None:
-            try:
-                state.late.read()
-            except NonFinite as before:
-                error.add_note(f"Before that: {before}")
-        if updates := state.updates():
-            error.decomposition = state.decomposition()  # type: ignore[attr-defined]
-            error.add_note(f"The components after {updates} steps are in this error's attribute `decomposition`.")
-        raise
+            _processes.wait_for_all()
+            return state.decomposition()
+        except BaseException as error:
+            if state.late is not None:
+                try:
+                    state.late.read()
+                except NonFinite as before:
+                    error.add_note(f"Before that: {before}")
+            run.save_at_error(error)
+            if updates := state.updates():
+                error.decomposition = state.decomposition()  # type: ignore[attr-defined]
+                error.add_note(f"The components after {updates} steps are in this error's attribute `decomposition`.")
+            raise
 
 
 def _postfix(info: StepInfo) -> str:

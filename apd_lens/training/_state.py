@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apd_lens import _processes
 from apd_lens._block import no_inference_mode
-from apd_lens._codec import decode_settings, encode_settings
+from apd_lens._codec import encode_settings, updated
 from apd_lens._draws import draws
 from apd_lens._errors import InvalidSetting, NonFinite
 from apd_lens._settings import DEFAULTS, RANK, TARGETED, Elsewhere, Optimization, Settings
@@ -105,8 +105,14 @@ class State:
         }
         factors = {f"components.{name}": factor.detach().clone() for name, factor in named.items()}
         maskings = json.dumps([encode_settings(stream.masking) for stream in self.streams]).encode()  # `Needed` changes
-        counts = {"step": torch.tensor(self.step), "maskings": torch.tensor(list(maskings), dtype=torch.uint8)}
-        return {**counts, "last_active": self.last_active, **factors, **moments}
+        text = torch.tensor(list(maskings), dtype=torch.uint8, device="cpu")
+        return {
+            "step": torch.tensor(self.step, device="cpu"),
+            "maskings": text,
+            "last_active": self.last_active,
+            **factors,
+            **moments,
+        }
 
     def restored(self, tensors: Mapping[str, Tensor]) -> "State":
         """This state, fresh from `init` with the same arguments, as it was when `tensors` were taken."""
@@ -115,17 +121,19 @@ class State:
             prefix = f"optimizer.{name}."
             moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             if moments:
-                self.optimizer.state[factor] = {key: value.clone() for key, value in moments.items()}
+                on_device = {key: value.to(factor.device, copy=True) for key, value in moments.items()}
+                self.optimizer.state[factor] = on_device
         saved = json.loads(bytes(tensors["maskings"].tolist()))
-        maskings = [
-            stream.masking if encode_settings(stream.masking) == encoded else decode_settings(encoded)
-            for stream, encoded in zip(self.streams, saved, strict=True)
-        ]
+        maskings = [updated(stream.masking, encoded) for stream, encoded in zip(self.streams, saved, strict=True)]
         others = tuple(map(Stream.with_masking, self.others, maskings[1:]))
         settings = self.settings.with_masking(maskings[0])
         last_active = tensors["last_active"].to(self.last_active).clone()
         step = int(tensors["step"])
         return replace(self, settings=settings, others=others, last_active=last_active, step=step, seen=())
+
+    def is_whole(self) -> bool:
+        """Whether the factors and moments are those of this step, and no later step has begun to change them."""
+        return all(moments.get("step", self.step) == self.step for moments in self.optimizer.state.values())
 
     def decomposition(self) -> Decomposition:
         """The decomposition as it is now: a copy that further steps do not change.
@@ -326,8 +334,8 @@ def _fit(
     if batches is None:
         raise InvalidSetting("Optimization(start='data') is fitted to data. Give them: init(…, batches=[…]).")
     device = next(components.parameters()).device
-    seen = before_training("", _first(batches), target, device)
-    seen_others = [] if others is None else before_training("others", _first(others), target, device)
+    seen = before_training("", first_batches(batches), target, device)
+    seen_others = [] if others is None else before_training("others", first_batches(others), target, device)
     with evaluating(target.model):
         fit_to_data(
             target,
@@ -348,7 +356,7 @@ def _come_again(batches: Batches | None, n_steps: int) -> bool:
     return isinstance(batches, Sequence) and len(batches) < n_steps
 
 
-def _first(batches: Batches) -> Iterable[Batch]:
+def first_batches(batches: Batches) -> Iterable[Batch]:
     """Batches that end."""
     if not isinstance(batches, Iterable):
         return [batches(step) for step in range(FITTED_STEPS)]

@@ -1,6 +1,7 @@
 """A state that is taken apart and put back goes on bit for bit as it would have."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,6 +83,15 @@ def test_a_decomposition_is_a_copy():
     go_on(state, 1)
     assert all(torch.equal(*pair) for pair in zip(before, decomposition.components.parameters(), strict=True))
     assert state.updates() == 2  # the optimizer is changed in place
+
+
+def test_a_state_is_whole_until_a_step_changes_it():
+    fresh = apd.init(ResidualMLP(4, 6, 5, 1), n_components=6, rank=2)
+    assert fresh.is_whole()
+    first = go_on(fresh, 1)
+    assert first.is_whole()
+    assert not fresh.is_whole()  # it shares the factors and moments
+    assert not replace(first, step=2).is_whole()
 
 
 def test_a_start_of_two_kinds_is_refused():
