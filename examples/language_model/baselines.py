@@ -662,7 +662,8 @@ def main(task: Task, steps: int, which: Sequence[int] | None, most: int) -> dict
     print(f"\nAll facts\n{table(found)}\n\nFacts on which nothing was chosen\n{table(found, odd)}", flush=True)
 
     print("\nSteps of fine-tuning until a fact is back (medians), on general text and other facts; on the fact itself")
-    facts = list(range(len(task.prompts)))[:: max(1, len(task.prompts) // 5)]
+    facts = list(which or range(len(task.prompts)))
+    facts = facts[:: max(1, len(facts) // 5)]
     for name in ("components", "rank one, W_O", "low rank, 10 texts"):
         made_edits = edits[name]()
         weights = [made_edits(i) for i in facts]
