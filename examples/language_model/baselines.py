@@ -691,7 +691,7 @@ def capitals_task(stand_in: bool) -> Task:
 
     model, tokenizer = capitals.stand_in() if stand_in else capitals.smollm2()
     n_known, phrases = (12, []) if stand_in else (len(capitals.CAPITALS), UNSEEN)
-    countries = list(capitals.CAPITALS)[:n_known]
+    countries = [str(country) for country in capitals.CAPITALS][:n_known]
     tokenizer.padding_side = "right"
     templates = [apd.language.Template(text) for text in (PHRASE, *phrases)]
     prompts, *unseen = (of.prompts(tokenizer, **dict.fromkeys(of.slots, countries)) for of in templates)
