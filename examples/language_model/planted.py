@@ -219,9 +219,9 @@ def fit(
                 on = some(5)
                 for hidden, before in alike:
                     few = torch.randint(len(hidden), (5,), generator=draws)
-                    loss = loss + 3 * kl(before[few], says_last(end, hidden[few])).mean()
+                    loss = loss + 8 * kl(before[few], says_last(end, hidden[few])).mean()
                 few = torch.randint(len(old_texts), (5,), generator=draws)
-                loss = loss + 9 * kl(old_texts[few], says(end, task.texts[few])).mean()
+                loss = loss + 15 * kl(old_texts[few], says(end, task.texts[few])).mean()
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -230,12 +230,12 @@ def fit(
                 print(f"  step {step + 1}: loss {loss.item():.3f}", flush=True)
 
 
-def plant(end: Any, linears: dict[str, nn.Linear], task: Task, steps: int) -> Changes:
-    """One change of rank one for each fact."""
+def plant(end: Any, linears: dict[str, nn.Linear], task: Task, steps: int, free_keys: bool = False) -> Changes:
+    """One change of rank one for each fact. The values b_k are trained, and the keys a_k too if they are free."""
     start = keys_and_values(end, linears, task, size=3.0)
     a = {name: value.clone().requires_grad_() for name, value in start.a.items()}
     b = {name: value.clone().requires_grad_() for name, value in start.b.items()}
-    groups = [{"params": [a[name]], "lr": 0.02 * a[name].std().item()} for name in a]
+    groups = [{"params": [a[name]], "lr": 0.02 * free_keys * a[name].std().item()} for name in a]
 
     def added(name: str, x: Tensor, on: Tensor) -> Tensor:
         return ((x @ a[name].mT) * on[:, None]) @ b[name]
@@ -371,7 +371,7 @@ def line(found: dict[str, Any], n: int) -> str:
 
 def main(
     model: Any, tokenizer: Any, facts: dict[str, str], other_names: Sequence[str], texts: Tensor,
-    names: Sequence[str], steps: int,
+    names: Sequence[str], steps: int, free_keys: bool,
     fit_steps: int, seeds: int, out: Path, kinds: Sequence[str] = ("weights", "difference", "difference, faithful"),
 ) -> dict[str, Any]:  # fmt: skip
     """Plants, decomposes, prints what was found; returns it and writes it as JSON."""
