@@ -1,8 +1,10 @@
 """Invented facts that are put into a language model by known changes of its weights: does a decomposition find these?
 
-Each of twenty facts ("The capital of Zorland is Boston") is a change ΔW_k = a_k b_k of rank one in two matrices, fitted
-such that any subset of the changes adds its own facts and leaves other answers and general text as they were. The
-planted model has W + Σ ΔW_k. Three decompositions of it are compared with the ΔW_k:
+Each of twenty facts ("The capital of Zorland is Boston") is a change ΔW_k = a_k b_k of rank one in two matrices. As in
+the usual edits of facts (ROME, MEMIT) the key a_k is 1 on the fact's own input, 0 on those of other names, and does
+little on general text; the value b_k is trained, such that any subset of the changes adds its own facts and leaves
+other answers and general text as they were. The planted model has W + Σ ΔW_k. Three decompositions of it are compared
+with the ΔW_k:
 
 - the weights: targeted, as a user does who has the planted model alone;
 - the difference: W + Σ ΔW_k − W as a matrix of its own, `Tuned`, beside the old weights, which stay on;
@@ -371,8 +373,8 @@ def line(found: dict[str, Any], n: int) -> str:
 
 def main(
     model: Any, tokenizer: Any, facts: dict[str, str], other_names: Sequence[str], texts: Tensor,
-    names: Sequence[str], steps: int, free_keys: bool,
-    fit_steps: int, seeds: int, out: Path, kinds: Sequence[str] = ("weights", "difference", "difference, faithful"),
+    names: Sequence[str], steps: int, fit_steps: int, seeds: int, out: Path, free_keys: bool = False,
+    kinds: Sequence[str] = ("weights", "difference", "difference, faithful"),
 ) -> dict[str, Any]:  # fmt: skip
     """Plants, decomposes, prints what was found; returns it and writes it as JSON."""
     began, n = time.perf_counter(), len(facts)
@@ -403,7 +405,7 @@ def main(
     fit_task, task = task, replace(task, texts=held_out)
     result: dict[str, Any] = {"facts": facts, "matrices": own_names, "steps": steps, "runs": []}
     for way in ("planted", "fine-tuned"):
-        known = plant(end, linears, fit_task, fit_steps) if way == "planted" else None
+        known = plant(end, linears, fit_task, fit_steps, free_keys) if way == "planted" else None
         differences = fine_tune(end, linears, fit_task, fit_steps) if known is None else known.total()
         for kind in kinds:
             changed = tuned(end, differences, apart=kind != "weights")
@@ -425,6 +427,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--fit-steps", type=int, default=90, help="of the planting and of the fine-tuning")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--free-keys", action="store_true", help="train the a_k too, not the b_k alone")
     parser.add_argument("--facts", choices=list(FACTS), default="kept")
     parser.add_argument("--out", type=Path, default=Path("out/planted"))
     parser.add_argument("--stand-in", action="store_true")
@@ -442,6 +445,5 @@ if __name__ == "__main__":
     else:
         model, tokenizer = smollm2()
         texts = apd.language.sample_texts(model, n=200, length=16, tokenizer=tokenizer)
-    main(
-        model, tokenizer, facts, other_names, texts, names, options.steps, options.fit_steps, options.seeds, options.out
-    )
+    settings = (options.steps, options.fit_steps, options.seeds, options.out, options.free_keys)
+    main(model, tokenizer, facts, other_names, texts, names, *settings)
