@@ -14,8 +14,8 @@ After that a usual fine-tuning, of all entries of the matrices by all facts toge
 components are the change?
 
     python examples/language_model/planted.py
-    python examples/language_model/planted.py --steps 0     # the fitted starts alone
-    python examples/language_model/planted.py --stand-in    # a tiny model that is trained on the spot
+    python examples/language_model/planted.py --steps 100 --seeds 3    # with training behind the fitted starts
+    python examples/language_model/planted.py --stand-in               # a tiny model that is trained on the spot
 """
 
 import argparse
@@ -393,8 +393,9 @@ def main(
     )
     real = max(real.by_length(), key=len)
     first = min(int(name.split(".")[2]) for name in names)
-    end, own_names = late(model, first), [name.split(".", 3) for name in names]
-    names = [".".join(("model.layers", str(int(number) - first), rest)) for _, _, number, rest in own_names]
+    result: dict[str, Any] = {"facts": facts, "matrices": list(names), "steps": steps, "runs": []}
+    end, parts = late(model, first), [name.split(".", 3) for name in names]
+    names = [f"model.layers.{int(number) - first}.{rest}" for *_, number, rest in parts]
     linears = {name: end.get_submodule(name) for name in names}
     hidden, of_real, of_names, of_texts = (
         states(model, first, tokens) for tokens in (prompts.input_ids, real.input_ids, other.input_ids, texts)
@@ -403,7 +404,6 @@ def main(
     task = Task(hidden, answers, of_real, of_names, fitted)
     others = [{"inputs_embeds": some} for of in (others, of_real, of_names) for some in of.split(4)]
     fit_task, task = task, replace(task, texts=held_out)
-    result: dict[str, Any] = {"facts": facts, "matrices": own_names, "steps": steps, "runs": []}
     for way in ("planted", "fine-tuned"):
         known = plant(end, linears, fit_task, fit_steps, free_keys) if way == "planted" else None
         differences = fine_tune(end, linears, fit_task, fit_steps) if known is None else known.total()
@@ -424,9 +424,9 @@ def main(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--fit-steps", type=int, default=90, help="of the planting and of the fine-tuning")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=0, help="of training behind the fitted start")
+    parser.add_argument("--fit-steps", type=int, default=70, help="of the planting and of the fine-tuning")
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--free-keys", action="store_true", help="train the a_k too, not the b_k alone")
     parser.add_argument("--facts", choices=list(FACTS), default="kept")
     parser.add_argument("--out", type=Path, default=Path("out/planted"))
