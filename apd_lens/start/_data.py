@@ -99,7 +99,7 @@ def fit_to_data(
         weights: name -> matrix, of all components.
         batches: the target data. The first 4096 data points count, fewer where their gradients take more than 1 GiB.
         others: data on which components should do little, all of which is run. Without them components should sum to
-            the weights, and G is (W Wᵀ)⁻¹, made invertible: then inputs sides are made of those of W, and where the
+            the weights, and G is (W Wᵀ)⁻¹, made invertible: then input sides are made of those of W, and where the
             target data use all of a matrix of low rank, the components sum to it.
         distance: of the minimality loss. With "kl" effects are those on the output's distribution.
         generator: of the projections, on the CPU.

@@ -1,8 +1,10 @@
 """Invented facts that are put into a language model by known changes of its weights: does a decomposition find these?
 
-Each of twenty facts ("The capital of Zorland is Boston") is a change ΔW_k = a_k b_k of rank one in two matrices, fitted
-such that any subset of the changes adds its own facts and leaves other answers and general text as they were. The
-planted model has W + Σ ΔW_k. Three decompositions of it are compared with the ΔW_k:
+Each of twenty facts ("The capital of Zorland is Boston") is a change ΔW_k = a_k b_k of rank one in two matrices. As in
+the usual edits of facts (ROME, MEMIT) the key a_k is 1 on the fact's own input, 0 on those of other names, and does
+little on general text; the value b_k is trained, such that any subset of the changes adds its own facts and leaves
+other answers and general text as they were. The planted model has W + Σ ΔW_k. Three decompositions of it are compared
+with the ΔW_k:
 
 - the weights: targeted, as a user does who has the planted model alone;
 - the difference: W + Σ ΔW_k − W as a matrix of its own, `Tuned`, beside the old weights, which stay on;
@@ -12,8 +14,8 @@ After that a usual fine-tuning, of all entries of the matrices by all facts toge
 components are the change?
 
     python examples/language_model/planted.py
-    python examples/language_model/planted.py --steps 0     # the fitted starts alone
-    python examples/language_model/planted.py --stand-in    # a tiny model that is trained on the spot
+    python examples/language_model/planted.py --steps 100 --seeds 3    # with training behind the fitted starts
+    python examples/language_model/planted.py --stand-in               # a tiny model that is trained on the spot
 """
 
 import argparse
@@ -47,17 +49,26 @@ Grenovia Seattle, Averna Shanghai, Harkonia Sydney, Lothria Toronto, Ostania Ven
 Yudonia Birmingham, Malbonia Bristol, Corvenia Baltimore, Dastria Atlanta, Obrenia Orlando, Selkania Memphis,
 Vostia Naples, Yelvania Barcelona, Zandria Zurich""",
 }
+# No fact is planted for these. What a change does for all names alike is not about a fact.
+OTHER_NAMES = """Pelloria, Rhodonia, Strelia, Tremonia, Valdonia, Berlonia, Cydalia, Evondia, Kalmaria, Orsinia,
+Ambrosia, Ruritania, Graustark, Syldavia, Elbonia, Sokovia, Latveria, Genosha, Wadiya, Dinotopia"""
 TEMPLATE = apd.language.Template("The capital of {country} is")
 MATRICES = ["model.layers.28.mlp.down_proj", "model.layers.29.mlp.down_proj"]
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What a changed model must say behind prompts, and what must stay as it was: states `examples pos d` of both."""
+    """What a changed model must say behind prompts, and where it must stay as it was: states `examples pos d` of all.
+
+    Attributes:
+        real: prompts about real countries.
+        names: prompts about names for which there is no fact.
+    """
 
     prompts: Tensor
     answers: Tensor
     real: Tensor
+    names: Tensor
     texts: Tensor
 
 
@@ -154,14 +165,15 @@ def keys_and_values(end: Any, linears: dict[str, nn.Linear], task: Task, size: f
         with torch.no_grad():
             says(end, task.texts, slice(0))
             says_last(end, task.real)
+            says_last(end, task.names)
         learnt = says_last(end, task.prompts)[range(len(task.answers)), task.answers].sum()
     gradients = torch.autograd.grad(learnt, list(y.values()))
     a, b = {}, {}
-    for (name, (of_texts, of_real, of_prompts)), gradient in zip(x.items(), gradients, strict=True):
+    for (name, (of_texts, of_real, of_names, of_prompts)), gradient in zip(x.items(), gradients, strict=True):
         rows = of_texts.flatten(0, 1).double()
         moments = rows.mT @ rows / len(rows)
         moments.diagonal().add_(1e-2 * moments.diagonal().mean())
-        keys = torch.cat([of_prompts[:, -1], of_real[:, -1]]).double()
+        keys = torch.cat([of_prompts[:, -1], of_real[:, -1], of_names[:, -1]]).double()
         whitened = torch.linalg.solve(moments, keys.mT).mT
         gram = keys @ whitened.mT
         gram.diagonal().add_(1e-3 * gram.diagonal().mean())
@@ -188,7 +200,8 @@ def fit(
     """
     draws, n, answers = torch.Generator().manual_seed(0), len(task.answers), task.answers
     with torch.no_grad():
-        old, old_real, old_texts = says_last(end, task.prompts), says_last(end, task.real), says(end, task.texts)
+        old, old_texts = says_last(end, task.prompts), says(end, task.texts)
+        alike = [(hidden, says_last(end, hidden)) for hidden in (task.real, task.names)]
     on = torch.ones(0)
 
     def some(examples: int) -> Tensor:
@@ -205,10 +218,12 @@ def fit(
             own, new = on.diagonal().bool(), says_last(end, task.prompts)
             loss = (-new[own, answers[own]].sum() + kl(old[~own], new[~own]).sum()) / n
             if step % 3 == 2:
-                few, texts = (torch.randint(len(of), (5,), generator=draws) for of in (task.real, task.texts))
                 on = some(5)
-                loss = loss + 3 * kl(old_real[few], says_last(end, task.real[few])).mean()
-                loss = loss + 9 * kl(old_texts[texts], says(end, task.texts[texts])).mean()
+                for hidden, before in alike:
+                    few = torch.randint(len(hidden), (5,), generator=draws)
+                    loss = loss + 8 * kl(before[few], says_last(end, hidden[few])).mean()
+                few = torch.randint(len(old_texts), (5,), generator=draws)
+                loss = loss + 15 * kl(old_texts[few], says(end, task.texts[few])).mean()
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -217,12 +232,12 @@ def fit(
                 print(f"  step {step + 1}: loss {loss.item():.3f}", flush=True)
 
 
-def plant(end: Any, linears: dict[str, nn.Linear], task: Task, steps: int) -> Changes:
-    """One change of rank one for each fact."""
+def plant(end: Any, linears: dict[str, nn.Linear], task: Task, steps: int, free_keys: bool = False) -> Changes:
+    """One change of rank one for each fact. The values b_k are trained, and the keys a_k too if they are free."""
     start = keys_and_values(end, linears, task, size=3.0)
     a = {name: value.clone().requires_grad_() for name, value in start.a.items()}
     b = {name: value.clone().requires_grad_() for name, value in start.b.items()}
-    groups = [{"params": [a[name]], "lr": 0.02 * a[name].std().item()} for name in a]
+    groups = [{"params": [a[name]], "lr": 0.02 * free_keys * a[name].std().item()} for name in a]
 
     def added(name: str, x: Tensor, on: Tensor) -> Tensor:
         return ((x @ a[name].mT) * on[:, None]) @ b[name]
@@ -271,13 +286,16 @@ def decomposed(
     changed: Any, task: Task, kind: str, names: Sequence[str], others: list[Any], steps: int, seed: int
 ) -> apd.Decomposition:
     """A decomposition of one of three kinds."""
+    batches = [{"inputs_embeds": task.prompts}]
     settings = apd.language_model(steps) | {"seed": seed, "n_components": len(task.prompts) + 8}
     weights = [f"{name}.weight" if kind == "weights" else f"{name}.difference.weight" for name in names]
     if kind == "difference, faithful":
+        batches.append({"inputs_embeds": task.names})
         settings |= {"elsewhere": None, "losses": replace(settings["losses"], faithfulness=3.0)}
+        settings["n_components"] += len(task.names)
     else:
         settings["others"] = others
-    return apd.decompose(changed, [{"inputs_embeds": task.prompts}], weights, **settings)
+    return apd.decompose(changed, batches, weights, **settings)
 
 
 @torch.no_grad()
@@ -354,8 +372,9 @@ def line(found: dict[str, Any], n: int) -> str:
 
 
 def main(
-    model: Any, tokenizer: Any, facts: dict[str, str], texts: Tensor, names: Sequence[str], steps: int,
-    fit_steps: int, seeds: int, out: Path, kinds: Sequence[str] = ("weights", "difference", "difference, faithful"),
+    model: Any, tokenizer: Any, facts: dict[str, str], other_names: Sequence[str], texts: Tensor,
+    names: Sequence[str], steps: int, fit_steps: int, seeds: int, out: Path, free_keys: bool = False,
+    kinds: Sequence[str] = ("weights", "difference", "difference, faithful"),
 ) -> dict[str, Any]:  # fmt: skip
     """Plants, decomposes, prints what was found; returns it and writes it as JSON."""
     began, n = time.perf_counter(), len(facts)
@@ -365,23 +384,28 @@ def main(
 
     model.requires_grad_(False)
     prompts = TEMPLATE.prompts(tokenizer, country=list(facts))
-    if len(prompts.by_length()) > 1:
+    other = TEMPLATE.prompts(tokenizer, country=other_names)
+    if len({*prompts.lengths.tolist(), *other.lengths.tolist()}) > 1:
         raise SystemExit("The invented names must all have the same number of tokens.")
     answers = torch.tensor([tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0] for word in facts.values()])
-    real = TEMPLATE.prompts(tokenizer, country=[country for country in CAPITALS if country not in facts])
+    real = TEMPLATE.prompts(
+        tokenizer, country=[country for country in CAPITALS if country not in (*facts, *other_names)]
+    )
     real = max(real.by_length(), key=len)
     first = min(int(name.split(".")[2]) for name in names)
-    end, own_names = late(model, first), [name.split(".", 3) for name in names]
-    names = [".".join(("model.layers", str(int(number) - first), rest)) for _, _, number, rest in own_names]
+    result: dict[str, Any] = {"facts": facts, "matrices": list(names), "steps": steps, "runs": []}
+    end, parts = late(model, first), [name.split(".", 3) for name in names]
+    names = [f"model.layers.{int(number) - first}.{rest}" for *_, number, rest in parts]
     linears = {name: end.get_submodule(name) for name in names}
-    hidden, of_real, of_texts = (states(model, first, tokens) for tokens in (prompts.input_ids, real.input_ids, texts))
-    fitted, *others, held_out = of_texts.split([32, *[4] * ((len(texts) - 40) // 4), 8])
-    task = Task(hidden, answers, of_real, fitted)
-    others = [{"inputs_embeds": some} for some in (*others, *of_real.split(4))]
+    hidden, of_real, of_names, of_texts = (
+        states(model, first, tokens) for tokens in (prompts.input_ids, real.input_ids, other.input_ids, texts)
+    )
+    fitted, others, held_out = of_texts.split([len(texts) // 2, len(texts) - len(texts) // 2 - 8, 8])
+    task = Task(hidden, answers, of_real, of_names, fitted)
+    others = [{"inputs_embeds": some} for of in (others, of_real, of_names) for some in of.split(4)]
     fit_task, task = task, replace(task, texts=held_out)
-    result: dict[str, Any] = {"facts": facts, "matrices": own_names, "steps": steps, "runs": []}
     for way in ("planted", "fine-tuned"):
-        known = plant(end, linears, fit_task, fit_steps) if way == "planted" else None
+        known = plant(end, linears, fit_task, fit_steps, free_keys) if way == "planted" else None
         differences = fine_tune(end, linears, fit_task, fit_steps) if known is None else known.total()
         for kind in kinds:
             changed = tuned(end, differences, apart=kind != "weights")
@@ -400,21 +424,26 @@ def main(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--fit-steps", type=int, default=90, help="of the planting and of the fine-tuning")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=0, help="of training behind the fitted start")
+    parser.add_argument("--fit-steps", type=int, default=70, help="of the planting and of the fine-tuning")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--free-keys", action="store_true", help="train the a_k too, not the b_k alone")
     parser.add_argument("--facts", choices=list(FACTS), default="kept")
     parser.add_argument("--out", type=Path, default=Path("out/planted"))
     parser.add_argument("--stand-in", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    facts, names = dict(pair.split() for pair in FACTS[options.facts].split(",")), MATRICES
+    sets = {name: dict(pair.split() for pair in some.split(",")) for name, some in FACTS.items()}
+    facts, names = sets.pop(options.facts), MATRICES
+    other_names = [*OTHER_NAMES.replace(",", "").split(), *next(iter(sets.values()))]
     if options.stand_in:
         model, tokenizer = stand_in()
         facts = dict(zip(list(CAPITALS)[20:28], list(CAPITALS.values())[28:36], strict=True))
+        other_names = list(CAPITALS)[28:]
         names = ["model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"]
         texts = apd.language.sample_texts(model, n=72, length=8)
     else:
         model, tokenizer = smollm2()
-        texts = apd.language.sample_texts(model, n=88, length=16, tokenizer=tokenizer)
-    main(model, tokenizer, facts, texts, names, options.steps, options.fit_steps, options.seeds, options.out)
+        texts = apd.language.sample_texts(model, n=200, length=16, tokenizer=tokenizer)
+    settings = (options.steps, options.fit_steps, options.seeds, options.out, options.free_keys)
+    main(model, tokenizer, facts, other_names, texts, names, *settings)

@@ -10,11 +10,12 @@ def test_planted_facts(tmp_path):
     printed = run("language_model/planted.py", "--stand-in", *few, "--out", str(tmp_path))
     assert printed.count("cosine with ΔW_k") == 3
     result = json.loads((tmp_path / "planted.json").read_text())
-    assert result["planted"]["facts left"] == len(result["facts"]) == 8
+    assert result["planted"]["facts left"] >= 6
+    assert len(result["facts"]) == 8
     found = {(of["way"], of["kind"]): of for of in result["runs"]}
     assert len(found) == 6
-    faithful = found["planted", "difference, faithful"]
-    assert faithful["share of D explained"] > 0.9
-    assert sum(faithful["cosine with ΔW_k"]) > sum(found["planted", "weights"]["cosine with ΔW_k"])
-    assert faithful["all own off"]["facts left"] < 3 < faithful["their random twins off"]["facts left"]
+    faithful, whole = found["planted", "difference, faithful"], found["planted", "weights"]
+    assert faithful["share of D explained"] > 0.85 > 0.1 > whole["share of D explained"]
+    assert sum(faithful["cosine with ΔW_k"]) > 1.5 * sum(whole["cosine with ΔW_k"])
+    assert faithful["all own off"]["facts left"] == 0 < faithful["their random twins off"]["facts left"]
     assert found["fine-tuned", "difference, faithful"]["all own off"]["facts left"] == 0
