@@ -209,9 +209,10 @@ class Run(Part):
             "data": json.dumps([{**vars(place), "tensors": len(place.tensors)} for place in self._places]),
         }
         file = self._folder / f"step-{self.state.step:06}.safetensors"
-        self._saved = self.state.step
         if _processes.is_first():
             write_tensors(file, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, told)
+        self._saved = self.state.step
+        if _processes.is_first():
             self._remove_old()
         return file
 
