@@ -11,14 +11,13 @@ number of a fact -> what some weights of the model become. `effects` measures al
 import argparse
 import copy
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
+import tasks
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -686,12 +685,9 @@ def main(task: Task, steps: int, which: Sequence[int] | None, most: int) -> dict
 
 def capitals_task(stand_in: bool) -> Task:
     """The task of examples/capitals.py."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    import capitals
-
-    model, tokenizer = capitals.stand_in() if stand_in else capitals.smollm2()
-    n_known, phrases = (12, []) if stand_in else (len(capitals.CAPITALS), UNSEEN)
-    countries = [str(country) for country in capitals.CAPITALS][:n_known]
+    model, tokenizer = tasks.stand_in() if stand_in else tasks.smollm2()
+    n_known, phrases = (12, []) if stand_in else (len(tasks.CAPITALS.answers), UNSEEN)
+    countries = list(tasks.CAPITALS.answers)[:n_known]
     tokenizer.padding_side = "right"
     templates = [apd.language.Template(text) for text in (PHRASE, *phrases)]
     prompts, *unseen = (of.prompts(tokenizer, **dict.fromkeys(of.slots, countries)) for of in templates)

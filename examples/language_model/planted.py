@@ -21,7 +21,6 @@ components are the change?
 import argparse
 import copy
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,12 +30,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tasks import CAPITALS, smollm2, stand_in
 from torch import Tensor, nn
 
 import apd_lens as apd
-
-sys.path.append(str(Path(__file__).parents[1]))
-from capitals import CAPITALS, smollm2, stand_in
 
 # Settings were chosen with the first set; the numbers to quote are those of the second.
 FACTS = {
@@ -389,7 +386,7 @@ def main(
         raise SystemExit("The invented names must all have the same number of tokens.")
     answers = torch.tensor([tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0] for word in facts.values()])
     real = TEMPLATE.prompts(
-        tokenizer, country=[country for country in CAPITALS if country not in (*facts, *other_names)]
+        tokenizer, country=[country for country in CAPITALS.answers if country not in (*facts, *other_names)]
     )
     real = max(real.by_length(), key=len)
     first = min(int(name.split(".")[2]) for name in names)
@@ -438,8 +435,9 @@ if __name__ == "__main__":
     other_names = [*OTHER_NAMES.replace(",", "").split(), *next(iter(sets.values()))]
     if options.stand_in:
         model, tokenizer = stand_in()
-        facts = dict(zip(list(CAPITALS)[20:28], list(CAPITALS.values())[28:36], strict=True))
-        other_names = list(CAPITALS)[28:]
+        countries, capitals = list(CAPITALS.answers), list(CAPITALS.answers.values())
+        facts = dict(zip(countries[20:28], capitals[28:36], strict=True))
+        other_names = countries[28:]
         names = ["model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"]
         texts = apd.language.sample_texts(model, n=72, length=8)
     else:
