@@ -205,7 +205,7 @@ STAND_IN = replace(
 def stand_in() -> tuple[Any, Any]:
     """Twelve of the capitals in a Llama of three layers, trained in seconds."""
     torch.manual_seed(0)
-    words = dict.fromkeys(["The", "capital", "of", "is", *STAND_IN.answers, *STAND_IN.answers.values()])
+    words = dict.fromkeys(["The", "capital", "of", "is", *CAPITALS.answers, *CAPITALS.answers.values()])
     tokenizer = Words(list(words))
     config = LlamaConfig(
         vocab_size=len(tokenizer.words), hidden_size=48, intermediate_size=96, num_hidden_layers=3,
