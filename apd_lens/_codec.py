@@ -68,7 +68,7 @@ def updated(value: Any, encoded: Any) -> Any:
     if encode_settings(value) == encoded:
         return value
     kind = encoded.get("type") if isinstance(encoded, dict) else None
-    if dataclasses.is_dataclass(value) and type(value).__name__ == kind:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and type(value).__name__ == kind:
         names = [field.name for field in dataclasses.fields(value)]
         return dataclasses.replace(value, **{name: updated(getattr(value, name), encoded[name]) for name in names})
     return decode_settings(encoded)

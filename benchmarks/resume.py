@@ -167,7 +167,12 @@ def systems(quick: bool) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
         return lambda step: torch.rand(512, d, generator=torch.Generator().manual_seed(step))
 
     width = 64 if quick else 576
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=1000, num_hidden_layers=2 if quick else 12, **sizes)).eval()
     last = f"model.layers.{llama.config.num_hidden_layers - 1}.self_attn.[vo]_proj*"
     texts = [torch.randint(1000, (20, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
