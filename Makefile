@@ -29,7 +29,7 @@ demo: .venv/installed
 	$(BIN)/python examples/capitals.py $(ARGS)
 
 demo-toy: .venv/installed
-	$(BIN)/python examples/facts_in_an_mlp.py $(ARGS)
+	$(BIN)/python examples/facts/facts_in_an_mlp.py $(ARGS)
 
 # What is done already is skipped. A log is kept in out/paper/log.
 paper: .venv/installed
