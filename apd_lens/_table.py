@@ -37,8 +37,9 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def example_of(short: Sequence[str], names: Sequence[str]) -> list[str]:
-    """A line that says which matrix a short name stands for; none where nothing was cut but the "weight"."""
-    pairs = zip(short, names, strict=True)
+    """A line that says what a short name stands for, of a layer if there are layers; none where all but "weight" is
+    there."""
+    pairs = sorted(zip(short, names, strict=True), key=lambda pair: " " not in pair[0])
     return [f"{one} is {name}" for one, name in pairs if one != name.removesuffix(".weight")][:1]
 
 

@@ -35,6 +35,7 @@ def test_names_stay_distinct():
     assert short_names(["a.0.w", "a.1.w", "a.0.w"]) == ["L0 w", "L1 w", "L0 w"]
     assert short_names(["h.0.x.q_proj.weight", "h.0.x.q.weight"]) == ["L0 q_proj", "L0 q"]
     assert example_of(["L0 q", "x"], ["h.0.q.weight", "x.weight"]) == ["L0 q is h.0.q.weight"]
+    assert example_of(["x", "L0 q"], ["m.x.weight", "h.0.q.weight"]) == ["L0 q is h.0.q.weight"]
     assert example_of(["x"], ["x.weight"]) == []
     assert listed(["a", "b", "c"], 2) == "a, b and 1 others"
     assert listed(["a", "b"], 2) == "a, b"

@@ -48,8 +48,8 @@ def train_facts(
     steps: int = 3000,
     seed: int = 0,
 ) -> FactsTarget:
-    """Trains the MLP of a one-layer HookedTransformer to answer prompts (relation, subject) with a random object for each
-    subject. All else in it is random and frozen, and its attention gives zero, so the MLP alone holds the facts.
+    """Trains the MLP of a one-layer HookedTransformer to answer prompts (relation, subject) with a random object for
+    each subject. All else in it is random and frozen, and its attention gives zero, so the MLP alone holds the facts.
 
     Tokens are the subjects, the relation, and the objects.
 
@@ -94,8 +94,8 @@ def train_facts(
 
 
 def centred_logits(logits: Float[Tensor, "batch pos vocabulary"]) -> Float[Tensor, "batch vocabulary"]:
-    """The last position's logits less their mean, which softmax does not see. Unlike log-probabilities, which hardly move
-    in a confident model, they have gradients."""
+    """The last position's logits less their mean, which softmax does not see. Unlike log-probabilities, which hardly
+    move in a confident model, they have gradients."""
     last = logits[:, -1]
     return last - last.mean(-1, keepdim=True)
 
