@@ -46,7 +46,7 @@ SLOW_IMPORT = re.compile(
 
 
 def is_quick(file: Path) -> bool:
-    if Path(__file__).parent not in file.parents:
+    if file.suffix != ".py" or Path(__file__).parent not in file.parents:
         return True
     return file.stem not in LONG and not SLOW_IMPORT.search(file.read_text(encoding="utf-8"))
 
