@@ -8,6 +8,8 @@
 # make paper   the paper's systems: trains, decomposes, measures and draws (hours; may be stopped and started again)
 # make lm      what components of a public language model are worth, task by task (hours; may be stopped and started again)
 # make check   ruff and pyright
+# make test-oldest      runs the quick tests with the oldest versions that pyproject.toml allows, hosts and torch apart
+# make release builds sdist and wheel under dist, and checks them
 # make wheel   installs into a bare environment, without any extra, and tries it there
 # Each sets up what it needs. Arguments: make demo ARGS="--seeds 5", make test ARGS="-k golden"
 
@@ -15,7 +17,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo demo-toy paper lm test test-tl4 coverage-table docs bench check wheel clean
+.PHONY: demo demo-toy paper lm test test-tl4 test-oldest coverage-table docs bench check wheel release clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,7 +31,7 @@ demo: .venv/installed
 	$(BIN)/python examples/capitals.py $(ARGS)
 
 demo-toy: .venv/installed
-	$(BIN)/python examples/facts_in_an_mlp.py $(ARGS)
+	$(BIN)/python examples/facts/facts_in_an_mlp.py $(ARGS)
 
 # What is done already is skipped. A log is kept in out/paper/log.
 paper: .venv/installed
@@ -53,6 +55,15 @@ lm: .venv/installed
 test-tl4: .venv-tl4/installed
 	OMP_NUM_THREADS=1 .venv-tl4/bin/python -m pytest -n auto --dist worksteal tests/adapters/test_bridge.py \
 		tests/test_imports.py tests/host/test_unsupported_hosts.py $(ARGS)
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
+		-e '.[hub,plots,compare,report,dev]'
+	touch $@
+
+test-oldest: .venv-oldest/installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --dist worksteal -m quick $(ARGS)
 
 coverage-table: .venv/installed
 	$(BIN)/python -m pytest --coverage-table -q tests/host/test_torch_modules.py \
@@ -80,5 +91,12 @@ wheel:
 	build/bare/bin/pip install --quiet --disable-pip-version-check -c constraints.txt .
 	cd build && bare/bin/python ../tests/bare_environment.py
 
+release:
+	rm -rf dist build/release
+	$(PYTHON) -m venv build/release
+	build/release/bin/pip install --quiet --disable-pip-version-check -c constraints.txt build twine
+	build/release/bin/python -m build
+	build/release/bin/twine check --strict dist/*
+
 clean:
-	rm -rf .venv .venv-tl4 build dist out
+	rm -rf .venv .venv-tl4 .venv-oldest build dist out

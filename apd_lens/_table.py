@@ -1,6 +1,7 @@
-"""Plain-text tables."""
+"""Tables: as text, as HTML for notebooks, and of pandas."""
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 # What a printed table or line should fit into.
 WIDTH = 120
+# Rows that a long table prints.
+_SHOWN = 20
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -22,13 +25,22 @@ def short_names(names: Sequence[str]) -> list[str]:
     ['L3 q', 'L23 up', 'lm_head']
     >>> short_names(["blocks.0.attn.W_Q", "blocks.0.mlp.W_in", "embed.W_E"])
     ['L0 Q', 'L0 in', 'E']
+    >>> short_names(["a0.7", "a1.3", "a0.7"])
+    ['a0.7', 'a1.3', 'a0.7']
     """
     cut = [_layer_and_rest(name) for name in names]
-    for shorten in (_kernel, lambda rest: rest.rpartition(".")[2], lambda rest: rest):
+    for shorten in (_kernel, _last, lambda rest: rest):
         short = [f"{layer} {shorten(rest)}".strip() for layer, rest in cut]
-        if len(set(short)) == len(names):
+        if len(set(short)) == len(set(names)):
             return short
     return list(names)
+
+
+def example_of(short: Sequence[str], names: Sequence[str]) -> list[str]:
+    """A line that says what a short name stands for, of a layer if there are layers; none where all but "weight" is
+    there."""
+    pairs = sorted(zip(short, names, strict=True), key=lambda pair: " " not in pair[0])
+    return [f"{one} is {name}" for one, name in pairs if one != name.removesuffix(".weight")][:1]
 
 
 def _layer_and_rest(name: str) -> tuple[str, str]:
@@ -41,8 +53,13 @@ def _layer_and_rest(name: str) -> tuple[str, str]:
 
 def _kernel(rest: str) -> str:
     """What is left of "self_attn.q_proj" and "attn.W_Q" without what such names are made with."""
-    last = rest.rpartition(".")[2]
+    last = _last(rest)
     return last.removesuffix("_proj").removeprefix("W_") or last
+
+
+def _last(rest: str) -> str:
+    last = rest.rpartition(".")[2]
+    return rest if last.isdecimal() else last
 
 
 def listed(items: Sequence[str], at_most: int) -> str:
@@ -51,8 +68,18 @@ def listed(items: Sequence[str], at_most: int) -> str:
     return ", ".join(items[:at_most]) + (f" and {others} others" if others > 0 else "")
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell, numbers to the right, under a ruled header."""
+class Table(str):
+    """A table as text, which has itself as HTML too."""
+
+    html: str
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], whole: Mapping[str, str] | None = None) -> Table:
+    """Columns padded to their widest cell, numbers to the right, under a ruled header.
+
+    Args:
+        whole: text of a cell -> what it is short for, which HTML shows under the pointer.
+    """
     columns = list(zip(header, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     numeric = [all(_is_number(cell) for cell in column[1:]) for column in columns]
@@ -64,7 +91,53 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         )
         return "  ".join(padded).rstrip()
 
-    return "\n".join([line(header), "  ".join("─" * width for width in widths), *map(line, rows)])
+    def row(cells: Sequence[str], tag: str) -> str:
+        return f"<tr>{''.join(map(cell, cells, numeric, [tag] * len(cells)))}</tr>"
+
+    def cell(text: str, right: bool, tag: str) -> str:
+        title = f' title="{escape(whole[text])}"' if whole and text in whole else ""
+        side = "right" if right else "left"
+        return f'<{tag} style="text-align: {side}; white-space: pre"{title}>{escape(text)}</{tag}>'
+
+    found = Table("\n".join([line(header), "  ".join("─" * width for width in widths), *map(line, rows)]))
+    body = "".join(row(cells, "td") for cells in rows)
+    found.html = f"<table><thead>{row(header, 'th')}</thead><tbody>{body}</tbody></table>"
+    return found
+
+
+class Printed:
+    """A result that prints as lines and tables. A notebook shows the same as HTML, in a box that scrolls.
+
+    A dataclass of this kind has `repr=False`, or it gets a repr of its own.
+    """
+
+    def _parts(self) -> Sequence[str]:
+        """Lines, and tables, from top to bottom."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return "\n".join(self._parts())
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        shown = [part.html if isinstance(part, Table) else f"<pre>{escape(part)}</pre>" for part in self._parts()]
+        return f'<div style="max-width: 100%; max-height: 36em; overflow: auto">{"".join(shown)}</div>'
+
+
+class Tabled(Printed):
+    """A result that is a table. It prints the first rows."""
+
+    def table(self) -> "DataFrame":
+        raise NotImplementedError
+
+    def _parts(self) -> list[str]:
+        try:
+            rows = self.table()
+        except MissingExtra as error:  # printing does not fail
+            return [f"{type(self).__name__}. {error}"]
+        return [as_table(rows.head(_SHOWN)), f"{min(len(rows), _SHOWN)} of {len(rows)} rows; .table() has all"]
 
 
 def _is_number(cell: str) -> bool:
@@ -90,6 +163,8 @@ def frame(columns: Mapping[str, Tensor | Sequence[Any]]) -> "DataFrame":
     )
 
 
-def as_text(table: "DataFrame") -> str:
-    """All columns, numbers with four digits."""
-    return table.to_string(float_format=lambda number: f"{number:.4g}")
+def as_table(rows: "DataFrame") -> Table:
+    """A pandas table, numbers with four digits; with its index if that has a name."""
+    shown = rows.reset_index() if rows.index.name else rows
+    cells = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in shown.itertuples(False, None)]
+    return table([str(name) for name in shown.columns], cells)

@@ -13,7 +13,8 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,6 +26,7 @@ from apd_lens._codec import decode_settings, encode_settings
 from apd_lens._errors import ArtifactError, InvalidBatches, NonFinite
 from apd_lens._files import user_path
 from apd_lens._memory import fitting
+from apd_lens._table import Printed, frame
 from apd_lens._table import table as text_table
 from apd_lens.components._components import ParameterComponents
 from apd_lens.data._batch import Batch
@@ -39,14 +41,17 @@ from apd_lens.masks._selection import BatchTopK, K, Selection, TopK, with_k
 from apd_lens.passes._replace import Mixture
 from apd_lens.responses._responses import add_coactivation
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 _FORMAT = "apd_lens monitor 2"
 # Data points that printed scores show.
 _SHOWN = 16
 _WITHOUT_DIGEST = "apd_lens monitor 1"
 
 
-@dataclass(frozen=True, eq=False)
-class Scores:
+@dataclass(frozen=True, eq=False, repr=False)
+class Scores(Printed):
     """How unusual each data point is, `batch`, or `batch pos` where data points are positions; 0 at padding.
 
     Attributes:
@@ -64,7 +69,15 @@ class Scores:
     distance: Float[Tensor, "batch *pos"]
     residual: Float[Tensor, "batch *pos"]
 
-    def __str__(self) -> str:
+    def table(self) -> "DataFrame":
+        """One row for each data point; positions are counted through all position axes."""
+        n = self.surprise[0].numel()
+        places = torch.arange(self.surprise.numel(), device="cpu")
+        columns = {"example": places // n, "position": places % n}
+        columns |= {field.name: getattr(self, field.name).flatten() for field in fields(self)}
+        return frame(columns)
+
+    def _parts(self) -> list[str]:
         """The data points of the largest surprise, and how large it is usually."""
         surprise = self.surprise.flatten().cpu()
         places = surprise.argsort(descending=True, stable=True)[:_SHOWN].tolist()
@@ -79,9 +92,7 @@ class Scores:
             example = str(place // n_positions)
             rows.append([example, position, f"{surprise[place]:.2f}", *numbers, f"{distance:.3g}", f"{residual:.2f}"])
         head = f"surprise of {len(surprise)} data points: median {surprise.median():.2f} nats. The largest:"
-        return f"{head}\n{text_table(header, rows)}"
-
-    __repr__ = __str__
+        return [head, text_table(header, rows)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import apd_lens as apd
+from apd_lens import toys
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path += [str(EXAMPLES), str(EXAMPLES / "paper")]
+sys.path += [str(EXAMPLES), str(EXAMPLES / "facts"), str(EXAMPLES / "paper")]
 import bigrams  # noqa: E402
 import evidence  # noqa: E402
-import facts_in_an_mlp as facts  # noqa: E402
 import induction  # noqa: E402
 import paper  # noqa: E402
 
@@ -190,7 +190,7 @@ def measure_addition(target: Addition, decomposition: apd.Decomposition) -> Numb
     return {"found": float(found), "of": float(len(target.sums)), "target's accuracy": right(), **accuracies}
 
 
-def measure_facts(target: evidence.Target, decomposition: apd.Decomposition) -> Numbers:
+def measure_facts(target: toys.FactsTarget, decomposition: apd.Decomposition) -> Numbers:
     """A fact is found if it has a component of its own, as in the examples. A weaker measure beside it: facts whose
     component serves none with another answer, since two subjects with one answer may be one mechanism."""
     component = evidence.top_components(decomposition, target)
@@ -244,12 +244,12 @@ def of_the_paper(name: str) -> System:
 def with_facts(title: str, n_components: int, **sizes: int) -> System:
     return System(
         title,
-        lambda seed, share: facts.train_target(seed, **sizes),
+        lambda seed, share: toys.train_facts(seed=seed, **sizes),
         lambda target, seed: [target.prompts],
         lambda target: ["blocks.*.mlp.*"],
         n_components,
         measure_facts,
-        facts.centred_logits,
+        toys.centred_logits,
         least=0.95,
     )
 

@@ -1,7 +1,7 @@
 """Sparse autoencoders beside decompositions, on two models whose mechanisms are known.
 
 SAEs are trained by SAELens's own SAETrainer on the hidden layer of TMS 40-10 (40 features in 10 dimensions) and on the
-MLP of facts_in_an_mlp.py (64 facts in 48 neurons), saved, loaded back, and compared with decompositions of the same
+MLP of toys.train_facts (64 facts in 48 neurons), saved, loaded back, and compared with decompositions of the same
 models: which directions match, which units are active together, and how much of the model a few units give back.
 
     python examples/compare_with_saes.py               # both models, tables and figures; five minutes on one core
@@ -11,16 +11,15 @@ Decompositions are kept in --out and read from there the next time.
 """
 
 import argparse
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import sae_lens
 import torch
 import torch.nn.functional as F
-from facts_in_an_mlp import centred_logits, decompose, train_target
 from matplotlib import pyplot as plt
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
@@ -28,9 +27,6 @@ from torch import Tensor
 
 import apd_lens as apd
 from apd_lens import compare, plots, toys
-
-sys.path.append(str(Path(__file__).parent / "paper"))
-import paper
 
 warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 
@@ -60,12 +56,33 @@ def train_sae(
         return compare.Dictionary.from_sae_lens(sae_lens.SAE.load_from_disk(folder), site=site)
 
 
+def tms_settings(steps: int) -> dict[str, Any]:
+    """Those of examples/paper, with which each feature gets a component of its own."""
+    losses = apd.Losses(
+        faithfulness=1,
+        minimality=1,
+        path=2,
+        simplicity=apd.HoldThenDecay(0.04),
+        schatten_p=0.9,
+        simplicity_floor=0.5,
+        normalization="relative",
+    )
+    return {
+        "n_components": 50,
+        "rank": 4,
+        "selection": apd.BatchTopK(apd.Ramp(2.0, 3.5)),
+        "losses": losses,
+        "moves": apd.ClusterMoves(fewest=8),
+        "optimization": apd.Optimization(steps=steps, lr=1e-2, scaled=False, init_scale=0.5),
+    }
+
+
 def tms(arguments: argparse.Namespace) -> None:
-    system = paper.SYSTEMS["tms-40-10"]
-    target = paper.make_target("tms-40-10", 0, arguments.target_steps)
+    target = toys.train_tms(40, 10, steps=arguments.target_steps)
     kept = arguments.out / "tms"
     if not kept.exists():
-        paper.decompose(system, target, 0, steps=arguments.steps).save(kept)
+        batches = target.batches(512, seed=1000)
+        apd.decompose(target.model, batches, target.weights, **tms_settings(arguments.steps or 2000)).save(kept)
     decomposition = apd.load(kept, target.model)
 
     def hidden() -> Iterator[Tensor]:
@@ -122,11 +139,11 @@ def known_features(target: toys.TMSTarget, decomposition: apd.Decomposition, sae
 
 
 def facts(arguments: argparse.Namespace) -> None:
-    target = train_target(0)
+    target = toys.train_facts()
     kept = arguments.out / "facts"
     if not kept.exists():
-        decompose(target.model, target.prompts, arguments.steps or 4000, 0).save(kept)
-    decomposition = apd.load(kept, target.model, output=centred_logits)
+        apd.decompose(target.model, [target.prompts], **toys.facts_settings(arguments.steps or 4000)).save(kept)
+    decomposition = apd.load(kept, target.model, output=toys.centred_logits)
     _, cache = target.model.run_with_cache(target.prompts)
     post, mlp_out, w_out = "blocks.0.mlp.hook_post", "blocks.0.hook_mlp_out", "blocks.0.mlp.W_out"
 
@@ -207,7 +224,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=["tms", "facts"], default=["tms", "facts"])
     parser.add_argument("--steps", type=int, help="training steps of the decompositions, by default 2000 and 4000")
-    parser.add_argument("--target-steps", type=int, help="training steps of TMS, by default the paper's")
+    parser.add_argument("--target-steps", type=int, default=5000, help="training steps of TMS")
     parser.add_argument("--sae-steps", type=int, default=1500, help="training steps of each SAE")
     parser.add_argument("--out", type=Path, default=Path("out/compare"), help="where decompositions are kept")
     parser.add_argument("--figures", type=Path, default=Path("out/compare"))

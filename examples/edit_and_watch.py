@@ -1,6 +1,6 @@
 """Taking a mechanism out for good, and noticing inputs that use mechanisms in an unusual way.
 
-1. 64 facts in an MLP (see facts_in_an_mlp.py): one is taken out, in the model's own parameters. What does that do to
+1. 64 facts in an MLP (see toys.train_facts): one is taken out, in the model's own parameters. What does that do to
    it and to the 63 others, beside edits of the same rank that know no components?
 2. The same model watches its inputs: it has 48 of the facts as reference, and is shown 16 others.
 3. A toy model of superposition, 40 features in 10 dimensions, watches its inputs: features that are never on in the
@@ -16,9 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from evidence import Target
-from facts_in_an_mlp import decompose as decompose_facts
-from facts_in_an_mlp import train_target
 from jaxtyping import Float
 from matplotlib import pyplot as plt
 from torch import Tensor
@@ -33,7 +30,7 @@ N_FEATURES, N_TESTED = 40, 1000
 K = 1.25
 
 
-def edits(decomposition: apd.Decomposition, target: Target, facts: range) -> compare.EditEffects:
+def edits(decomposition: apd.Decomposition, target: toys.FactsTarget, facts: range) -> compare.EditEffects:
     """Prints what taking out one fact does, and the mean over some facts; gives the effects of the one."""
     own = decomposition.attributions(target.prompts).argmax(1)
 
@@ -175,8 +172,8 @@ def main(steps: int | None, n_reference: int, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     figure, panels = plt.subplots(2, 2, figsize=(17, 9), layout="constrained")
 
-    target = train_target(seed=0)
-    decomposition = decompose_facts(target.model, target.prompts, steps or 4000, seed=0)
+    target = toys.train_facts()
+    decomposition = apd.decompose(target.model, [target.prompts], **toys.facts_settings(steps or 4000))
     one = edits(decomposition, target, range(0, 64, 4) if steps is None else range(1))
     plots.edit_effects(one.kind, one.on_target, one.other, ax=panels[0, 0])
 

@@ -1,6 +1,6 @@
-"""One page to look at: the decomposition that `facts_in_an_mlp.py` left in out/, as HTML that opens from disk.
+"""One page to look at: the decomposition that `facts/facts_in_an_mlp.py` left in out/, as HTML that opens from disk.
 
-python examples/facts_in_an_mlp.py && python examples/report.py    # writes out/report.html
+python examples/facts/facts_in_an_mlp.py && python examples/report.py    # writes out/report.html
 python examples/report.py --steps 300                              # trains one shortly, if there is none
 """
 
@@ -8,10 +8,12 @@ import argparse
 from pathlib import Path
 
 import torch.nn.functional as F
-from facts_in_an_mlp import N_SUBJECTS, centred_logits, decompose, train_target
 from torch import Tensor
 
 import apd_lens as apd
+from apd_lens import toys
+
+N_SUBJECTS = 64
 
 
 def word(token: int) -> str:
@@ -22,12 +24,12 @@ def word(token: int) -> str:
 
 
 def main(saved: Path, path: Path, steps: int) -> None:
-    target = train_target(seed=0)
+    target = toys.train_facts(N_SUBJECTS)
     if saved.is_dir():
-        decomposition = apd.load(saved, target.model, output=centred_logits)
+        decomposition = apd.load(saved, target.model, output=toys.centred_logits)
     else:
         print(f"there is no {saved}; decomposing in {steps} steps")
-        decomposition = decompose(target.model, target.prompts, steps, seed=0)
+        decomposition = apd.decompose(target.model, [target.prompts], **toys.facts_settings(steps))
 
     def loss(prompts: Tensor, logits: Tensor) -> Tensor:
         return F.cross_entropy(logits, target.answers[prompts[:, 1]], reduction="none")

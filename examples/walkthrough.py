@@ -11,11 +11,11 @@ from pathlib import Path
 
 import sae_lens
 import torch
-from compare_with_saes import train_sae
-from facts_in_an_mlp import decompose, train_target
+from sae_lens.config import SAETrainerConfig
+from sae_lens.training.sae_trainer import SAETrainer
 
 import apd_lens as apd
-from apd_lens import compare
+from apd_lens import compare, toys
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=4000, help="training steps of the decomposition")
@@ -23,12 +23,12 @@ parser.add_argument("--out", type=Path, default=Path("out"))
 arguments = parser.parse_args()
 
 # 1. A trained model with hooks: 64 facts, prompt (relation, subject) -> object, in an MLP of 48 neurons.
-target = train_target(seed=0)
+target = toys.train_facts()
 model, prompts, answers = target.model, target.prompts, target.answers
 print(apd.wrap(model))
 
-# 2. W_in and W_out as a sum of 100 components. See decompose() in facts_in_an_mlp.py for its ten lines.
-decomposition = decompose(model, prompts, arguments.steps, seed=0)
+# 2. W_in and W_out as a sum of 100 components.
+decomposition = apd.decompose(model, [prompts], **toys.facts_settings(arguments.steps))
 print(f"\nresidual {decomposition.residuals()['all']:.4f}")
 print("\n".join(str(decomposition.summary(prompts)).splitlines()[:6]), "\n…")
 
@@ -43,7 +43,11 @@ print(f"\nsparse: {right:.1%} of the answers right, {n_on:.1f} neurons on")
 _, cache = model.run_with_cache(prompts)
 written = cache["blocks.0.hook_mlp_out"][:, -1]
 config = sae_lens.StandardTrainingSAEConfig(d_in=written.shape[-1], d_sae=100, l1_coefficient=0.5)
-sae = train_sae(config, itertools.repeat(written), len(prompts), arguments.steps, "blocks.0.hook_mlp_out")
+trained = sae_lens.StandardTrainingSAE(config)
+training = SAETrainerConfig(arguments.steps * len(prompts), len(prompts), lr=3e-3)
+SAETrainer(training, trained, itertools.repeat(written)).fit()
+trained.save_inference_model(arguments.out / "sae")
+sae = compare.Dictionary.from_sae_lens(sae_lens.SAE.load_from_disk(arguments.out / "sae"), site="blocks.0.hook_mlp_out")
 match = compare.direction_match(decomposition, sae, "blocks.0.mlp.W_out", batches=[prompts])
 print(f"\nwhat components write beside what the SAE's latents write\n{match}")
 neurons = compare.Dictionary.neurons("blocks.0.mlp.hook_post", 48)

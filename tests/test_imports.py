@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import inspect
+from pathlib import Path
 
 import pytest
 from support import outside
@@ -118,6 +119,8 @@ def test_an_adapter_is_found_by_the_package_of_the_models_class():
 
 def test_versions_agree():
     assert importlib.metadata.version("apd-lens") == apd.__version__
+    citation = (Path(__file__).parent.parent / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {apd.__version__}\n" in citation
 
 
 def test_everything_public_has_a_docstring():

@@ -307,5 +307,7 @@ def test_scores_are_printed_as_the_largest_surprises():
     assert len(lines) <= 25
     assert lines[0] == "surprise of 60 data points: median 29.00 nats. The largest:"
     assert lines[3].split() == ["5", "9", "59.00", "59", "9", "8.43", "-59.00"]
+    table = apd.monitor.Scores(surprise, whole, whole - 50, surprise / 7, -surprise).table()
+    assert table.loc[59, ["example", "position", "surprise", "given"]].tolist() == [5, 9, 59, 9]
     examples = str(apd.monitor.Scores(surprise[:, 0], whole[:, 0], whole[:, 0] - 50, surprise[:, 0], -surprise[:, 0]))
     assert examples.splitlines()[3].split() == ["5", "-", "50.00", "50", "0", "50", "-50.00"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from apd_lens._block import no_grad, no_inference_mode
 from apd_lens._errors import InvalidBatches, InvalidSetting, ShapeMismatch
+from apd_lens._table import Printed
 from apd_lens.compare._dictionaries import Dictionary, Latents, moved
 from apd_lens.compare._matching import Matching, matching, side_by_side, with_null
 from apd_lens.data._batch import Batch
@@ -48,8 +49,8 @@ class ActivationSums:
         return ActivationSums(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
 
-@dataclass(frozen=True, eq=False)
-class ActivationMatch:
+@dataclass(frozen=True, eq=False, repr=False)
+class ActivationMatch(Printed):
     """How often components and latents are active together, beside a null. `print` shows the means.
 
     A latent is read as a detector of a component. Precision is the share of the latent's data points on which the
@@ -88,11 +89,9 @@ class ActivationMatch:
         frame = frame.assign(**{name: values.numpy() for name, values in (shares | measures).items()})
         return frame if of == "latent" else with_null(frame, shuffled_data_points=self.shuffled)
 
-    def __str__(self) -> str:
+    def _parts(self) -> list[str]:
         kinds = {"found": self.found, "shuffled data points": self.shuffled}
-        return f"{self.by} of activity, {self.n} data points\n{side_by_side(kinds)}"
-
-    __repr__ = __str__
+        return [f"{self.by} of activity, {self.n} data points", side_by_side(kinds)]
 
 
 _MEASURES = ("f1", "jaccard", "precision", "recall", "correlation")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from apd_lens._block import no_grad
 from apd_lens._errors import InvalidSetting
-from apd_lens._table import WIDTH, listed, short_names, table
+from apd_lens._table import WIDTH, Printed, example_of, listed, short_names, table
 from apd_lens.compare._nodes import Level, layer_of, node_name, unit_numbers, units_by_name
 from apd_lens.components._factors import column_squares
 from apd_lens.decomposition._decomposition import Decomposition
@@ -46,8 +46,8 @@ class MatrixAmounts:
         return layer_of(self.name)
 
 
-@dataclass(frozen=True, eq=False)
-class ArchitectureMap:
+@dataclass(frozen=True, eq=False, repr=False)
+class ArchitectureMap(Printed):
     """Where components lie. The same amounts are summed by matrix, layer, head, MLP or neuron.
 
     Keys and values that several query heads share are divided equally among these heads.
@@ -108,7 +108,7 @@ class ArchitectureMap:
         )
         return table.rename_axis("component")
 
-    def __str__(self) -> str:
+    def _parts(self) -> list[str]:
         """The matrices that hold most of all components together, and for the largest components where they lie."""
         totals = torch.stack([matrix.total for matrix in self.matrices]).cpu()
         names = short_names([matrix.name for matrix in self.matrices])
@@ -120,16 +120,14 @@ class ArchitectureMap:
         rows = []
         for c in totals.sum(0).argsort(descending=True)[:_SHOWN].tolist():
             first = shares[:, c].argsort(descending=True)[:4].tolist()
-            rows.append(
-                [str(c), f"{totals[:, c].sum():.3g}", "  ".join(f"{names[i]} {shares[i, c]:.0%}" for i in first)]
-            )
+            most = "  ".join(f"{names[i]} {shares[i, c]:.0%}" for i in first)
+            rows.append([str(c), f"{totals[:, c].sum():.3g}", most[: WIDTH - 30]])
         lines = [f"{C} components over {n} matrices, by {self.measure}", f"of all together: {held}"]
         lines.append(table(["component", self.measure, "largest shares"], rows))
+        lines += example_of(names, [matrix.name for matrix in self.matrices])
         if C > _SHOWN:
             lines.append(f"and {C - _SHOWN} smaller components; .table() has all")
-        return "\n".join(line[:WIDTH] for line in "\n".join(lines).splitlines())
-
-    __repr__ = __str__
+        return lines
 
     def _amounts(self, level: Level) -> dict[str, Float[Tensor, " C"]]:
         if level == "matrix":

@@ -13,6 +13,7 @@ import pandas as pd
 from torch import Tensor
 
 from apd_lens._errors import ArtifactError, InvalidSetting, ShapeMismatch
+from apd_lens._table import Tabled
 from apd_lens.compare._nodes import node_name
 
 _HEAD = re.compile(
@@ -31,8 +32,8 @@ _END: dict[str, str] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Circuit:
+@dataclass(frozen=True, eq=False, repr=False)
+class Circuit(Tabled):
     """A circuit: nodes and edges with their scores.
 
     Attributes:

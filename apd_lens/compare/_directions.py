@@ -25,6 +25,7 @@ from torch import Tensor
 from apd_lens._block import full_precision, no_grad, no_inference_mode
 from apd_lens._errors import InvalidSetting, ShapeMismatch, UnknownWeight
 from apd_lens._memory import fitting
+from apd_lens._table import Printed
 from apd_lens.compare._dictionaries import Dictionary
 from apd_lens.compare._matching import Matching, matching, side_by_side, with_null
 from apd_lens.components._components import ParameterComponents
@@ -41,8 +42,8 @@ from apd_lens.host._target import evaluating
 Side = Literal["write", "read"]
 
 
-@dataclass(frozen=True, eq=False)
-class DirectionMatch:
+@dataclass(frozen=True, eq=False, repr=False)
+class DirectionMatch(Printed):
     """How similar the directions of components and latents are, beside two nulls. `print` shows the means.
 
     Attributes:
@@ -65,16 +66,9 @@ class DirectionMatch:
             return frame
         return with_null(frame, random_directions=self.random_directions, random_components=self.random_components)
 
-    def __str__(self) -> str:
-        return "cosine of directions\n" + side_by_side(
-            {
-                "found": self.found,
-                "random directions": self.random_directions,
-                "random components": self.random_components,
-            }
-        )
-
-    __repr__ = __str__
+    def _parts(self) -> list[str]:
+        nulls = {"random directions": self.random_directions, "random components": self.random_components}
+        return ["cosine of directions", side_by_side({"found": self.found, **nulls})]
 
 
 @no_grad()

@@ -27,7 +27,7 @@ from torch import Tensor
 from apd_lens._block import no_grad
 from apd_lens._checks import checked
 from apd_lens._errors import InvalidSetting
-from apd_lens._table import table
+from apd_lens._table import Printed, table
 from apd_lens.attribution._metric import metric_scalars
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import sum_of_components
@@ -47,8 +47,8 @@ from apd_lens.passes._watch import check_finite_output, replaced_pass
 _RIDGE = 1e-4
 
 
-@dataclass(frozen=True, eq=False)
-class EditEffects:
+@dataclass(frozen=True, eq=False, repr=False)
+class EditEffects(Printed):
     """What each of several edits does. `print` shows the mean over edits of one kind.
 
     Attributes:
@@ -87,15 +87,13 @@ class EditEffects:
         columns["other, largest"] = self.other.amax(1).tolist()
         return pd.DataFrame(columns)
 
-    def __str__(self) -> str:
+    def _parts(self) -> list[str]:
         columns = self.table().drop(columns=["kind", "edit"])
         rows = []
         for kind in dict.fromkeys(self.kind):
             means = columns[[other == kind for other in self.kind]].mean()
             rows.append([kind, *(f"{mean:.4g}" for mean in means)])
-        return table(["out of the weights", *columns.columns], rows)
-
-    __repr__ = __str__
+        return [table(["out of the weights", *columns.columns], rows)]
 
 
 def percentile(values: Float[Tensor, "edits data"], share: float) -> Float[Tensor, " edits"]:

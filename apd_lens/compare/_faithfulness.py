@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apd_lens._block import no_inference_mode
 from apd_lens._errors import InvalidSetting, ShapeMismatch
-from apd_lens._table import as_text
+from apd_lens._table import Printed, as_table
 from apd_lens.attribution._metric import Metric
 from apd_lens.compare._gates import _Gates, component_gates, unit_gates
 from apd_lens.data._batch import Batch
@@ -33,8 +33,8 @@ _SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 Scores = Float[Tensor, " units"] | Callable[[Batch], Tensor]
 
 
-@dataclass(frozen=True, eq=False)
-class FaithfulnessCurve:
+@dataclass(frozen=True, eq=False, repr=False)
+class FaithfulnessCurve(Printed):
     """The part of a metric that comes back with some units kept: f = (m(kept) − m(none)) / (m(model) − m(none)).
 
     Attributes:
@@ -74,11 +74,9 @@ class FaithfulnessCurve:
         curves = {name: curve.numpy() for name, curve in self.curves().items()}
         return pd.DataFrame({f"{self.unit}s kept": self.kept.numpy(), **curves}).set_index(f"{self.unit}s kept")
 
-    def __str__(self) -> str:
-        return (
-            f"{self.unit}s kept, of {len(self.names)}; metric {self.model:.4g} of the model, {self.none:.4g} of none\n"
-            f"{as_text(self.table())}\n{as_text(self.areas())}"
-        )
+    def _parts(self) -> list[str]:
+        head = f"{self.unit}s kept, of {len(self.names)}; metric {self.model:.4g} of the model, {self.none:.4g} of none"
+        return [head, as_table(self.table()), as_table(self.areas())]
 
 
 def cpr(share: Float[Tensor, " sizes"], f: Float[Tensor, " sizes"]) -> float:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from apd_lens._errors import InvalidSetting
-from apd_lens._table import as_text
+from apd_lens._table import Printed, as_table
 from apd_lens.attribution._metric import Metric, metric_on
 from apd_lens.compare._architecture import weight_map
 from apd_lens.compare._attribution_map import attribution_map
@@ -27,8 +27,8 @@ from apd_lens.host._matrix import Units
 from apd_lens.metrics._auroc import mean_ranks, share_above
 
 
-@dataclass(frozen=True, eq=False)
-class Overlap:
+@dataclass(frozen=True, eq=False, repr=False)
+class Overlap(Printed):
     """How well the nodes with the largest scores agree with a known circuit.
 
     Attributes:
@@ -60,10 +60,10 @@ class Overlap:
         }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("measure")
 
-    def __str__(self) -> str:
+    def _parts(self) -> list[str]:
         found = [name for name, is_found in zip(self.nodes, self.found.tolist(), strict=True) if is_found]
         known = [name for name, is_known in zip(self.nodes, self.known.tolist(), strict=True) if is_known]
-        return f"found {', '.join(found)}; known {', '.join(known)}; of {len(self.nodes)}\n{as_text(self.table())}"
+        return [f"found {', '.join(found)}; known {', '.join(known)}; of {len(self.nodes)}", as_table(self.table())]
 
 
 def overlap(
@@ -142,8 +142,8 @@ def _measures(
     }
 
 
-@dataclass(frozen=True, eq=False)
-class Location:
+@dataclass(frozen=True, eq=False, repr=False)
+class Location(Printed):
     """Whether the components that matter lie in the nodes of a known circuit.
 
     Attributes:
@@ -219,14 +219,13 @@ class Location:
             if len(shares):
                 rows[f"{name}, mean"] = shares.mean(0).tolist()
                 rows[f"{name}, largest"] = shares.max(0).values.tolist()
-        return pd.DataFrame.from_dict(rows, orient="index", columns=["weight in circuit", "attribution in circuit"])
+        columns = ["weight in circuit", "attribution in circuit"]
+        return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("shares of")
 
-    def __str__(self) -> str:
+    def _parts(self) -> list[str]:
         known = ", ".join(name for name, is_known in zip(self.nodes, self.known.tolist(), strict=True) if is_known)
-        return (
-            f"{len(self.top)} of {len(self.importance)} components matter; circuit: {known}, of {len(self.nodes)}\n"
-            f"{as_text(self.table())}\n\n{as_text(self.nulls())}\n\n{self.overlap()}"
-        )
+        head = f"{len(self.top)} of {len(self.importance)} components matter; circuit: {known}, of {len(self.nodes)}"
+        return [head, as_table(self.table()), "", as_table(self.nulls()), "", *self.overlap()._parts()]
 
 
 def locate(

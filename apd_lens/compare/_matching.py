@@ -12,11 +12,11 @@ from torch import Tensor
 
 from apd_lens._block import no_grad
 from apd_lens._errors import InvalidSetting, ShapeMismatch
-from apd_lens._table import table
+from apd_lens._table import Table, Tabled, frame, table
 
 
-@dataclass(frozen=True, eq=False)
-class Matching:
+@dataclass(frozen=True, eq=False, repr=False)
+class Matching(Tabled):
     """Best matches both ways, a one-to-one assignment, and how many matches each has; on the CPU.
 
     A unit that does not count (see `matching`), or is left over in the assignment, has NaN, and −1 for its partner.
@@ -140,7 +140,7 @@ def matching(
     )
 
 
-def side_by_side(kinds: Mapping[str, Matching]) -> str:
+def side_by_side(kinds: Mapping[str, Matching]) -> Table:
     """A row for each number, a column for each kind of match: what was found, and its nulls."""
     numbers = {kind: found.numbers for kind, found in kinds.items()}
     names = next(iter(numbers.values()))
@@ -165,4 +165,4 @@ def _counted(counts: Bool[Tensor, " given"] | None, n: int, what: str) -> Int[Te
 
 
 def _frame(columns: Mapping[str, Tensor], counts: Bool[Tensor, " n"]) -> pd.DataFrame:
-    return pd.DataFrame({name: values[counts].numpy() for name, values in columns.items()})
+    return frame({name: values[counts] for name, values in columns.items()})

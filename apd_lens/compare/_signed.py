@@ -10,7 +10,7 @@ from torch import Tensor
 
 from apd_lens._block import no_grad, no_inference_mode
 from apd_lens._errors import InvalidSetting
-from apd_lens._table import as_text
+from apd_lens._table import Printed, as_table
 from apd_lens.attribution._integrated import mean_on_path
 from apd_lens.attribution._metric import Metric, metric_effects, metric_on, metric_scalars
 from apd_lens.data._batch import Batch
@@ -22,8 +22,8 @@ from apd_lens.passes._replace import Mixture
 from apd_lens.passes._watch import WatchedPass, replaced_pass
 
 
-@dataclass(frozen=True, eq=False)
-class SignedAttributions:
+@dataclass(frozen=True, eq=False, repr=False)
+class SignedAttributions(Printed):
     """How much each component raises a metric, and how the metric really changes without it.
 
     Attributes:
@@ -64,11 +64,12 @@ class SignedAttributions:
             table["largest position"] = self.by_position.abs().argmax(0).numpy()
         return table.sort_values("attribution", ascending=False, kind="stable")
 
-    def __str__(self) -> str:
-        return (
-            f"{as_text(self.table())}\nsum {self.attribution.sum().item():.4g}, metric lost without all components "
-            f"{self.change:.4g}; each alone: correlation {self.correlation:.3f}, slope {self.slope:.3f}"
-        )
+    def _parts(self) -> list[str]:
+        return [
+            as_table(self.table()),
+            f"sum {self.attribution.sum().item():.4g}, metric lost without all components {self.change:.4g}; "
+            f"each alone: correlation {self.correlation:.3f}, slope {self.slope:.3f}",
+        ]
 
 
 @no_inference_mode()

@@ -19,6 +19,7 @@ from apd_lens import metrics
 from apd_lens._block import no_grad, no_inference_mode
 from apd_lens._errors import InvalidSetting, ShapeMismatch
 from apd_lens._memory import chunks
+from apd_lens._table import Printed, as_table
 from apd_lens.attribution._projections import AUTO_PROJECTIONS, are_exact
 from apd_lens.compare._activations import Pool, pooled
 from apd_lens.compare._dictionaries import Dictionary, Latents, moved, random_dictionary
@@ -44,8 +45,8 @@ Loss = Literal["mse", "kl", "ce"] | Callable[[Tensor, Tensor], Tensor]
 Scores = Literal["activation", "gradient"]
 
 
-@dataclass(frozen=True, eq=False)
-class Sparsity:
+@dataclass(frozen=True, eq=False, repr=False)
+class Sparsity(Printed):
     """Curves of loss against sparsity, point by point. `print` shows them.
 
     Attributes:
@@ -85,11 +86,8 @@ class Sparsity:
             for name in dict.fromkeys(self.curve)
         }
 
-    def __str__(self) -> str:
-        shown = self.table().to_string(index=False, float_format=lambda value: f"{value:.4g}")
-        return f"{shown}\nloss of the target itself: {self.target_loss:.4g}"
-
-    __repr__ = __str__
+    def _parts(self) -> list[str]:
+        return [as_table(self.table()), f"loss of the target itself: {self.target_loss:.4g}"]
 
 
 _COLUMNS = ("k", "loss", "active", "parameters", "bits")

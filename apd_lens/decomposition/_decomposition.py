@@ -20,6 +20,7 @@ from apd_lens._codec import can_be_saved, encode_settings
 from apd_lens._errors import ApdWarning, InvalidSetting, ShapeMismatch, WeightsChanged
 from apd_lens._files import user_path
 from apd_lens._settings import Settings
+from apd_lens._table import Printed, example_of, short_names, table
 from apd_lens.attribution._gradient import GradientAttribution
 from apd_lens.attribution._metric import metric_effects
 from apd_lens.components._components import ParameterComponents
@@ -50,8 +51,8 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Chosen = SupportsIndex | Iterable[SupportsIndex] | Int[Tensor, "*n"] | Bool[Tensor, " C"]
 
 
-@dataclass(frozen=True, eq=False)
-class Decomposition:
+@dataclass(frozen=True, eq=False, repr=False)
+class Decomposition(Printed):
     """A model's weight matrices as sums of parameter components.
 
     While components are out of the model's own parameters (`apd_lens.apply_edit`), all that runs or edits the model
@@ -75,6 +76,16 @@ class Decomposition:
     settings: Settings
     output: OutputFn | None
     fingerprints: dict[str, str]
+
+    def _parts(self) -> list[str]:
+        names, (A, B) = self.components.names, (self.components.A, self.components.B)
+        short = short_names(names)
+        sides = [(str(A[name].shape[1]), str(B[name].shape[2]), str(A[name].shape[2])) for name in names]
+        rows = [(one, *of_one) for one, of_one in zip(short, sides, strict=True)]
+        model = type(self.target.model).__name__
+        head = f"{model}: {self.components.n_components} components over {len(names)} matrices"
+        of_rows = table(("matrix", "d_in", "d_out", "rank, at most"), rows, dict(zip(short, names, strict=True)))
+        return [head, of_rows, *example_of(short, names)]
 
     @no_inference_mode()
     def observe(self, batch: Batch | Inputs, k: K | None = None) -> Observed:

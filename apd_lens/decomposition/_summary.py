@@ -1,15 +1,19 @@
 """A table of components."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor
 
-from apd_lens._table import WIDTH, listed, short_names, table
+from apd_lens._table import WIDTH, Printed, Table, example_of, frame, listed, short_names, table
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
-@dataclass(frozen=True, eq=False)
-class Summary:
+@dataclass(frozen=True, eq=False, repr=False)
+class Summary(Printed):
     """A table of components over a batch; `print` shows it.
 
     Attributes:
@@ -36,7 +40,14 @@ class Summary:
         """Components that were active on no data point."""
         return int((self.active == 0).sum())
 
-    def __str__(self) -> str:
+    def table(self) -> "DataFrame":
+        """One row for each component, with its norm and effective rank in each matrix."""
+        columns = {"active": self.active, "attribution": self.attribution}
+        for name in self.norm:
+            columns |= {f"‖{name}‖": self.norm[name], f"{name}, effective rank": self.effective_rank[name]}
+        return frame(columns).rename_axis("component")
+
+    def _parts(self) -> list[str]:
         order = sorted(range(len(self.active)), key=lambda c: (-self.active[c].item(), -self.attribution[c].item()))
         shown = [c for c in order if self.active[c] > 0]
         short = dict(zip(self.norm, short_names(list(self.norm)), strict=True))
@@ -50,12 +61,9 @@ class Summary:
         footer += f"\nthe rest W − Σ P: {self.rest['all']:.2g} of ‖W‖"
         if self.agreement is not None:
             footer += f"\nattributions are estimates, whose two halves agree on {self.agreement:.0%} of what is active"
-        example = next(
-            (f"\n{short[name]} is {name}" for name in short if short[name] != name.removesuffix(".weight")), ""
-        )
-        return f"{text}\n{footer}{example}"
+        return [text, footer, *example_of(list(short.values()), list(short))]
 
-    def _with_columns(self, shown: list[int], short: dict[str, str]) -> str:
+    def _with_columns(self, shown: list[int], short: dict[str, str]) -> Table:
         """Two columns for each matrix."""
         header = ["component", "active", "attribution"]
         for name in self.norm:
@@ -65,13 +73,12 @@ class Summary:
             + [f"{of[name][c]:.{n}f}" for name in self.norm for of, n in ((self.norm, 3), (self.effective_rank, 2))]
             for c in shown
         ]
-        return table(header, rows)
+        return table(header, rows, {f"‖{short[name]}‖": name for name in self.norm})
 
-    def _with_largest(self, shown: list[int], short: dict[str, str]) -> str:
+    def _with_largest(self, shown: list[int], short: dict[str, str]) -> Table:
         """One column, with the matrices in which a component has its largest norms."""
         header = ["component", "active", "attribution", "largest norms (effective ranks)"]
-        names = list(self.norm)
-        rows = []
+        names, rows, whole = list(self.norm), [], {}
         for c in shown:
             largest = sorted(names, key=lambda name: -self.norm[name][c].item())
             parts, others = [], ""
@@ -84,9 +91,8 @@ class Summary:
             else:
                 others = ""
             rows.append([*self._first(c), "  ".join([*parts, others]).rstrip()])
-        return table(header, rows)
+            whole[rows[-1][-1]] = ", ".join(largest[: len(parts)])
+        return table(header, rows, whole)
 
     def _first(self, c: int) -> list[str]:
         return [str(c), f"{self.active[c]:.2%}", f"{self.attribution[c]:.4f}"]
-
-    __repr__ = __str__

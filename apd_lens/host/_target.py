@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from apd_lens._block import Block, Part, Together, no_grad
 from apd_lens._errors import AlreadyActive, ApdError, ArtifactError, SiteNotCalled, UnknownWeight, UnsupportedModel
-from apd_lens._table import table
+from apd_lens._table import Printed, table
 from apd_lens.data._batch import Batch, call, on_device
 from apd_lens.data._inputs import Inputs, ValidFn, n_examples, read_batch
 from apd_lens.host._adapter import Adapter, Intercept
@@ -50,7 +50,7 @@ class _Modes:
 _MODES: dict[nn.Module, _Modes] = {}
 
 
-class TargetModel:
+class TargetModel(Printed):
     """A trained model, seen as named weight matrices. Never trained, never changed; make one with `apd_lens.wrap`.
 
     Matrices that share memory are tied: they are one matrix with several uses, under the name of the first.
@@ -326,18 +326,16 @@ class TargetModel:
             "model); of a State, state.decomposition().save(path)."
         )
 
-    def __str__(self) -> str:
+    def _parts(self) -> list[str]:
         rows = [
             (name, _d_in(matrix), str(matrix.d_out), ", ".join(use.site for use in matrix.uses))
             for name, matrix in self.weights.items()
         ]
-        text = f"{type(self.model).__name__}: {len(rows)} weight matrices that can be decomposed\n"
-        text += table(("name", "d_in", "d_out", "used at"), rows)
+        head = f"{type(self.model).__name__}: {len(rows)} weight matrices that can be decomposed"
+        parts = [head, table(("name", "d_in", "d_out", "used at"), rows)]
         if self.refused:
-            text += "\ncannot be decomposed:\n" + table(("name", "reason"), list(self.refused.items()))
-        return text
-
-    __repr__ = __str__
+            parts += ["cannot be decomposed:", table(("name", "reason"), list(self.refused.items()))]
+        return parts
 
 
 def _d_in(matrix: WeightMatrix) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from apd_lens._block import no_grad
 from apd_lens._errors import ShapeMismatch
-from apd_lens._table import table
+from apd_lens._table import Printed, frame, table
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._measures import random_components
 from apd_lens.data._batch import Batch
@@ -24,9 +24,12 @@ from apd_lens.passes._output import OutputFn, default_output, everywhere
 from apd_lens.passes._replace import Mixture
 from apd_lens.passes._watch import as_it_is, replaced_pass
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
-@dataclass(frozen=True, eq=False)
-class Forgetting:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Forgetting(Printed):
     """What sparse passes and single ablations do to the answers of n prompts. `forgetting` makes it.
 
     KL is KL(target ‖ changed model) of the next token, in nats. An answer is the most likely next token.
@@ -73,7 +76,22 @@ class Forgetting:
     def _others(self) -> Bool[Tensor, "n n"]:
         return self.own[:, None] != self.own
 
-    def __str__(self) -> str:
+    def table(self) -> "DataFrame":
+        """One row for each prompt; "others" is the share of the other prompts whose answers change with it."""
+        others = (self.changed & self._others).sum(1) / self._others.sum(1).clamp_min(1)
+        return frame(
+            {
+                "own component": self.own,
+                "KL on active": self.kl_sparse,
+                "same answer": self.kept,
+                "KL without own": self.kl_off.diagonal(),
+                "changed": self.forgotten,
+                "changed by twin": self.changed_by_twin,
+                "others changed": others,
+            }
+        )
+
+    def _parts(self) -> list[str]:
         n = len(self.own)
         rows = [
             ("prompts with a component of their own", f"{int((self.own.bincount() == 1).sum())} of {n}"),
@@ -91,9 +109,7 @@ class Forgetting:
                 ("  other texts: KL, mean; 99th percentile", f"{far.mean():.1e}; {far.quantile(0.99):.1e}"),
                 ("all components off, other texts: KL, mean", f"{self.kl_all_off.mean():.1e}"),
             ]
-        return table((f"{n} prompts", ""), rows)
-
-    __repr__ = __str__
+        return [table((f"{n} prompts", ""), rows)]
 
 
 @no_grad()

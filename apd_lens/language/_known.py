@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from apd_lens._block import no_grad
 from apd_lens._errors import InvalidSetting, ShapeMismatch
+from apd_lens._table import Printed, frame
 from apd_lens.data._batch import Batch
 from apd_lens.host._patch import outside_traces
 from apd_lens.host._target import evaluating
@@ -18,9 +19,12 @@ from apd_lens.language._template import ids_of
 from apd_lens.passes._output import explained_call
 from apd_lens.passes._positions import last_position
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
-@dataclass(frozen=True, eq=False)
-class Known:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Known(Printed):
     """What a model says behind each prompt of a batch. `known` makes it.
 
     Attributes:
@@ -41,12 +45,14 @@ class Known:
         """Numbers of the prompts that the model answers."""
         return self.is_known.nonzero()[:, 0].tolist()
 
-    def __str__(self) -> str:
+    def table(self) -> "DataFrame":
+        """One row for each prompt."""
+        return frame({"token": self.token, "probability": self.probability, "known": self.is_known})
+
+    def _parts(self) -> list[str]:
         n, of = int(self.is_known.sum()), len(self.is_known)
         mean = f", mean probability {self.probability[self.is_known].mean():.2f}" if n else ""
-        return f"{n} of {of} prompts known (most likely token, probability of {self.floor:g} or more{mean})"
-
-    __repr__ = __str__
+        return [f"{n} of {of} prompts known (most likely token, probability of {self.floor:g} or more{mean})"]
 
 
 @no_grad()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from apd_lens._errors import InvalidSetting
-from apd_lens._table import WIDTH, frame
+from apd_lens._table import WIDTH, Printed, frame
 from apd_lens.data._batch import Batch, are_texts
 from apd_lens.data._inputs import Inputs
 from apd_lens.decomposition._decomposition import Decomposition
@@ -47,8 +47,8 @@ class Place:
     text: str
 
 
-@dataclass(frozen=True, eq=False)
-class ComponentTokens:
+@dataclass(frozen=True, eq=False, repr=False)
+class ComponentTokens(Printed):
     """What each component responds to and does, in words. `component_tokens` makes it; `print` shows the most active.
 
     Attributes:
@@ -85,14 +85,11 @@ class ComponentTokens:
         order = self._order() if components is None else list(components)
         return "\n".join(line for component in order for line in self._lines(component))
 
-    def __str__(self) -> str:
+    def _parts(self) -> list[str]:
         order = self._order()
         shown = self.text(order[:8])
-        return (
-            shown if len(order) <= 8 else f"{shown}\nand {len(order) - 8} others: .text() shows them, .table() has all"
-        )
-
-    __repr__ = __str__
+        others = f"and {len(order) - 8} others: .text() shows them, .table() has all"
+        return [shown, others] if len(order) > 8 else [shown]
 
     def _order(self) -> list[int]:
         """The most active first."""

@@ -17,7 +17,7 @@ from apd_lens._block import no_inference_mode
 from apd_lens._checks import checked
 from apd_lens._draws import draws
 from apd_lens._errors import InvalidSetting, ShapeMismatch
-from apd_lens._table import frame, table
+from apd_lens._table import Printed, frame, table
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._measures import random_components
 from apd_lens.data._batch import Batch
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 WORST_OF_EACH, WORST_FOR_ALL = "worst found for each data point, steps", "worst found for all, steps"
 
 
-@dataclass(frozen=True, eq=False)
-class Audit:
+@dataclass(frozen=True, eq=False, repr=False)
+class Audit(Printed):
     """The loss of the model under maskings, each beside its null controls. `audit` makes it, and says what rows are.
 
     A loss is the mean over data points of the decomposition's own distance (KL in nats, or the mean squared error) from
@@ -87,22 +87,20 @@ class Audit:
         columns = {"what": self.what, "n": numbers, "loss": self.loss, "null": self.null, "random": self.random}
         return frame(columns)
 
-    def __str__(self) -> str:
+    def _parts(self) -> list[str]:
         cells = [
             ["" if x != x else f"{x:.3g}" for x in column.tolist()] for column in (self.loss, self.null, self.random)
         ]
         amounts = ["" if amount is None else str(amount) for amount in self.amount]
         rows = list(zip(self.what, amounts, *cells, strict=True))
-        return (
-            f"{table(('the model runs on', 'n', 'loss', 'null', 'random'), rows)}\n"
+        return [
+            table(("the model runs on", "n", "loss", "null", "random"), rows),
             f"{self.n_data_points} data points with {self.n_active:.3g} of {self.n_components} components active, "
             f"{self.n_never_active} never\n"
             f"The rest holds {self.rest:.1%} of the norm of the weights, components that are never active "
             f"{self.never_active:.1%}.\n"
-            f"{self.matched:.0%} of active components have another one that is as often active."
-        )
-
-    __repr__ = __str__
+            f"{self.matched:.0%} of active components have another one that is as often active.",
+        ]
 
 
 @no_inference_mode()

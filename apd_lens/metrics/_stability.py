@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,15 +10,20 @@ from torch import Tensor
 
 from apd_lens._block import full_precision, no_grad
 from apd_lens._errors import InvalidSetting, MissingExtra, ShapeMismatch
-from apd_lens._table import table
+from apd_lens._table import Printed, frame, table
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import inner_products, sum_of_components
 from apd_lens.components._measures import random_components
 from apd_lens.decomposition._decomposition import Decomposition
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
-@dataclass(frozen=True, eq=False)
-class Stability:
+_COLUMNS = ("best cosine", "lowest pair", "null", "highest pair")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Stability(Printed):
     """How similar the components of several seeds are. `print` shows the means over pairs of seeds.
 
     Entry [i, j] is the mean, over the components of seed i, of the best cosine with a component of seed j. The null
@@ -43,13 +49,19 @@ class Stability:
         """`mean`, of the null control."""
         return _between_seeds(self.whole_null).mean().item()
 
-    def __str__(self) -> str:
-        rows = [_row("all", self.whole, self.whole_null)]
-        rows += [_row(name, self.matrix[name], self.matrix_null[name]) for name in self.matrix]
-        header = ("matrix", "best cosine", "lowest pair", "null", "highest pair")
-        return f"{table(header, rows)}\n{len(self.whole)} seeds, mean over their ordered pairs"
+    def table(self) -> "DataFrame":
+        """One row for all matrices together and one for each: means, lowest and highest over ordered pairs of seeds."""
+        rows = self._rows()
+        columns = dict(zip(_COLUMNS, zip(*rows.values(), strict=True), strict=True))
+        return frame({"matrix": list(rows), **columns})
 
-    __repr__ = __str__
+    def _rows(self) -> dict[str, tuple[float, ...]]:
+        rows = {"all": _row(self.whole, self.whole_null)}
+        return rows | {name: _row(self.matrix[name], self.matrix_null[name]) for name in self.matrix}
+
+    def _parts(self) -> list[str]:
+        rows = [(name, *(f"{value:.4f}" for value in row)) for name, row in self._rows().items()]
+        return [table(("matrix", *_COLUMNS), rows), f"{len(self.whole)} seeds, mean over their ordered pairs"]
 
 
 @no_grad()
@@ -184,9 +196,9 @@ def _between_seeds(values: Float[Tensor, "S S"]) -> Float[Tensor, " pairs"]:
     return values[~torch.eye(len(values), dtype=torch.bool, device="cpu")]
 
 
-def _row(name: str, found: Float[Tensor, "S S"], null: Float[Tensor, "S S"]) -> tuple[str, ...]:
+def _row(found: Float[Tensor, "S S"], null: Float[Tensor, "S S"]) -> tuple[float, ...]:
     found, null = _between_seeds(found), _between_seeds(null)
-    return name, *(f"{value.item():.4f}" for value in (found.mean(), found.min(), null.mean(), null.max()))
+    return tuple(value.item() for value in (found.mean(), found.min(), null.mean(), null.max()))
 
 
 def _check_same_matrices(sets: Sequence[ParameterComponents]) -> None:

@@ -1,8 +1,8 @@
 """Figures of decompositions. Each function takes tensors, on any device and of any dtype, and returns a matplotlib
 figure.
 
-A figure with one plot is drawn on `ax` if you give it, and on a new figure otherwise. Tensors of the wrong shape or
-type raise ShapeMismatch. The colours are distinct with any form of colour blindness.
+A figure is drawn on `ax` if you give it (axes, or as many as the figure has plots), and on a new figure otherwise.
+Tensors of the wrong shape or type raise ShapeMismatch. The colours are distinct with any form of colour blindness.
 
 Needs matplotlib: pip install 'apd-lens[plots]'.
 """

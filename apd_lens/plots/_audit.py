@@ -1,15 +1,16 @@
 """What "inactive" is worth: an audit's losses beside their nulls."""
 
 import math
+from collections.abc import Iterable
 
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import NullLocator
 
 from apd_lens._checks import checked
 from apd_lens._errors import InvalidSetting
 from apd_lens.metrics._audit import WORST_FOR_ALL, WORST_OF_EACH, Audit
-from apd_lens.plots._draw import NULL, PALETTE, finished, grid
+from apd_lens.plots._draw import NULL, PALETTE, finished, grid, several
 
 # What is so much smaller than the largest value is drawn as nothing.
 _SMALLEST = 1e-7
@@ -17,7 +18,7 @@ _ATTACKS = {WORST_OF_EACH: (PALETTE[1], "^", "each data point's own"), WORST_FOR
 
 
 @checked
-def audit(audit: Audit) -> Figure:
+def audit(audit: Audit, *, ax: Iterable[Axes] | None = None) -> Figure | SubFigure:
     """An audit: on the left the loss of each row as a dot, beside its nulls; on the right the attack against its steps.
 
     Of each attack the last rung alone is on the left. Losses are on a log axis; those below 1e-7 of the largest one are
@@ -25,9 +26,10 @@ def audit(audit: Audit) -> Figure:
 
     Args:
         audit: a result of `apd_lens.metrics.audit`.
+        ax: two axes, left and right.
 
     Raises:
-        InvalidSetting: no loss is above zero.
+        InvalidSetting: no loss is above zero, or other than two axes.
     """
     columns = [column.tolist() for column in (audit.loss, audit.null, audit.random)]
     finite = [value for column in columns for value in column if math.isfinite(value)]
@@ -38,9 +40,8 @@ def audit(audit: Audit) -> Figure:
     last = {what: row for row, what in enumerate(audit.what)}
     shown = [row for row, what in enumerate(audit.what) if what not in _ATTACKS or row == last[what]]
     first = {what: row for row, what in reversed(list(enumerate(audit.what)))}
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(13, 1.2 + 0.27 * len(shown)), layout="constrained", width_ratios=(2, 1)
-    )
+    size = (13, 1.2 + 0.27 * len(shown))
+    figure, (left, right) = several(ax, 2, ncols=2, figsize=size, width_ratios=(2, 1))
     looks = (
         (columns[0], "these components", {"color": PALETTE[0], "marker": "o", "s": 46, "zorder": 4}),
         (columns[1], "null: another data point's", {"color": NULL, "marker": "|", "s": 130, "linewidths": 2.5}),

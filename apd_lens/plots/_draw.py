@@ -1,7 +1,8 @@
 """What the figures share: tensors that can be drawn, axes, colours, legends."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -46,6 +47,21 @@ def check_names(names: Sequence[str], n: int, what: str) -> None:
 def axes(ax: Axes | None, width: float = 6.4, height: float = 4.0) -> Axes:
     """The given axes, or those of a new figure; sizes in inches."""
     return plt.subplots(figsize=(width, height), layout="constrained")[1] if ax is None else ax
+
+
+def several(ax: Iterable[Axes] | None, n: int, **new: Any) -> tuple[Figure | SubFigure, list[Axes]]:
+    """The n given axes, or those of a new figure that `new` describes.
+
+    Raises:
+        InvalidSetting: other than n axes.
+    """
+    if ax is None:
+        figure, drawn = plt.subplots(layout="constrained", squeeze=False, **new)
+        return figure, list(drawn.flat)
+    given = list(getattr(ax, "flat", ax))  # such as plt.subplots gives
+    if len(given) != n:
+        raise InvalidSetting(f"This figure has {n} plots: expected ax= of {n} axes, got {len(given)}.")
+    return given[0].figure, given
 
 
 def panels(n: int, n_columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

@@ -1,10 +1,9 @@
 """What happens in a training run, and over seeds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
@@ -22,6 +21,7 @@ from apd_lens.plots._draw import (
     from_zero,
     legend,
     plain,
+    several,
     whole_numbers,
 )
 from apd_lens.training._state import StepInfo
@@ -121,7 +121,8 @@ def seed_stability(
     null: Float[Tensor, "matrices seeds"],
     *,
     names: Sequence[str] | None = None,
-) -> Figure:
+    ax: Iterable[Axes] | None = None,
+) -> Figure | SubFigure:
     """Similarity of the components of several seeds: one image for each matrix, seeds by seeds, above the null control.
 
     Args:
@@ -129,29 +130,32 @@ def seed_stability(
             A further "matrix" may be all of them as one.
         null: [l, j] is the same of seed j with random components.
         names: names of the matrices; default their indices.
+        ax: one for each matrix; a new figure has a title above them.
+
+    Raises:
+        InvalidSetting: not as many names, or axes, as matrices.
     """
     n_matrices, n_seeds, _ = similarity.shape
     names = [f"matrix {i}" for i in range(n_matrices)] if names is None else names
     check_names(names, n_matrices, "matrix")
     similarity, null = plain(similarity), plain(null)
     side = max(2.4, 0.42 * n_seeds)
-    figure, drawn = plt.subplots(
-        1, n_matrices, figsize=(side * n_matrices + 1.4, side + 1.0), layout="constrained", squeeze=False
-    )
+    figure, drawn = several(ax, n_matrices, ncols=n_matrices, figsize=(side * n_matrices + 1.4, side + 1.0))
     gap = torch.full((1, n_seeds), torch.nan, dtype=torch.float32, device="cpu")
-    for ax, name, values, null_row in zip(drawn[0], names, similarity, null, strict=True):
+    for place, name, values, null_row in zip(drawn, names, similarity, null, strict=True):
         rows = torch.cat([values, gap.to(values), null_row[None]])
-        ax.imshow(rows.numpy(), cmap=POSITIVE, vmin=0, vmax=1, interpolation="nearest")
+        place.imshow(rows.numpy(), cmap=POSITIVE, vmin=0, vmax=1, interpolation="nearest")
         for i, j in rows.isfinite().nonzero().tolist() if n_seeds <= 10 else ():
             value = rows[i, j].item()
-            ax.text(
+            place.text(
                 j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if value > 0.6 else TARGET
             )
         ticks = range(0, n_seeds, max(1, n_seeds // 10))
-        ax.set_xticks(ticks)
-        ax.set_yticks([*ticks, n_seeds + 1], [*map(str, ticks), "null"])
-        ax.set(title=name, xlabel="seed j")
-    drawn[0, 0].set_ylabel("seed i")
-    figure.colorbar(drawn[0, -1].images[0], ax=drawn[0, -1], label="similarity", fraction=0.05, pad=0.03)
-    figure.suptitle("Do seeds find the same components?")
+        place.set_xticks(ticks)
+        place.set_yticks([*ticks, n_seeds + 1], [*map(str, ticks), "null"])
+        place.set(title=name, xlabel="seed j")
+    drawn[0].set_ylabel("seed i")
+    figure.colorbar(drawn[-1].images[0], ax=drawn[-1], label="similarity", fraction=0.05, pad=0.03)
+    if ax is None:
+        figure.suptitle("Do seeds find the same components?")
     return figure

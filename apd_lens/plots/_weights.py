@@ -1,16 +1,26 @@
 """The components themselves: their rows, neurons, connections, ranks and layers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 
 from apd_lens._checks import checked
-from apd_lens.plots._draw import axes, check_names, colours, from_zero, grid, image, legend, plain, whole_numbers
+from apd_lens.plots._draw import (
+    axes,
+    check_names,
+    colours,
+    from_zero,
+    grid,
+    image,
+    legend,
+    plain,
+    several,
+    whole_numbers,
+)
 
 # A component whose rows are all shorter than this share of the target's longest is as good as empty.
 _EMPTY = 0.02
@@ -43,7 +53,8 @@ def rank_and_share(
     *,
     names: Sequence[str] | None = None,
     order: list[int] | None = None,
-) -> Figure:
+    ax: Iterable[Axes] | None = None,
+) -> Figure | SubFigure:
     """Effective rank of every component in each matrix, and the share of its squared norm there.
 
     Ranks are drawn where the share is at least 1 %; elsewhere they are of noise. A dot is as large as the share.
@@ -53,14 +64,17 @@ def rank_and_share(
         share: from `apd_lens.metrics.layer_share`.
         names: names of the matrices; default their indices.
         order: order of the components; default by index.
+        ax: two axes, above and below.
+
+    Raises:
+        InvalidSetting: not as many names as matrices, or other than two axes.
     """
     order = list(range(len(share))) if order is None else order
     names = [f"matrix {i}" for i in range(share.shape[1])] if names is None else names
     check_names(names, share.shape[1], "matrix")
     rank_shown, share_shown = plain(rank)[order].numpy(), plain(share)[order].numpy()
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(max(6.4, 0.1 * len(order) + 2), 5), sharex=True, layout="constrained"
-    )
+    size = (max(6.4, 0.1 * len(order) + 2), 5)
+    figure, (above, below) = several(ax, 2, nrows=2, figsize=size, sharex=True)
     x, bottom = np.arange(len(order)), np.zeros(len(order))
     for matrix, colour in enumerate(colours(len(names))):
         here = share_shown[:, matrix] >= 0.01
@@ -75,9 +89,9 @@ def rank_and_share(
         ylim=(0, 1),
         xlabel="component" if order == sorted(order) else "component (sorted)",
     )
-    for ax in (above, below):
-        grid(ax)
-        ax.margins(x=0.01)
+    for part in (above, below):
+        grid(part)
+        part.margins(x=0.01)
     whole_numbers(below.xaxis)
     legend(above)
     return figure

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from apd_lens._block import full_precision
-from apd_lens._table import frame
+from apd_lens._table import Tabled, frame
 from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import Inputs
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-@dataclass(frozen=True, eq=False)
-class TopExamples:
+@dataclass(frozen=True, eq=False, repr=False)
+class TopExamples(Tabled):
     """For every component, the n examples on which its attribution is largest, the largest first.
 
     Where data points are positions, the attribution of an example is that of its largest position. n is smaller than
@@ -72,8 +72,8 @@ class TopExamples:
         return frame(columns)
 
 
-@dataclass(frozen=True, eq=False)
-class Effects:
+@dataclass(frozen=True, eq=False, repr=False)
+class Effects(Tabled):
     """What components add to the output: f(x, W) − f(x, W − P_c), with each component taken out of the whole model.
 
     Measured on the top examples on which a component was active, or on all its top examples if it was active on none.
@@ -126,8 +126,8 @@ class Effects:
         return frame(columns)
 
 
-@dataclass(frozen=True, eq=False)
-class CoActivation:
+@dataclass(frozen=True, eq=False, repr=False)
+class CoActivation(Tabled):
     """Which components are active together.
 
     Attributes:
@@ -170,8 +170,8 @@ class CoActivation:
         return frame(columns).sort_values("jaccard", ascending=False, kind="stable", ignore_index=True)
 
 
-@dataclass(frozen=True, eq=False)
-class Responses:
+@dataclass(frozen=True, eq=False, repr=False)
+class Responses(Tabled):
     """What every component responds to. `table()` has one row for each component, and the parts have their own tables.
 
     Attributes:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apd_lens._checks import checked
 from apd_lens._errors import ApdWarning, InvalidSetting
-from apd_lens._table import frame, table
+from apd_lens._table import Printed, example_of, frame, short_names, table
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -57,8 +57,8 @@ class Together:
         return self.places[: int(enough[0]) + 1] if len(enough) else self.places
 
 
-@dataclass(frozen=True, eq=False)
-class Where:
+@dataclass(frozen=True, eq=False, repr=False)
+class Where(Printed):
     """Which matrices, at which positions, carry a behaviour. Made by `apd_lens.where`; `print` shows the largest.
 
     A row is one use of a matrix, a group is a set of positions, a place is a row at a group. The effect of a place is
@@ -168,9 +168,8 @@ class Where:
         return [divmod(place, len(self.groups)) for place in places]
 
     def labels(self) -> list[str]:
-        """A short name for each row: what all names begin and end with is left out; the site is added where one matrix
-        has several uses."""
-        short = shortened(self.names)
+        """A short name for each row, as a summary has it; the site is added where one matrix has several uses."""
+        short = short_names(self.names)
         return [
             f"{name} @ {site}" if self.names.count(self.names[row]) > 1 else name
             for row, (name, site) in enumerate(zip(short, self.sites, strict=True))
@@ -270,7 +269,7 @@ class Where:
             }
         )
 
-    def __str__(self) -> str:
+    def _parts(self) -> list[str]:
         labels, places = self.labels(), self.order()
         unit = f", {self.unit}" if self.unit else ""
         header = ("matrix", "position", "side", f"estimated{unit}", f"measured{unit}", "answers kept")
@@ -285,9 +284,8 @@ class Where:
             )
             for row, group in places[:_SHOWN]
         ]
-        return "\n".join([table(header, rows), *self._footer(len(places) - len(rows))])
-
-    __repr__ = __str__
+        whole = {row[0]: self.names[of] for row, (of, _) in zip(rows, places, strict=False)}
+        return [table(header, rows, whole), "\n".join(self._footer(len(places) - len(rows)))]
 
     def _footer(self, n_more: int) -> list[str]:
         n_measured = int((~self.measured.isnan()).sum())
@@ -305,29 +303,8 @@ class Where:
                 )
         if self.skipped:
             lines.append(f"Not scanned: {len(self.skipped)} matrices, see .skipped.")
+        lines += example_of(short_names(self.names), self.names)
         return [part for line in lines for part in _wrapped(line)]
-
-
-def shortened(names: Sequence[str]) -> list[str]:
-    """Names without what most of them begin and end with, cut at dots.
-
-    >>> shortened(["model.layers.0.q.weight", "model.layers.1.q.weight", "model.norm.weight"])
-    ['layers.0.q', 'layers.1.q', 'norm']
-    """
-    distinct = list(dict.fromkeys(names))
-    parts = [name.split(".") for name in distinct]
-    if len(parts) < 2:
-        return list(names)
-    n_first = _n_common([part[:-1] for part in parts])
-    n_last = _n_common([part[n_first:][:0:-1] for part in parts])
-    cut = {name: ".".join(part[n_first : len(part) - n_last]) for name, part in zip(distinct, parts, strict=True)}
-    return [cut[name] for name in names]
-
-
-def _n_common(rows: Sequence[Sequence[str]]) -> int:
-    """How many items all rows begin with."""
-    columns = list(zip(*rows, strict=False))
-    return next((place for place, column in enumerate(columns) if len(set(column)) > 1), len(columns))
 
 
 def _cut(name: str, width: int) -> str:

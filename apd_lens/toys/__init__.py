@@ -1,9 +1,14 @@
-"""The paper's systems: small models with known mechanisms, their data, and functions that train or build them.
+"""Small models with known mechanisms, their data, and functions that train or build them: the paper's, and one of
+facts.
 
 Source: Braun et al. 2025, arXiv 2501.14926. Batches are drawn on the CPU from a seeded generator, models are made
 there, and the same seed gives the same model and the same batches.
 """
 
+from apd_lens.toys._facts import FactsTarget as FactsTarget
+from apd_lens.toys._facts import centred_logits as centred_logits
+from apd_lens.toys._facts import facts_settings as facts_settings
+from apd_lens.toys._facts import train_facts as train_facts
 from apd_lens.toys._gated import GatedFunctions as GatedFunctions
 from apd_lens.toys._gated import GatedTarget as GatedTarget
 from apd_lens.toys._gated import gated_data as gated_data

@@ -31,6 +31,14 @@ def test_residuals(decomposition: apd.Decomposition):
     assert residuals["all"] == pytest.approx((torch.stack(errors).norm() / torch.stack(norms).norm()).item(), rel=1e-5)
 
 
+def test_it_prints_what_it_is_made_of(decomposition: apd.Decomposition):
+    lines = str(decomposition).splitlines()
+    assert lines[0] == "ResidualMLP: 5 components over 2 matrices"
+    assert [line.split() for line in lines[3:5]] == [["L0", "mlp_in", "6", "5", "2"], ["L0", "mlp_out", "5", "6", "2"]]
+    assert repr(decomposition) == str(decomposition)
+    assert 'title="layers.0.mlp_in.weight"' in decomposition._repr_html_()
+
+
 def test_directions_are_plain_tensors(decomposition: apd.Decomposition, tmp_path: Path):
     x, name = torch.randn(3, 6), "layers.0.mlp_in.weight"
     decomposition.export_directions(tmp_path / "new" / "directions.safetensors")

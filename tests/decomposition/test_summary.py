@@ -21,6 +21,9 @@ def test_the_most_active_come_first_and_the_dead_are_counted():
     ]
     assert lines[-2] == "2 components active on this batch, 1 dead (together 0.75 of ‖w‖)"
     assert lines[-1] == "the rest W − Σ P: 0.25 of ‖W‖"
+    table = summary.table()
+    assert table.columns.tolist() == ["active", "attribution", "‖w‖", "w, effective rank"]
+    assert table["‖w‖"].tolist() == [1.0, 3.0, 2.0]
 
 
 def test_many_matrices_of_long_names_fit_in_120_columns():

@@ -3,13 +3,13 @@
 import json
 import re
 
-from support.examples import run
+from support.examples import EXAMPLES, run
 
 import apd_lens as apd
 
 
 def test_facts_in_an_mlp(tmp_path):
-    printed = run("facts_in_an_mlp.py", "--steps", "20", "--out", str(tmp_path))
+    printed = run("facts/facts_in_an_mlp.py", "--steps", "20", "--out", str(tmp_path))
     assert "seed 0: 100.0% of 64 facts known, 0.0% without the MLP" in printed
     assert printed.count("→ object") == 64
     assert "edited_state_dict(ablate=" in printed
@@ -50,14 +50,14 @@ def test_a_part_of_toys():
 
 
 def test_bigrams_for_several_seeds():
-    printed = run("bigrams.py", "--steps", "20", "--seeds", "2")
+    printed = run("facts/bigrams.py", "--steps", "20", "--seeds", "2")
     assert "seed 1: 100.0% of 40 bigrams known" in printed
     assert printed.count("facts with a component of their own") == 1
     assert "mean" in printed
 
 
 def test_bigrams_for_one_seed():
-    assert run("bigrams.py", "--steps", "20").count(" → ") == 40
+    assert run("facts/bigrams.py", "--steps", "20").count(" → ") == 40
 
 
 def test_the_papers_systems(tmp_path):
@@ -96,3 +96,11 @@ def test_the_report(tmp_path):
     )
     assert "decomposing in 5 steps" in printed
     assert "64 facts in an MLP of 48 neurons" in (tmp_path / "report.html").read_text()
+
+
+def test_examples_stand_alone():
+    """A script in examples/ imports no other; a folder there is one example."""
+    scripts = {file.stem for file in EXAMPLES.rglob("*.py")}
+    for file in EXAMPLES.glob("*.py"):
+        imported = re.findall(r"^ *(?:from|import) (\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not scripts.intersection(imported), file.name

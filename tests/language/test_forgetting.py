@@ -55,6 +55,10 @@ def test_it_is_what_edited_copies_say(decomposition: apd.Decomposition):
         assert torch.equal(found.changed[i], logits.argmax(-1) != last(model).argmax(-1))
     assert torch.equal(found.forgotten, found.changed.diagonal())
     other = found.own[:, None] != found.own
+    assert found.table()["own component"].tolist() == found.own.tolist()
+    assert found.table()["others changed"].mean() == pytest.approx(
+        sum((found.changed[i] & other[i]).sum().item() / max(1, other[i].sum().item()) for i in range(6)) / 6
+    )
     assert found.others_changed == pytest.approx(found.changed[other].float().mean().item())
     with decomposition.sparse(active):
         sparse = last(model)

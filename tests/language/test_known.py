@@ -23,6 +23,7 @@ def test_the_answer_behind_the_last_position_that_is_data():
     right[0] += 1
     assert known(model, batch, right, floor=0.0).which == [1, 2]
     assert known(model, batch, right.tolist(), floor=0.0).which == [1, 2]
+    assert found.table()["token"].tolist() == token.tolist()
     assert str(known(model, batch, right, floor=0.0)).startswith("2 of 3 prompts known (most likely token, probab")
 
 

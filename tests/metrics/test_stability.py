@@ -100,6 +100,8 @@ def test_decompositions_and_the_table():
                 ours.copy_(known)
     found = metrics.stability(decompositions)
     assert found.mean == pytest.approx(1)
+    assert found.table()["matrix"].tolist() == ["all", "weight"]
+    assert found.table()["best cosine"].tolist() == pytest.approx([1, 1])
     assert str(found).splitlines()[0].split("  ")[0] == "matrix"
     assert [line.split()[:3] for line in str(found).splitlines()[2:4]] == [
         ["all", "1.0000", "1.0000"],

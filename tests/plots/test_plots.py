@@ -93,6 +93,31 @@ def test_unit_shares_are_drawn_in_the_given_order_and_place():
     assert_close(shown(ax), share[[2, 0, 3, 1]].T, check_dtype=False)
 
 
+def test_every_figure_takes_axes():
+    figures = [
+        found for name, found in vars(plots).items() if inspect.isfunction(found) and name != "sorted_components"
+    ]
+    assert len(figures) > 15
+    assert [found.__name__ for found in figures if "ax" not in inspect.signature(found).parameters] == []
+
+
+SEVERAL = {
+    "rank_and_share": lambda ax: plots.rank_and_share(torch.rand(3, 2), torch.rand(3, 2), ax=ax),
+    "audit": lambda ax: plots.audit(small_audit(torch.rand(8), torch.rand(8), torch.rand(8)), ax=ax),
+    "seed_stability": lambda ax: plots.seed_stability(torch.rand(2, 3, 3), torch.rand(2, 3), ax=ax),
+}
+
+
+@pytest.mark.parametrize("draw", SEVERAL.values(), ids=SEVERAL)
+def test_figures_of_several_plots_are_drawn_on_several_axes(draw):
+    figure, grid = plt.subplots(2, 2)
+    assert draw(grid[0]) is figure
+    assert all(ax.has_data() for ax in grid[0])
+    assert not any(ax.has_data() for ax in grid[1])
+    with pytest.raises(apd.InvalidSetting, match="2 plots: expected ax= of 2 axes, got 4"):
+        draw(grid)
+
+
 def test_components_come_in_the_order_of_their_features_then_of_their_norms():
     assert drawing.components_by_feature(ROWS, PARTS) == [2, 0, 3, 1]
 

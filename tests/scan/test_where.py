@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import apd_lens as apd
 from apd_lens.scan._groups import donors, each_position, given_positions
-from apd_lens.scan._result import Together, shortened
+from apd_lens.scan._result import Together
 
 where: Any = apd.where
 
@@ -311,20 +311,13 @@ def test_results_that_the_user_has():
     found = apd.Where.from_effects(effects, ["a.0.w", "a.1.w", "a.2.w", "a.3.w"], ["subject", "last"], unit="nats")
     assert found.best(0.5) == ["a.1.w"]
     assert found.best(0.9) == ["a.1.w", "a.2.w"]
-    assert found.labels() == ["0", "1", "2", "3"]
+    assert found.labels() == ["L0 w", "L1 w", "L2 w", "L3 w"]
     assert "7 of 8 places measured" in str(found)
     assert found.table()["matrix"][0] == "a.1.w"
     with pytest.raises(apd.InvalidSetting, match="4 names and 2 positions"):
         apd.Where.from_effects(effects, ["a"])
     with pytest.raises(apd.InvalidSetting, match="No place has an effect above 0"):
         apd.Where.from_effects(-effects[:1], ["a"]).best()
-
-
-def test_names_are_shortened_at_dots():
-    assert shortened(["m.layers.0.q.weight", "m.layers.1.q.weight"]) == ["0", "1"]
-    assert shortened(["m.0.q.weight", "m.1.k.weight", "m.1.k.weight"]) == ["0.q", "1.k", "1.k"]
-    assert shortened(["one.weight"]) == ["one.weight"]
-    assert shortened(["q", "w"]) == ["q", "w"]
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

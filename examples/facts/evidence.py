@@ -4,28 +4,11 @@ import statistics
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 import apd_lens as apd
-
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """A model that stores facts: its prompts, and the token that answers each at the last position."""
-
-    model: HookedTransformer
-    prompts: Int[Tensor, "fact pos"]
-    answers: Int[Tensor, " fact"]
-
-    def is_right(self) -> Bool[Tensor, " fact"]:
-        """Which prompts the model answers rightly as it is at the moment."""
-        return self.model(self.prompts)[:, -1].argmax(-1) == self.answers
-
-    def accuracy(self) -> float:
-        """Share of prompts that the model answers rightly as it is at the moment."""
-        return self.is_right().float().mean().item()
+from apd_lens.toys import FactsTarget as Target
 
 
 @dataclass(frozen=True)

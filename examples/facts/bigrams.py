@@ -3,8 +3,8 @@
 A HookedTransformer without layers is trained to follow each of 40 tokens by another: logits = W_E[token] @ W_U + b_U.
 With more facts than dimensions, embeddings overlap. W_E and W_U are decomposed together, with KL as the distance.
 
-    python examples/bigrams.py              # seed 0, with a table
-    python examples/bigrams.py --seeds 5    # only the measures, for seeds 0 to 4
+    python examples/facts/bigrams.py              # seed 0, with a table
+    python examples/facts/bigrams.py --seeds 5    # only the measures, for seeds 0 to 4
 """
 
 import argparse
@@ -13,18 +13,19 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from evidence import Target, measure, print_components, print_measures
+from evidence import measure, print_components, print_measures
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import apd_lens as apd
+from apd_lens import toys
 
 warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 
 N_TOKENS, D_MODEL = 40, 12
 
 
-def train_target(seed: int) -> Target:
+def train_target(seed: int) -> toys.FactsTarget:
     """A model that knows which token follows which; a prompt is one token."""
     torch.manual_seed(seed)
     prompts, answers = torch.arange(N_TOKENS)[:, None], torch.randperm(N_TOKENS)
@@ -48,7 +49,7 @@ def train_target(seed: int) -> Target:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return Target(model.requires_grad_(False), prompts, answers)
+    return toys.FactsTarget(model.requires_grad_(False), prompts, answers)
 
 
 def decompose(model: HookedTransformer, prompts: Tensor, steps: int, seed: int) -> apd.Decomposition:
@@ -77,7 +78,7 @@ def decompose(model: HookedTransformer, prompts: Tensor, steps: int, seed: int) 
     )
 
 
-def n_same_at_both_ends(decomposition: apd.Decomposition, target: Target) -> int:
+def n_same_at_both_ends(decomposition: apd.Decomposition, target: toys.FactsTarget) -> int:
     """Bigrams whose row of W_E and whose column of W_U are most alike (by cosine) to those of the same component."""
     components, weights = decomposition.components, decomposition.target.weights
     rows = F.cosine_similarity(components.component_weights("embed.W_E"), weights["embed.W_E"].value(), dim=2)
