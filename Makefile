@@ -45,7 +45,8 @@ test: .venv/installed
 
 lm: .venv/installed
 	mkdir -p out/lm
-	$(BIN)/python -u examples/language_model/run.py $(ARGS) 2>&1 | tee -a out/lm/log
+	{ $(BIN)/python -u examples/language_model/run.py $(ARGS) && $(BIN)/python -u examples/language_model/planted.py && \
+		$(BIN)/python -u examples/language_model/baselines.py; } 2>&1 | tee -a out/lm/log
 
 .venv-tl4/installed: pyproject.toml constraints-tl4.txt
 	$(PYTHON) -m venv .venv-tl4
