@@ -58,7 +58,7 @@ def several(ax: Iterable[Axes] | None, n: int, **new: Any) -> tuple[Figure | Sub
     if ax is None:
         figure, drawn = plt.subplots(layout="constrained", squeeze=False, **new)
         return figure, list(drawn.flat)
-    given = list(getattr(ax, "flat", ax))  # such as plt.subplots gives
+    given = list(ax)
     if len(given) != n:
         raise InvalidSetting(f"This figure has {n} plots: expected ax= of {n} axes, got {len(given)}.")
     return given[0].figure, given

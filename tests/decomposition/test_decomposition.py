@@ -36,7 +36,7 @@ def test_it_prints_what_it_is_made_of(decomposition: apd.Decomposition):
     assert lines[0] == "ResidualMLP: 5 components over 2 matrices"
     assert [line.split() for line in lines[3:5]] == [["L0", "mlp_in", "6", "5", "2"], ["L0", "mlp_out", "5", "6", "2"]]
     assert repr(decomposition) == str(decomposition)
-    assert 'title="layers.0.mlp_in.weight"' in decomposition._repr_html_()
+    assert 'title="layers.0.mlp_in.weight"' in apd.Decomposition._repr_html_(decomposition)
 
 
 def test_directions_are_plain_tensors(decomposition: apd.Decomposition, tmp_path: Path):

@@ -115,7 +115,7 @@ def test_figures_of_several_plots_are_drawn_on_several_axes(draw):
     assert all(ax.has_data() for ax in grid[0])
     assert not any(ax.has_data() for ax in grid[1])
     with pytest.raises(apd.InvalidSetting, match="2 plots: expected ax= of 2 axes, got 4"):
-        draw(grid)
+        draw(list(grid.flat))
 
 
 def test_components_come_in_the_order_of_their_features_then_of_their_norms():
