@@ -44,7 +44,9 @@ _, cache = model.run_with_cache(prompts)
 written = cache["blocks.0.hook_mlp_out"][:, -1]
 config = sae_lens.StandardTrainingSAEConfig(d_in=written.shape[-1], d_sae=100, l1_coefficient=0.5)
 trained = sae_lens.StandardTrainingSAE(config)
-training = SAETrainerConfig(arguments.steps * len(prompts), len(prompts), lr=3e-3)
+training = SAETrainerConfig(
+    arguments.steps * len(prompts), len(prompts), lr=3e-3, lr_end=3e-4, lr_decay_steps=arguments.steps // 5
+)
 SAETrainer(training, trained, itertools.repeat(written)).fit()
 trained.save_inference_model(arguments.out / "sae")
 sae = compare.Dictionary.from_sae_lens(sae_lens.SAE.load_from_disk(arguments.out / "sae"), site="blocks.0.hook_mlp_out")

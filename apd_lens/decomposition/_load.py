@@ -68,12 +68,11 @@ def load(
             "load it onto that model, with the weights and the processing (folding, centring) that it had. If only the "
             "dtype is another, load(path, model, other_dtype=True) takes it, after a check."
         )
-    if not isinstance(about.get("others", {}), dict):
-        raise ArtifactError(
-            f"{path}: expected digests by name, got {about['others']!r:.80}. Save the decomposition again."
-        )
+    others = about.get("others", {})
+    if not isinstance(others, dict) or not all(isinstance(digest, str) for digest in others.values()):
+        raise ArtifactError(f"{path}: expected digests by name, got {others!r:.80}. Save the decomposition again.")
     if "others" in about and not other_dtype and all(name == saved for saved, name in here.items()):
-        warn_of_others(target, about["matrices"], about["others"])
+        warn_of_others(target, about["matrices"], others)
     device = next(iter(target.weights.values())).parameter.device
 
     def on_model(side: str, name: str) -> Tensor:

@@ -374,6 +374,15 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch):
     assert [*map(torch.equal, came, expected)] == [True] * len(expected)
 
 
+@pytest.fixture
+def _ctrl_c():
+    """Ctrl-C raises, as in a process that pytest has not started among several."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_waits_for_the_end_of_the_step(tmp_path, number):
     """It comes while moves change the components."""
@@ -401,6 +410,7 @@ def test_a_signal_waits_for_the_end_of_the_step(tmp_path, number):
     assert [*map(torch.equal, resumed, expected)] == [True] * len(expected)
 
 
+@pytest.mark.usefixtures("_ctrl_c")
 def test_a_second_signal_does_not_wait(tmp_path):
     def k(batch: torch.Tensor) -> float:
         signal.raise_signal(signal.SIGINT)
