@@ -57,8 +57,8 @@ def audit(audit: Audit, *, ax: Iterable[Axes] | None = None) -> Figure | SubFigu
     left.set(xscale="log", xlim=(lowest, highest), xlabel="loss (at the left end: or less)", title="The model on …")
     for what, (colour, marker, label) in _ATTACKS.items():
         steps, losses, null = audit.ladder(what)
-        look = {"color": colour, "marker": marker, "label": label}
-        right.plot(steps, [_inside(loss, lowest, highest) for loss in losses.tolist()], **look)
+        inside = [_inside(loss, lowest, highest) for loss in losses.tolist()]
+        right.plot(steps, inside, color=colour, marker=marker, label=label)
         right.axhline(
             _inside(null, lowest, highest), color=colour, linestyle=":", label=f"{label}: null, {steps[0]} steps"
         )
