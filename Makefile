@@ -28,7 +28,7 @@ ARGS ?=
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/python examples/capitals.py $(ARGS)
+	$(BIN)/python examples/language_model/capitals.py $(ARGS)
 
 demo-toy: .venv/installed
 	$(BIN)/python examples/facts/facts_in_an_mlp.py $(ARGS)

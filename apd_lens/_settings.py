@@ -188,7 +188,7 @@ def language_model(steps: int = 300, k: int = 2, projections: int = 8) -> dict[s
         "selection": TopK(k),
         "attribution": GradientAttribution(projections=projections, fixed=True),
         "losses": Losses(faithfulness=0.0, distance="kl", simplicity=HoldThenDecay(0.002), simplicity_floor=0.0),
-        # More of either, and components leave the start further than the prompts bear.
+        # With more weight, or a higher learning rate, components lose what the start has on the prompts.
         "elsewhere": Elsewhere(weight=3.0),
         "moves": None,
         "optimization": Optimization(steps=steps, lr=3e-4, scaled=False, start="data"),

@@ -211,14 +211,13 @@ class Run(Part):
         file = self._folder / f"step-{self.state.step:06}.safetensors"
         if _processes.is_first():
             write_tensors(file, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, told)
-        self._saved = self.state.step
-        if _processes.is_first():
             self._remove_old()
+        self._saved = self.state.step
         return file
 
     def _remove_old(self) -> None:
         assert self._checkpoint is not None
-        old = {step: file for step, file in _in_folder(self._folder).items() if step <= self._saved}
+        old = {step: file for step, file in _in_folder(self._folder).items() if step <= self.state.step}
         for step in sorted(old)[: -self._checkpoint.keep]:
             with contextlib.suppress(OSError):
                 old[step].unlink()

@@ -684,7 +684,7 @@ def main(task: Task, steps: int, which: Sequence[int] | None, most: int) -> dict
 
 
 def capitals_task(stand_in: bool) -> Task:
-    """The task of examples/capitals.py."""
+    """The capitals that the model knows."""
     model, tokenizer = tasks.stand_in() if stand_in else tasks.smollm2()
     n_known, phrases = (12, []) if stand_in else (len(tasks.CAPITALS.answers), UNSEEN)
     countries = list(tasks.CAPITALS.answers)[:n_known]

@@ -1,4 +1,4 @@
-"""What a targeted decomposition of a public language model is worth: every task, beside its baselines.
+"""What a targeted decomposition of a public language model is worth, task by task.
 
 Each run leaves a JSON in results/ and its components in out/lm/; runs that are already there are skipped, so it can be
 stopped and started again. Then the tables in README.md are made anew from what is there.
@@ -37,7 +37,8 @@ Made by `make lm` from SmolLM2-135M-Instruct, whose weights come with the packag
 prompts of one task with `apd.language_model()`. Nothing else is chosen but the matrices of the opposites; the others
 are those that `apd.where` finds. Every number is over all prompts that the model answers rightly. "Start" is the fitted
 start alone, "trained" are 300 steps. KL is in nats. General text are texts that the model wrote and that were not
-trained on. A range is that of the seeds. Goals are in docs/results.md, with what fell short.
+trained on. A range is that of the seeds. Seconds are those of one thread beside other work, with the scan. What fell
+short is in docs/results.md.
 
 The prompts, the first phrasings and other samples of general text were looked at while the settings were chosen for
 capitals; nothing was tuned for the other tasks.
@@ -101,27 +102,6 @@ def texts_elsewhere(run: Run, of: Known, tokenizer: Any) -> list[Any]:
         return of.others
     neighbours = [prompts_of(template, tokenizer, of.words) for template in of.task.neighbours[:3]]
     return [*of.others, *(batch for prompts in neighbours for batch in prompts.batches(13))]
-
-
-def decomposed(run: Run, of: Known, model: Any, tokenizer: Any, steps: int, file: Path) -> tuple[Any, float]:
-    """The decomposition, from a file if it is there, and the seconds that it took."""
-    if file.exists():
-        return apd.load(file, model, output=apd.last_position()), json.loads((file / "seconds.json").read_text())
-    began = time.perf_counter()
-    weights = run.weights or apd.where(model, [of.prompts.batch], output=apd.last_position()).best()
-    decomposition = apd.decompose(
-        model,
-        prompts_decomposed(run, of, tokenizer),
-        list(weights),
-        n_components=run.n_components or len(of.prompts) + 8,
-        others=texts_elsewhere(run, of, tokenizer),
-        seed=run.seed,
-        **apd.language_model(steps),
-    )
-    seconds = time.perf_counter() - began
-    decomposition.save(file)
-    (file / "seconds.json").write_text(json.dumps(seconds))
-    return decomposition, seconds
 
 
 def measured(decomposition: apd.Decomposition, of: Known, model: Any, tokenizer: Any, most: int) -> Numbers:
@@ -192,7 +172,7 @@ def on_prompts(
         far: list[float] = []
         near: list[float] = []
         for i in known.nonzero()[:, 0].tolist():
-            stranger = next(j % n for j in range(i + 7, i + 7 + n) if own[j % n] != own[i] or n == 1)
+            stranger = next((j % n for j in range(i + 7, i + 7 + n) if own[j % n] != own[i]), i)
             pair = prompts.some([i, stranger])
             with decomposition.ablate([own[i]]):
                 after = logits(model, pair.batch)
@@ -258,28 +238,35 @@ def shared_by_phrasings(decomposition: apd.Decomposition, run: Run, of: Known, t
 
 def result(run: Run, name: str, of: Known, model: Any, tokenizer: Any, steps: int, most: int, out: Path) -> Any:
     """The fitted start and what training makes of it."""
-    found = {}
+    began = time.perf_counter()
+    weights = run.weights or apd.where(model, [of.prompts.batch], output=apd.last_position()).best()
+    n_components = run.n_components or len(of.prompts) + 8
+    scan, found = time.perf_counter() - began, {}
     for stage, n_steps in zip(STAGES, (0, steps), strict=True):
-        folder = out / f"{name}-{n_steps}"
-        decomposition, seconds = decomposed(run, of, model, tokenizer, n_steps, folder)
-        found[stage] = {"seconds": round(seconds, 1)}
-        measures = {
-            "measured": lambda of_: measured(of_, of, model, tokenizer, most),
-            "phrasings": lambda of_: shared_by_phrasings(of_, run, of, tokenizer),
-            "audit": lambda of_: audited(of_, of),
+        began = time.perf_counter()
+        decomposition = apd.decompose(
+            model,
+            prompts_decomposed(run, of, tokenizer),
+            weights,
+            n_components=n_components,
+            others=texts_elsewhere(run, of, tokenizer),
+            seed=run.seed,
+            **apd.language_model(n_steps),
+        )
+        found[stage] = {
+            "seconds": round(scan + time.perf_counter() - began, 1),
+            **measured(decomposition, of, model, tokenizer, most),
+            **shared_by_phrasings(decomposition, run, of, tokenizer),
+            **audited(decomposition, of),
         }
-        for measure, numbers_of in measures.items():
-            kept = folder / f"{measure}.json"
-            if not kept.exists():
-                kept.write_text(json.dumps(numbers_of(decomposition), indent=1))
-            found[stage] |= json.loads(kept.read_text())
         print(name, stage, json.dumps(found[stage], indent=1), flush=True)
+        decomposition.save(out / f"{name}-{stage}")
     return {
         "run": name,
         "seed": run.seed,
         "words": of.words,
-        "weights": list(decomposition.components.names),
-        "n_components": decomposition.components.n_components,
+        "weights": list(weights),
+        "n_components": n_components,
         "steps": steps,
         "tokens of general text": sum(batch.numel() for batch in of.held_out),
         "own components tried on it": most,
@@ -385,29 +372,31 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--most", type=int, default=10, help="own components that are tried on general text")
     parser.add_argument("--stand-in", action="store_true", help="a tiny model in the place of the real one")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--results", type=Path, help="folder of the numbers, by default results/ beside this script")
     parser.add_argument("--out", type=Path, default=OUT, help="where texts and components are kept")
     options = parser.parse_args()
-    options.results.mkdir(parents=True, exist_ok=True)
+    out = options.out / "stand-in" if options.stand_in else options.out
+    folder = options.results or (out / "results" if options.stand_in else HERE / "results")
+    folder.mkdir(parents=True, exist_ok=True)
     if options.stand_in:
         (model, tokenizer), runs = load_stand_in(), {"stand-in-0": Run(STAND_IN)}
-        texts = general_text(model, None, options.out / "texts.pt", n=48, length=8)
+        texts = general_text(model, None, out / "texts.pt", n=48, length=8)
     else:
         (model, tokenizer), runs = load_smollm2(), {name: RUNS[name] for name in options.runs}
-        texts = general_text(model, tokenizer, options.out / "texts.pt")
+        texts = general_text(model, tokenizer, out / "texts.pt")
     for name, run in runs.items():
-        file = options.results / f"{name}.json"
+        file = folder / f"{name}.json"
         if file.exists():
             continue
         of = known(run.task, model, tokenizer, texts)
-        found = result(run, name, of, model, tokenizer, options.steps, min(options.most, len(of.words)), options.out)
+        found = result(run, name, of, model, tokenizer, options.steps, min(options.most, len(of.words)), out)
         unfinished = file.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(found, indent=1))
         unfinished.replace(file)
-    tables = "\n".join(f"\n## {name}\n\n{table(found)}" for name, found in results(options.results).items())
+    tables = "\n".join(f"\n## {name}\n\n{table(found)}" for name, found in results(folder).items())
     print(tables)
-    if not options.stand_in:
-        (options.results.parent / "README.md").write_text(f"{README}{tables}\n")
+    if folder == HERE / "results":
+        (HERE / "README.md").write_text(f"{README}{tables}\n")
 
 
 if __name__ == "__main__":

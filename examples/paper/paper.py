@@ -41,15 +41,7 @@ How exactly coefficients must be chosen, and whether seeds find the same compone
 [the shares of seeds that succeed](figures/tms-5-2-valley.png) and [how alike they are](figures/tms-5-2-stability.png).
 """
 
-LOSSES = apd.Losses(
-    faithfulness=1,
-    minimality=1,
-    path=2,
-    simplicity=apd.HoldThenDecay(0.04),
-    schatten_p=0.9,
-    simplicity_floor=0.5,
-    normalization="relative",
-)
+LOSSES = apd.Losses(simplicity=apd.HoldThenDecay(0.04))
 MOVES = apd.ClusterMoves(fewest=8)
 
 Target = toys.TMSTarget | toys.ResidualMLPTarget | toys.GatedTarget

@@ -16,7 +16,7 @@ def test_the_ten_lines_run():
     for there, here in {"smollm2": "stand_in", "n=288, length=32": "n=64, length=8", "steps=300": "steps=5"}.items():
         assert there in code
         code = code.replace(there, here)
-    printed = outside.run(f"import sys; sys.path.insert(0, {str(ROOT / 'examples')!r})\n" + code)
+    printed = outside.run(f"import sys; sys.path.insert(0, {str(ROOT / 'examples/language_model')!r})\n" + code)
     assert "12 of 12" in printed
     assert "own component off: answer changed" in printed
 

@@ -20,7 +20,7 @@ def test_facts_in_an_mlp(tmp_path):
 
 def test_capitals(tmp_path):
     """In the place of the language model a tiny one, which is trained on the spot."""
-    printed = run("capitals.py", "--stand-in", "--steps", "10", "--out", str(tmp_path))
+    printed = run("language_model/capitals.py", "--stand-in", "--steps", "10", "--out", str(tmp_path))
     assert "12 of 39 prompts known" in printed
     assert "Chosen: model.layers.0.self_attn.v_proj" in printed
     assert printed.count("on the active components alone: KL; same answer") == 2

