@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from apd_lens._shards import like
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._products import masked_product
 from apd_lens.data._points import Valid, padded, zero_at_padding
@@ -178,4 +179,6 @@ def refactor(
 def _forget_moments(state: Mapping[str, Any], touched: list[int]) -> None:
     for value in state.values():
         if isinstance(value, Tensor) and value.ndim > 0:
-            value[touched] = 0.0
+            forgotten = torch.zeros(len(value), 1, 1, dtype=torch.bool, device=value.device)
+            forgotten[touched] = True
+            value.masked_fill_(like(forgotten, value), 0.0)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from apd_lens._shards import freed_after
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import Mask, MatrixInput
 from apd_lens.components._pairs import ActivePairs, active_pairs
@@ -53,6 +54,9 @@ class Mixture:
 
     def _product(self, use: Use, x: MatrixInput) -> Float[Tensor, "examples *pos d_out"]:
         """Σ_c (s_c − r) · x P_c."""
+        return freed_after(lambda: self._product_now(use, x))
+
+    def _product_now(self, use: Use, x: MatrixInput) -> Float[Tensor, "examples *pos d_out"]:
         A, B = self.components.factors(use)
         if not isinstance(self.on, Tensor) and not isinstance(self.rest, Tensor):
             return (self.on - self.rest) * masked_product(x, A, B)

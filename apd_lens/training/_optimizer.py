@@ -48,7 +48,8 @@ def update(
             f"step {step}: this {type(model).__name__} uses torch.utils.checkpoint in eval mode too, and parts of "
             "it would be run again without the components. Switch it off while decomposing."
         ) from error
-    average_gradients(components.parameters())
+    if not components.is_sharded:  # whose gradients are averaged as they come
+        average_gradients(components.parameters())
     if optimization.unit_norm:
         remove_parallel_gradients(components)
     optimizer.step()

@@ -138,12 +138,16 @@ def stream_terms(
 @full_precision()
 def make_moves(state: State, watched: WatchedPass, masks: Masks) -> int:
     """Makes the moves that the settings ask for, in place; returns how many."""
-    moves = state.settings.moves
+    moves, optimizer = state.settings.moves, state.optimizer
     assert moves is not None
+    parts, components = state.components, state.components.whole()
+    if parts.is_sharded:  # whose moments stay as they are
+        for one, part in zip(components.parameters(), parts.parameters(), strict=True):
+            optimizer.state[one] = optimizer.state[part]
     n_moves = moves(
         MoveContext(
-            components=state.components,
-            optimizer=state.optimizer,
+            components=components,
+            optimizer=optimizer,
             weights=state.weights,
             watched=watched.of_all(),
             attributions=masks.attributions,
@@ -153,8 +157,13 @@ def make_moves(state: State, watched: WatchedPass, masks: Masks) -> int:
         )
     )
     if n_moves and state.settings.optimization.unit_norm:
-        normalize_columns(state.components)
-    copy_from_first([*state.components.parameters(), *moments(state.optimizer)])  # processes may round otherwise
+        normalize_columns(components)
+    # Processes may round otherwise.
+    copy_from_first([*components.parameters(), *(() if parts.is_sharded else moments(optimizer))])
+    if parts.is_sharded:
+        parts.take(components)
+        for one in components.parameters():
+            del optimizer.state[one]
     return n_moves
 
 

@@ -95,7 +95,7 @@ def trained(model: nn.Module | None = None, batches: Any = None, steps: int = 8,
         on_step=lambda step, info: infos.append(info),
     )
     return {
-        "factors": [factor.detach() for factor in decomposition.components.parameters()],
+        "factors": [factor.detach() for factor in decomposition.components.whole().parameters()],
         "k": [info.k for info in infos],
         "terms": [{name: term.item() for name, term in info.terms.items()} for info in infos],
         "moves": sum(info.moves for info in infos),
