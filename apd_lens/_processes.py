@@ -225,7 +225,9 @@ def group_of(values: Tensor) -> Any:
 
 
 def _control() -> Any:
-    world = dist.group.WORLD
+    """Waits as long as the user's group does, `init_process_group(timeout=…)`."""
+    world: Any = dist.group.WORLD
     if not _CONTROL or _CONTROL[0] is not world:
-        _CONTROL[:] = [world, dist.new_group(backend="gloo")]
+        timeout = world._get_backend(world._device_types[0]).options._timeout
+        _CONTROL[:] = [world, dist.new_group(backend="gloo", timeout=timeout)]
     return _CONTROL[1]

@@ -57,7 +57,7 @@ def whole(values: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "n *rest"]:
     return _all_parts(values)
 
 
-def for_first(values: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "..."]:
+def for_first(values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     """A copy; of what is sharded the whole on the CPU of the first process, and nothing in the others."""
     if not is_sharded(values):
         return values.clone()

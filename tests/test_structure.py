@@ -117,6 +117,7 @@ TESTED_WITH = {
     "scan/groups": "scan/where",
     "scan/passes": "scan/where",
     "scan/result": "scan/where",
+    "shards": "processes",
     "training/step": "training/loop",
 }
 
