@@ -48,20 +48,19 @@ def test_a_training_goes_on_in_another_number_of_processes(tmp_path):
     """From one to two, from four to two and from two to one, its components divided or not before and after."""
     together(1, partial(begin, tmp_path / "of one"))
     together(4, partial(begin, tmp_path / "of four"))
-    begun = [tmp_path / "of one" / "whole", tmp_path / "of four" / "whole", tmp_path / "of four" / "sharded"]
-    assert [os.listdir(folder) for folder in begun] == [["step-000004.safetensors"]] * 3
+    for begun in ("of one/whole", "of four/whole", "of four/sharded"):
+        assert os.listdir(tmp_path / begun) == ["step-000004.safetensors"]
     found = []
-    for trainings, factors, text in together(2, partial(go_on, begun, tmp_path)):
+    for trainings, factors, text in together(2, partial(go_on, tmp_path)):
         loaded = apd.load(tmp_path / "result", mlp())
         assert [*map(torch.equal, loaded.components.parameters(), factors)] == [True] * len(factors)
         assert "6 components over" in text
         found += trainings
     expected, *of_two = together(1, partial(finish, tmp_path))[0]
     found += of_two
-    assert len(found) == 14
-    assert expected["moves"] == 2
+    assert len(found) == 10
     for one in found:
-        assert one["moves"] == 1
+        assert 0 < one["moves"] < expected["moves"]
         for ours, theirs in zip(one["factors"], expected["factors"], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 

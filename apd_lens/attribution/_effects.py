@@ -85,7 +85,7 @@ def effects_of_calls(
                 return torch.cat(list(parts), 1)
 
             effects = freed_after(effects_of_one)
-            total = effects if total is None else total + effects
+            total = effects if total is None else total + effects.to(total.device)
         assert total is not None
         yield total
 
@@ -119,10 +119,10 @@ def _effects_of_used(
         inner = {number: of_call(examples) for number, of_call in inner_of.items()}
         for term in terms:
             effects = term([inner[number] for number in term.calls], examples, granularity)
-            total = effects if total is None else total.add_(effects)
+            total = effects if total is None else total.add_(effects.to(total.device))
         assert total is not None
         if slopes is not None:
-            total.mul_(slopes[:, examples].reshape(len(total), -1, *[1] * (total.ndim - 2)))
+            total.mul_(slopes.to(total.device)[:, examples].reshape(len(total), -1, *[1] * (total.ndim - 2)))
         yield total
 
 
@@ -208,7 +208,7 @@ def _terms(used: Sequence[_Used]) -> list[_Term | _OneMap]:
         for values, through in parts:
             if values.shape[1] < len(call.y):
                 pulled = einsum(values[:, 0].to(B.dtype), B, "v ... d_out, C m d_out -> v ... C m")
-                together.setdefault(call.y.shape[1:-1], []).append((number, pulled))
+                together.setdefault((call.y.shape[1:-1], B.device), []).append((number, pulled))
             else:
                 common[id(values)] = values.to(B.dtype)
                 B_through = B if through is None else B @ through.to(B.dtype).mT

@@ -86,7 +86,10 @@ def hidden_terms(losses: Losses, watched: WatchedPass, hidden: Mapping[str, Tens
     if not losses.hidden:
         return {}
     kept, kept_sparse = (
-        {name: without_padding(activation, watched.valid) for name, activation in activations.items()}
+        {
+            name: without_padding(activation, watched.valid).to(watched.output.device)
+            for name, activation in activations.items()
+        }
         for activations in (watched.hidden, hidden)
     )
     return {"hidden": _hidden_term(kept, kept_sparse, losses.normalization == "relative")}

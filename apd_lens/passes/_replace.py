@@ -63,15 +63,15 @@ class Mixture:
         if self._pairs is None:
             return masked_product(x, A, B, self._difference(A))
         mask, pairs = self._pairs
-        product = masked_product(x, A, B, mask, pairs)
+        product = masked_product(x, A, B, mask.to(A.device), pairs.to(A.device))
         return -product if self.rest else product
 
     def _difference(self, A: Tensor) -> Mask:
         """s − r."""
         if isinstance(self.on, Tensor):
-            return self.on.to(A.dtype) - _for_each(self.rest, self.on)
+            return (self.on.to(A.dtype) - _for_each(self.rest, self.on)).to(A.device)
         assert isinstance(self.rest, Tensor)
-        return (self.on - self.rest.to(A.dtype))[..., None].expand(*self.rest.shape, len(A))
+        return (self.on - self.rest.to(A))[..., None].expand(*self.rest.shape, len(A))
 
     @cached_property
     def _pairs(self) -> tuple[Bool[Tensor, "examples *mask_pos C"], ActivePairs] | None:

@@ -23,8 +23,8 @@ def adam(components: ParameterComponents, optimization: Optimization) -> torch.o
 
 
 def moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The tensors that the optimizer keeps."""
-    return [value for kept in optimizer.state.values() for value in kept.values() if isinstance(value, Tensor)]
+    """The tensors that the optimizer keeps, in the same order in every process."""
+    return [kept[key] for kept in optimizer.state.values() for key in sorted(kept) if isinstance(kept[key], Tensor)]
 
 
 def update(

@@ -85,13 +85,9 @@ class State:
         """What is asked on each kind of data; a step takes a batch of each. Moves look at the first one."""
         return (first_stream(self.settings, self.output), *self.others)
 
-    def draws(self, what: str) -> torch.Generator:
-        """A generator for one purpose in the next step, on the CPU."""
-        return draws(self.settings.seed, self.step, what)
-
-    def draws_on_device(self, what: str) -> torch.Generator:
-        """A generator for one purpose in the next step, on the model's device."""
-        return draws(self.settings.seed, self.step, what, device=self.last_active.device)
+    def draws(self, what: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """A generator for one purpose in the next step."""
+        return draws(self.settings.seed, self.step, what, device=device)
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of all that changes from step to step, by name: with them a fresh state goes on as this one would.
@@ -254,6 +250,7 @@ def init(
         )
     _check(settings, n_components)
     _check_start(settings, n_components, len(names))
+    _check_devices(settings, {target.weights[name].parameter.device for name in names})
     for name in names:
         value = target.weights[name].value()
         if not bool(value.isfinite().all()):
@@ -371,6 +368,15 @@ def first_batches(batches: Batches) -> Iterable[Batch]:
         return [batches(step) for step in range(FITTED_STEPS)]
     check_again(batches, 2)
     return islice(one_pass(batches), FITTED_BATCHES)
+
+
+def _check_devices(settings: Settings, devices: set[torch.device]) -> None:
+    if len(devices) > 1 and (settings.moves is not None or settings.optimization.start != "random"):
+        raise InvalidSetting(
+            f"The matrices are on {len(devices)} devices, {', '.join(sorted(map(str, devices)))}. Moves, and starts that "
+            "are not random, look at all matrices together, on one device. Give moves=None and start='random', or put "
+            "the model on one device."
+        )
 
 
 def _check_start(settings: Settings, n_components: int, n_matrices: int) -> None:

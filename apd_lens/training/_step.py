@@ -72,7 +72,8 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
 
     last_active, mean_active, watched = state.last_active, None, seen[0].pass_
     if masks.active is not None:
-        last_active = torch.where(masks.active.flatten(0, -2).any(0), state.step, last_active)
+        was_active = masks.active.flatten(0, -2).any(0).to(last_active.device)
+        last_active = torch.where(was_active, state.step, last_active)
         mean_active = without_padding(masks.active, watched.run.inputs.of_all.valid).sum(-1).float().mean()
     due = are_due(settings.moves, state.step, settings.optimization.steps)
     if state.late is not None:
@@ -107,7 +108,8 @@ def stream_terms(
     """The loss terms of a stream on a batch, without coefficients, and its masks."""
     losses, components, run = stream.losses, state.components, watched.run
     scale = distance_scale(watched, losses)
-    draws = state.draws_on_device(stream.named("attribution"))
+    device = watched.output.device  # where masks and losses are; factors are where their matrices are
+    draws = state.draws(stream.named("attribution"), device)
     masks = stream.masking.masks(watched, components, progress, scale, draws)
     whole = run.inputs.of_all
     if len(masks.importance) != whole.n_examples:
@@ -122,7 +124,9 @@ def stream_terms(
     else:
         if losses.normalization == "relative":
             share = importance.float().mean().clamp_min(1e-12)  # none may be active
-        mixtures = stream.mixtures(components, masks, losses, state.draws_on_device(stream.named("path")))
+        mixtures = stream.mixtures(
+            components, masks, losses, state.draws(stream.named("path"), masks.importance.device)
+        )
         for name, mixture in mixtures.items():
             hidden_at = losses.hidden_at if name == "minimality" else ()
             output, found = replaced_pass(state.target, components.names, mixture, run.inputs, run.output, hidden_at)

@@ -22,7 +22,7 @@ def normalize_columns(
         A = A.mT
         norms = A.norm(dim=1, keepdim=True)
         if unless is not None:
-            norms.masked_fill_(unless != 0, 1)
+            norms.masked_fill_(unless.to(norms.device) != 0, 1)
         A.div_(norms.masked_fill(norms == 0, 1))
         if keep_products:
             B.mul_(norms.mT)

@@ -177,10 +177,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 # With components, gradients and moments divided over the processes.
-SHARDED = {
-    f"{name}, sharded": name
-    for name in ("the defaults, k found", "Lp", "other data", "cluster moves", "a start fitted to data")
-}
+SHARDED = {f"{name}, sharded": name for name in ("Lp", "other data", "cluster moves", "a start fitted to data")}
 
 
 def all_cases(rank: int) -> dict[str, dict[str, Any]]:
@@ -210,17 +207,18 @@ def begin(folder: Path, rank: int) -> None:
     saved_training(folder / "sharded", end_at=4, sharded=True)
 
 
-def go_on(begun: list[Path], folder: Path, rank: int) -> list[Any]:
-    """Goes on with trainings, of which each process has its copies, begins others, and saves a result."""
-    for sharded in (False, True):
-        for of in begun:
-            shutil.copytree(of, folder / f"{sharded} {rank} {of.parent.name} {of.name}")
-    torch.distributed.barrier()
-    found = [
-        saved_training(folder / f"{sharded} {rank} {of.parent.name} {of.name}", sharded=sharded)
-        for sharded in (False, True)
-        for of in begun
-    ]
+def go_on(folder: Path, rank: int) -> list[Any]:
+    """Goes on with copies of trainings, begins others, and saves a result."""
+    found = []
+    for of, sharded in [
+        ("of one/whole", False),
+        ("of one/whole", True),
+        ("of four/whole", False),
+        ("of four/sharded", True),
+    ]:
+        copy = folder / f"{of.replace('/', ' ')}, {sharded}, {rank}"
+        shutil.copytree(folder / of, copy)
+        found.append(saved_training(copy, sharded=sharded))
     begin(folder / "of two", rank)
     decomposition = apd.decompose(mlp(), [data()], **FEW, moves=None, optimization=apd.Optimization(2), sharded=True)
     decomposition.save(folder / "result")
