@@ -94,11 +94,12 @@ def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max((one - other).abs().max().item() for one, other in zip(ours, theirs, strict=True))
 
 
-def same(steps: int, seeds: list[int], counts: list[int]) -> None:
+def same(steps: int, cases: list[str], seeds: list[int], counts: list[int]) -> None:
     columns = [f"{n}{sharded}" for n in counts for sharded in ("", ", divided")]
     print(f"| {steps} steps, seed | {' | '.join(columns)} | half of each batch |")
     for seed in seeds:
-        for name, options in CASES.items():
+        for name in cases:
+            options = CASES[name]
 
             def run(seed: int = seed, options: dict[str, Any] = options, **more: Any) -> list[Tensor]:
                 return train(steps, seed, **options, **more)
@@ -202,15 +203,16 @@ def stopped(steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100, help="of each training that is compared; 0: none")
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=[*CASES])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--processes", type=int, nargs="*", default=[2, 4])
     parser.add_argument("--components", type=int, default=2000, help="of which memory is measured; 0: none")
-    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--kills", type=int, default=20, help="of one of two processes; 0: none")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # a process with threads of its own cannot be forked
     if arguments.steps:
-        same(arguments.steps, arguments.seeds, arguments.processes)
+        same(arguments.steps, arguments.cases, arguments.seeds, arguments.processes)
     if arguments.components:
         memory(arguments.components, arguments.width, arguments.processes)
     if arguments.kills:

@@ -2,8 +2,8 @@
 
 cost      the share of a training's time that its checkpoints take: of a toy, of a residual MLP, and of a language
           model with others, for several `every`
-kills     trainings that are ended by SIGKILL or SIGTERM at a random moment, and gone on with to their end. Wrong: it has
-          other bits than that of one that nobody ended
+kills     trainings that are ended by SIGKILL or SIGTERM at a random moment, and gone on with to their end. Wrong: the
+          end has other bits than that of one that nobody ended
 saves     trainings that are killed before each line of what saves a checkpoint. Wrong: the checkpoint before is lost
           and the new one is not there; the training does not go on to the same bits; or something is left behind
 """

@@ -373,9 +373,9 @@ def first_batches(batches: Batches) -> Iterable[Batch]:
 def _check_devices(settings: Settings, devices: set[torch.device]) -> None:
     if len(devices) > 1 and (settings.moves is not None or settings.optimization.start != "random"):
         raise InvalidSetting(
-            f"The matrices are on {len(devices)} devices, {', '.join(sorted(map(str, devices)))}. Moves, and starts that "
-            "are not random, look at all matrices together, on one device. Give moves=None and start='random', or put "
-            "the model on one device."
+            f"The matrices are on {len(devices)} devices, {', '.join(sorted(map(str, devices)))}. Moves, and starts "
+            "that are not random, look at all matrices together, on one device. Give moves=None and start='random', or "
+            "put the model on one device."
         )
 
 

@@ -90,7 +90,7 @@ def test_a_model_on_two_devices(options: dict[str, Any]):
     for number, device in ((0, FIRST), (2, SECOND), (4, FIRST)):
         placed(model[number], device)
     with TwoDevices():
-        with pytest.raises(apd.InvalidSetting, match="on 2 devices, cpu:0, cpu:1. Moves, and starts"):
+        with pytest.raises(apd.InvalidSetting, match=r"on 2 devices, cpu:0, cpu:1\. Moves, and starts"):
             apd.init(model, n_components=2)
         found = apd.decompose(model, [x], **few)
         for name, factor in found.components.B.items():
