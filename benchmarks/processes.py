@@ -124,13 +124,18 @@ def hold(n_components: int, width: int, sharded: bool) -> tuple[int, int]:
     """Bytes of factors, gradients and moments in this process behind three steps, and the peak over what was before."""
     torch.manual_seed(0)
     layers = [layer for _ in range(6) for layer in (nn.Linear(width, width, bias=False), nn.ReLU())]
+    model = nn.Sequential(*layers)
+
+    def steps(n_components: int) -> apd.State:
+        options = {"n_components": n_components, "rank": 2, "selection": apd.TopK(4), "moves": None}
+        state = apd.init(model, **options, attribution=apd.GradientAttribution(4), sharded=sharded)
+        for step in range(3):
+            state, _ = apd.step(state, torch.randn(32, width, generator=torch.Generator().manual_seed(step)))
+        return state
+
+    steps(8)  # what is loaded at first use is no concern of ours
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = resident("VmRSS")
-    options = {"n_components": n_components, "rank": 2, "selection": apd.TopK(4), "moves": None}
-    state = apd.init(nn.Sequential(*layers), **options, attribution=apd.GradientAttribution(4), sharded=sharded)
-    for step in range(3):
-        state, _ = apd.step(state, torch.randn(32, width, generator=torch.Generator().manual_seed(step)))
-    held = 0
+    before, state, held = resident("VmRSS"), steps(n_components), 0
     for factor in state.components.parameters():
         moments = [value for value in state.optimizer.state[factor].values() if value.ndim]
         held += sum(_shards.own_part(tensor).nbytes for tensor in (factor.detach(), factor.grad, *moments))
@@ -139,7 +144,7 @@ def hold(n_components: int, width: int, sharded: bool) -> tuple[int, int]:
 
 def memory(n_components: int, width: int, counts: list[int]) -> None:
     print(f"6 matrices {width} x {width}, {n_components} components of rank 2; MiB of a process")
-    print("| processes | factors, gradients, moments | peak |")
+    print("| processes | factors, gradients, moments | peak |", flush=True)
     for n in [1, *counts]:
         for sharded in (False, True) if n > 1 else (False,):
             found = together(n, lambda sharded=sharded: hold(n_components, width, sharded))
