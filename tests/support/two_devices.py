@@ -29,6 +29,9 @@ class OnDevice(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
 
+    def __deepcopy__(self, memo: Any) -> nn.Parameter:
+        return nn.Parameter(OnDevice(self.inner.clone(), self.device), self.requires_grad)
+
     def tolist(self) -> Any:
         return self.inner.tolist()
 
