@@ -11,17 +11,19 @@ from typing import Any
 
 import jaxtyping
 from jaxtyping import _decorator
+from jaxtyping._import_hook import Typechecker
 
 seen: Counter[CodeType] = Counter()  # calls in this test; tests/conftest.py clears it
 every_call = jaxtyping.jaxtyped
 
 
 def first_call(function: Any = None, *, typechecker: Any) -> Any:
-    """In the place of jaxtyping's decorator, which its import hook puts on every function and class."""
+    """In the place of jaxtyping's decorator, which its import hook puts on all functions and classes."""
     if function is None:
         return functools.partial(first_call, typechecker=typechecker)
-    if not isinstance(function, FunctionType):
-        return every_call(function, typechecker=typechecker)  # which comes back here with the functions in it
+    of_the_hook = typechecker in Typechecker.lookup.values()  # and not the check of users' arguments
+    if not (of_the_hook and isinstance(function, FunctionType)):
+        return every_call(function, typechecker=typechecker)  # which comes back here with the functions of a class
     code = function.__code__
     if "<locals>" in function.__qualname__:
         seen[code] += 1
