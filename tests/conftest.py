@@ -77,6 +77,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif hasattr(item, "callspec"):
             products[item.nodeid.partition("[")[0]].append(item)
     for cases in products.values():
-        taken = on_the_diagonal([case.callspec.indices for case in cases])  # type: ignore[attr-defined]
+        taken = on_the_diagonal([case.callspec._idlist for case in cases])  # type: ignore[attr-defined]
         for case in compress(cases, map(not_, taken)):
             case.add_marker(pytest.mark.thorough)
