@@ -172,8 +172,11 @@ def refactor(
     m = min(A.shape[-1], len(singular_values))
     root = singular_values[:m].sqrt()
     A[component], B[component] = 0.0, 0.0
-    A[component, :, :m] = Q_left @ U[:, :m] * root
-    B[component, :m] = root[:, None] * (Vh[:m] @ Q_right.mT)
+    columns, rows = Q_left @ U[:, :m] * root, root[:, None] * (Vh[:m] @ Q_right.mT)
+    # Singular vectors have either sign. Rounding, which is another one in several processes, is not to choose it.
+    numbers = torch.arange(len(columns), dtype=columns.dtype, device=columns.device)
+    signs = torch.where(numbers.cos() @ columns < 0, -1.0, 1.0).to(columns)
+    A[component, :, :m], B[component, :m] = columns * signs, signs[:, None] * rows
 
 
 def _forget_moments(state: Mapping[str, Any], touched: list[int]) -> None:
