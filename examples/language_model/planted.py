@@ -318,7 +318,7 @@ def evaluated(
     """What is known of a decomposition of a changed model."""
     components, twins = decomposition.components, apd.random_components(decomposition.components)
     forgetting = apd.language.forgetting(
-        decomposition, {"inputs_embeds": task.prompts}, [{"inputs_embeds": task.texts}], most=3, progress=False
+        decomposition, {"inputs_embeds": task.prompts}, [{"inputs_embeds": task.texts}], progress=False
     )
     own = sorted(set(forgetting.own.tolist()))
     cosine, explained = how_like(components, own, differences)

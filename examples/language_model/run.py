@@ -14,11 +14,13 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tasks import ALIASES, CAPITALS, OPPOSITES, STAND_IN, SYMBOLS, Known, Task, general_text, known, prompts_of
 from tasks import smollm2 as load_smollm2
 from tasks import stand_in as load_stand_in
@@ -57,6 +59,7 @@ class Run:
     """One decomposition.
 
     Attributes:
+        seed: the start of the others than 0 is not attacked.
         weights: names of the matrices; None for those that the scan finds.
         phrasings: templates whose prompts are decomposed beside those of the task.
         neighbours: whether prompts about the same words are among the others.
@@ -85,7 +88,7 @@ RUNS = {
             *(f"model.layers.29.mlp.{matrix}_proj.weight" for matrix in ("gate", "up", "down")),
         ),
     ),
-    **{f"capitals-{seed}": Run(CAPITALS, seed) for seed in range(1, 5)},
+    **{f"capitals-{seed}": Run(CAPITALS, seed, tuple(attention_of(23))) for seed in range(1, 5)},  # as the scan finds
     **{f"opposites-{seed}": Run(OPPOSITES, seed, tuple(attention_of(22, 23, 24, 25))) for seed in (1, 2)},
 }
 
@@ -104,12 +107,11 @@ def texts_elsewhere(run: Run, of: Known, tokenizer: Any) -> list[Any]:
     return [*of.others, *(batch for prompts in neighbours for batch in prompts.batches(13))]
 
 
-def measured(decomposition: apd.Decomposition, of: Known, model: Any, tokenizer: Any, most: int) -> Numbers:
-    """All numbers of a decomposition; `most` own components are tried on general text."""
-    found = apd.language.forgetting(decomposition, of.prompts.batch, of.held_out, most=most)
+def measured(decomposition: apd.Decomposition, of: Known, model: Any, tokenizer: Any) -> Numbers:
+    """All numbers of a decomposition."""
+    found = apd.language.forgetting(decomposition, of.prompts.batch, of.held_out)
     assert found.kl_elsewhere is not None
     assert found.kl_all_off is not None
-    far = found.kl_elsewhere.flatten()
     n = len(of.prompts)
     numbers = {
         "prompts": float(n),
@@ -120,8 +122,8 @@ def measured(decomposition: apd.Decomposition, of: Known, model: Any, tokenizer:
         "own off, random twin forgotten": float(found.changed_by_twin.sum()),
         "own off, others changed": found.others_changed,
         "own off, KL on others": found.kl_others,
-        "own off, general text, KL": far.mean().item(),
-        "own off, general text, 99th percentile": far.quantile(0.99).item(),
+        "own off, general text, KL": found.kl_elsewhere.mean().item(),
+        "own off, general text, 99th percentile": found.kl_elsewhere.quantile(0.99).item(),
         "all off, general text, KL": found.kl_all_off.mean().item(),
         "residual": decomposition.residuals()["all"],
     }
@@ -135,6 +137,7 @@ def measured(decomposition: apd.Decomposition, of: Known, model: Any, tokenizer:
     return numbers
 
 
+@torch.no_grad()
 def logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """At each prompt's last token."""
     last = batch["input_ids"].shape[1] - 1 - batch["attention_mask"].flip(1).argmax(1)
@@ -164,28 +167,33 @@ def on_prompts(
     Args:
         answers: only prompts count whose answer is right before.
     """
-    prompts, n = prompts_of(template, tokenizer, of.words), len(own)
-    with torch.no_grad():
-        before = logits(model, prompts.batch)
-        known = torch.ones(n, dtype=torch.bool) if answers is None else before.argmax(-1) == answers
-        numbers = dict.fromkeys(("known", "forgotten", "strangers", "strangers changed"), 0.0)
-        far: list[float] = []
-        near: list[float] = []
-        for i in known.nonzero()[:, 0].tolist():
-            stranger = next((j % n for j in range(i + 7, i + 7 + n) if own[j % n] != own[i]), i)
-            pair = prompts.some([i, stranger])
-            with decomposition.ablate([own[i]]):
-                after = logits(model, pair.batch)
-            kl = kl_divergence(before[[i, stranger]], after)
-            changed = after.argmax(-1) != before[[i, stranger]].argmax(-1)
-            numbers["known"] += 1
-            numbers["forgotten"] += float(changed[0])
-            numbers["strangers changed"] += float(changed[1])
-            near.append(kl[0].item())
-            far.append(kl[1].item())
-    numbers["KL of own"] = sum(near) / max(1, len(near))
-    numbers["KL of strangers"] = sum(far) / max(1, len(far))
-    return numbers
+    prompts = prompts_of(template, tokenizer, of.words)
+    before = logits(model, prompts.batch)
+    known = torch.ones(len(own)).bool() if answers is None else before.argmax(-1) == answers
+    changed, kl = {}, {}
+    for whom, rows in (("own", range(len(own))), ("strangers", strangers(own))):
+        with each_without(decomposition, own):
+            after = logits(model, prompts.some(list(rows)).batch)
+        changed[whom] = float((after.argmax(-1) != before[rows].argmax(-1))[known].sum())
+        kl[whom] = kl_divergence(before[rows], after)[known].mean().item()
+    return {
+        "known": float(known.sum()),
+        "forgotten": changed["own"],
+        "strangers changed": changed["strangers"],
+        "KL of own": kl["own"],
+        "KL of strangers": kl["strangers"],
+    }
+
+
+def each_without(decomposition: apd.Decomposition, off: list[int]) -> AbstractContextManager[None]:
+    """Inside, row i of a batch runs without component off[i], in the whole model."""
+    return decomposition.sparse(~F.one_hot(torch.tensor(off), decomposition.components.n_components).bool(), rest=1.0)
+
+
+def strangers(own: list[int]) -> list[int]:
+    """For each prompt another one with another own component; itself where there is none."""
+    n = len(own)
+    return [next((j % n for j in range(i + 7, i + 7 + n) if own[j % n] != own[i]), i) for i in range(n)]
 
 
 def totals(found: list[Numbers]) -> Numbers:
@@ -211,14 +219,10 @@ def of_layers(decomposition: apd.Decomposition, own: list[int], of: Known, model
         here = [place for place, name in enumerate(components.names) if layers[name] == layer]
         A = {name: a if layers[name] == layer else torch.zeros_like(a) for name, a in components.A.items()}
         part = replace(decomposition, components=apd.ParameterComponents(A, components.B))
-        with torch.no_grad():
-            forgotten = 0
-            for i, component in enumerate(own):
-                with part.ablate([component]):
-                    answer = logits(model, of.prompts.some([i]).batch).argmax(-1)
-                forgotten += int(answer != of.answers[i])
+        with each_without(part, own):
+            answers = logits(model, of.prompts.batch).argmax(-1)
         numbers[f"layer {layer}, share of weight"] = sum(share[place] for place in here)
-        numbers[f"layer {layer}, its part off, forgotten"] = float(forgotten)
+        numbers[f"layer {layer}, its part off, forgotten"] = float((answers != of.answers).sum())
     return numbers
 
 
@@ -236,7 +240,7 @@ def shared_by_phrasings(decomposition: apd.Decomposition, run: Run, of: Known, t
     return {"words with one component for all phrasings": float((alike & (users[own[0]] == 1)).sum())}
 
 
-def result(run: Run, name: str, of: Known, model: Any, tokenizer: Any, steps: int, most: int, out: Path) -> Any:
+def result(run: Run, name: str, of: Known, model: Any, tokenizer: Any, steps: int, out: Path) -> Any:
     """The fitted start and what training makes of it."""
     began = time.perf_counter()
     weights = run.weights or apd.where(model, [of.prompts.batch], output=apd.last_position()).best()
@@ -255,9 +259,9 @@ def result(run: Run, name: str, of: Known, model: Any, tokenizer: Any, steps: in
         )
         found[stage] = {
             "seconds": round(scan + time.perf_counter() - began, 1),
-            **measured(decomposition, of, model, tokenizer, most),
+            **measured(decomposition, of, model, tokenizer),
             **shared_by_phrasings(decomposition, run, of, tokenizer),
-            **audited(decomposition, of),
+            **(audited(decomposition, of) if stage == "trained" or run.seed == 0 else {}),
         }
         print(name, stage, json.dumps(found[stage], indent=1), flush=True)
         decomposition.save(out / f"{name}-{stage}")
@@ -269,7 +273,6 @@ def result(run: Run, name: str, of: Known, model: Any, tokenizer: Any, steps: in
         "n_components": n_components,
         "steps": steps,
         "tokens of general text": sum(batch.numel() for batch in of.held_out),
-        "own components tried on it": most,
         "hardware": hardware(),
         **found,
     }
@@ -352,17 +355,19 @@ def table(runs: list[dict[str, Any]]) -> str:
         elif name.startswith("layer"):
             rows[name] = (number(name, ".0%") if "share" in name else of_count(name),)
     for title, shown in rows.items():
-        try:
-            cells = ["; ".join(spread([one(run[stage]) for run in runs]) for one in shown) for stage in STAGES]
-        except KeyError:
-            continue  # not asked for in this run
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+        cells = ["; ".join(spread(one, [run[stage] for run in runs]) for one in shown) for stage in STAGES]
+        if any(cell.strip("; ") for cell in cells):
+            lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def spread(shown: list[str]) -> str:
-    """The least and the largest, as they are written; one where they are alike."""
-    ordered = sorted(shown, key=lambda text: float(text.split()[0].rstrip("%")))
+def spread(one: Callable[[Numbers], str], runs: list[Numbers]) -> str:
+    """The least and the largest, as they are written; one where they are alike; nothing where none was measured."""
+    shown = []
+    for numbers in runs:
+        with suppress(KeyError):
+            shown.append(one(numbers))
+    ordered = sorted(shown, key=lambda text: float(text.split()[0].rstrip("%"))) or [""]
     return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
 
 
@@ -370,7 +375,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--most", type=int, default=10, help="own components that are tried on general text")
     parser.add_argument("--stand-in", action="store_true", help="a tiny model in the place of the real one")
     parser.add_argument("--results", type=Path, help="folder of the numbers, by default results/ beside this script")
     parser.add_argument("--out", type=Path, default=OUT, help="where texts and components are kept")
@@ -389,7 +393,7 @@ def main() -> None:
         if file.exists():
             continue
         of = known(run.task, model, tokenizer, texts)
-        found = result(run, name, of, model, tokenizer, options.steps, min(options.most, len(of.words)), out)
+        found = result(run, name, of, model, tokenizer, options.steps, out)
         unfinished = file.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(found, indent=1))
         unfinished.replace(file)
