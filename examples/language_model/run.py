@@ -19,11 +19,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import baselines
 import torch
 import torch.nn.functional as F
-from tasks import ALIASES, CAPITALS, OPPOSITES, STAND_IN, SYMBOLS, Known, Task, general_text, known, prompts_of
-from tasks import smollm2 as load_smollm2
-from tasks import stand_in as load_stand_in
+from tasks import (
+    ALIASES,
+    CAPITALS,
+    OPPOSITES,
+    RESULTS,
+    STAND_IN,
+    SYMBOLS,
+    Known,
+    Task,
+    known,
+    opened,
+    parsed,
+    prompts_of,
+)
 from torch import Tensor
 
 import apd_lens as apd
@@ -31,7 +43,6 @@ from apd_lens import metrics
 from apd_lens.losses import kl_divergence
 
 HERE = Path(__file__).parent
-OUT = HERE.parent.parent / "out" / "lm"
 Numbers = dict[str, float]
 README = """# What a public language model knows, in components
 
@@ -59,7 +70,7 @@ class Run:
     """One decomposition.
 
     Attributes:
-        seed: the start of the others than 0 is not attacked.
+        seed: of others than 0 the start is not attacked, and not tried on general text.
         weights: names of the matrices; None for those that the scan finds.
         phrasings: templates whose prompts are decomposed beside those of the task.
         neighbours: whether prompts about the same words are among the others.
@@ -107,11 +118,9 @@ def texts_elsewhere(run: Run, of: Known, tokenizer: Any) -> list[Any]:
     return [*of.others, *(batch for prompts in neighbours for batch in prompts.batches(13))]
 
 
-def measured(decomposition: apd.Decomposition, of: Known, model: Any, tokenizer: Any) -> Numbers:
-    """All numbers of a decomposition."""
-    found = apd.language.forgetting(decomposition, of.prompts.batch, of.held_out)
-    assert found.kl_elsewhere is not None
-    assert found.kl_all_off is not None
+def measured(decomposition: apd.Decomposition, of: Known, model: Any, tokenizer: Any, texts: bool) -> Numbers:
+    """What is known of a decomposition, on general text too if that is asked for."""
+    found = apd.language.forgetting(decomposition, of.prompts.batch, of.held_out if texts else None)
     n = len(of.prompts)
     numbers = {
         "prompts": float(n),
@@ -122,11 +131,14 @@ def measured(decomposition: apd.Decomposition, of: Known, model: Any, tokenizer:
         "own off, random twin forgotten": float(found.changed_by_twin.sum()),
         "own off, others changed": found.others_changed,
         "own off, KL on others": found.kl_others,
-        "own off, general text, KL": found.kl_elsewhere.mean().item(),
-        "own off, general text, 99th percentile": found.kl_elsewhere.quantile(0.99).item(),
-        "all off, general text, KL": found.kl_all_off.mean().item(),
         "residual": decomposition.residuals()["all"],
     }
+    if found.kl_elsewhere is not None and found.kl_all_off is not None:
+        numbers |= {
+            "own off, general text, KL": found.kl_elsewhere.mean().item(),
+            "own off, general text, 99th percentile": found.kl_elsewhere.quantile(0.99).item(),
+            "all off, general text, KL": found.kl_all_off.mean().item(),
+        }
     own = found.own.tolist()
     unseen = [on_prompts(decomposition, own, model, tokenizer, of, text, of.answers) for text in of.task.unseen]
     numbers |= {f"unseen phrasings, {name}": total for name, total in totals(unseen).items()}
@@ -257,11 +269,12 @@ def result(run: Run, name: str, of: Known, model: Any, tokenizer: Any, steps: in
             seed=run.seed,
             **apd.language_model(n_steps),
         )
+        whole = stage == "trained" or run.seed == 0
         found[stage] = {
             "seconds": round(scan + time.perf_counter() - began, 1),
-            **measured(decomposition, of, model, tokenizer),
+            **measured(decomposition, of, model, tokenizer, texts=whole),
             **shared_by_phrasings(decomposition, run, of, tokenizer),
-            **(audited(decomposition, of) if stage == "trained" or run.seed == 0 else {}),
+            **(audited(decomposition, of) if whole else {}),
         }
         print(name, stage, json.dumps(found[stage], indent=1), flush=True)
         decomposition.save(out / f"{name}-{stage}")
@@ -375,31 +388,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--stand-in", action="store_true", help="a tiny model in the place of the real one")
-    parser.add_argument("--results", type=Path, help="folder of the numbers, by default results/ beside this script")
-    parser.add_argument("--out", type=Path, default=OUT, help="where texts and components are kept")
-    options = parser.parse_args()
-    out = options.out / "stand-in" if options.stand_in else options.out
-    folder = options.results or (out / "results" if options.stand_in else HERE / "results")
-    folder.mkdir(parents=True, exist_ok=True)
-    if options.stand_in:
-        (model, tokenizer), runs = load_stand_in(), {"stand-in-0": Run(STAND_IN)}
-        texts = general_text(model, None, out / "texts.pt", n=48, length=8)
-    else:
-        (model, tokenizer), runs = load_smollm2(), {name: RUNS[name] for name in options.runs}
-        texts = general_text(model, tokenizer, out / "texts.pt")
+    options = parsed(parser)
+    given = opened(options)
+    runs = {"stand-in-0": Run(STAND_IN)} if options.stand_in else {name: RUNS[name] for name in options.runs}
     for name, run in runs.items():
-        file = folder / f"{name}.json"
+        file = given.results / f"{name}.json"
         if file.exists():
             continue
-        of = known(run.task, model, tokenizer, texts)
-        found = result(run, name, of, model, tokenizer, options.steps, out)
+        of = known(run.task, given.model, given.tokenizer, given.texts)
+        found = result(run, name, of, given.model, given.tokenizer, options.steps, given.out)
         unfinished = file.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(found, indent=1))
         unfinished.replace(file)
+    write_readme(given.results)
+
+
+def write_readme(folder: Path) -> None:
+    """The tables of all runs and edits that left their numbers; README.md too where these are the real model's."""
     tables = "\n".join(f"\n## {name}\n\n{table(found)}" for name, found in results(folder).items())
+    for file in sorted(folder.glob("baselines-*.json")):
+        edits = baselines.markdown(json.loads(file.read_text()))
+        tables += f"\n\n## {file.stem.partition('-')[2]}: beside other edits\n\n{edits}"
     print(tables)
-    if folder == HERE / "results":
+    if folder == RESULTS:
         (HERE / "README.md").write_text(f"{README}{tables}\n")
 
 
