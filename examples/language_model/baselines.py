@@ -630,8 +630,8 @@ def all_edits(
     }
 
 
-def main(task: Task, name: str, out: Path, results: Path, which: Sequence[int] | None) -> None:
-    """Erases each fact by all edits, rewires it, learns it again; keeps the numbers and prints them."""
+def main(task: Task, name: str, out: Path, results: Path, which: Sequence[int] | None, kinds: str) -> None:
+    """Erases each fact by some kinds of edits, rewires it, learns it again; keeps the numbers and prints them."""
     file, cost = results / f"baselines-{name.rpartition('-')[0]}.json", {}
     found = json.loads(file.read_text()) if file.exists() else {"all": {}, "odd": {}, "rewired": {}, "back": {}}
 
@@ -655,14 +655,17 @@ def main(task: Task, name: str, out: Path, results: Path, which: Sequence[int] |
     }
     facts = list(which or range(len(task.prompts)))
     for kind, make in edits.items():
+        if not re.search(kinds, kind):
+            continue
         if kind not in found["all"]:
             done = effects(task, make, which=which, before=cost.get(kind, 0.0))
             keep("odd", kind, done.numbers(odd))
             keep("all", kind, done.numbers())
         if kind in ("components", "rank one, W_O", "low rank, 10 texts") and kind not in found["back"]:
             of, some = make(), facts[:: max(1, len(facts) // 5)]
-            steps = {on: [steps_until_back(relearning(task, of(i), i, on)) for i in some] for on in ("others", "fact")}
-            keep("back", kind, steps)
+            edited = {i: of(i) for i in some}
+            margins = {on: [relearning(task, edited[i], i, on) for i in some] for on in ("others", "fact")}
+            keep("back", kind, {on: list(map(steps_until_back, each)) for on, each in margins.items()})
         if kind in rewired and kind not in found["rewired"]:
             keep("rewired", kind, effects(task, rewired[kind], wanted=wanted, which=which).numbers())
     print(markdown(found))
@@ -694,14 +697,16 @@ Steps of fine-tuning until a fact is back (median; 21: not in 20)
 
 
 def task_of(known: tasks.Known, model: Any, tokenizer: Any, weights: Sequence[str]) -> Task:
-    """The prompts of a task that the model answers, which all have one length."""
-    tokenizer.padding_side = "right"
-    unseen = [tasks.prompts_of(text, tokenizer, known.words) for text in known.task.unseen]
+    """Those of the prompts that the model answers that have the commonest length."""
+    tokenizer.padding_side, lengths = "right", known.prompts.lengths
+    which = (lengths == lengths.mode().values).nonzero()[:, 0].tolist()
+    unseen = [tasks.prompts_of(text, tokenizer, [known.words[i] for i in which]) for text in known.task.unseen]
+    prompts = known.prompts.some(which)
     return Task(
         model=model,
-        prompts=known.prompts.input_ids,
-        answers=known.answers,
-        subject=int(known.prompts.last_of("first")[0]),
+        prompts=prompts.input_ids,
+        answers=known.answers[which],
+        subject=int(prompts.last_of("first")[0]),
         weights=weights,
         others=torch.cat(known.others),
         held_out=torch.cat(known.held_out),
@@ -713,6 +718,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", default="capitals-0", help="the run whose components are tried")
     parser.add_argument("--facts", type=int, nargs="*", help="the facts whose edits are tried; default all")
+    parser.add_argument("--kinds", default="", help="a regular expression that finds the kinds of edits; default all")
     options = tasks.parsed(parser)
     opened = tasks.opened(options)
     name = "stand-in-0" if options.stand_in else options.run
@@ -723,4 +729,4 @@ if __name__ == "__main__":
     known = tasks.known(asked, opened.model, opened.tokenizer, opened.texts)
     weights = json.loads(of_run.read_text())["weights"]
     task = task_of(known, opened.model, opened.tokenizer, weights)
-    main(task, name, opened.out, opened.results, options.facts)
+    main(task, name, opened.out, opened.results, options.facts, options.kinds)

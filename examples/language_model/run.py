@@ -118,11 +118,11 @@ def texts_elsewhere(run: Run, of: Known, tokenizer: Any) -> list[Any]:
     return [*of.others, *(batch for prompts in neighbours for batch in prompts.batches(13))]
 
 
-def measured(decomposition: apd.Decomposition, of: Known, model: Any, tokenizer: Any, texts: bool) -> Numbers:
+def measured(decomposition: apd.Decomposition, of: Known, model: Any, tokenizer: Any, texts: bool) -> dict[str, Any]:
     """What is known of a decomposition, on general text too if that is asked for."""
     found = apd.language.forgetting(decomposition, of.prompts.batch, of.held_out if texts else None)
     n = len(of.prompts)
-    numbers = {
+    numbers: dict[str, Any] = {
         "prompts": float(n),
         "with a component of their own": float((found.own.bincount() == 1).sum()),
         "KL on the active components": found.kl_sparse.mean().item(),
@@ -219,23 +219,30 @@ def totals(found: list[Numbers]) -> Numbers:
     }
 
 
-def of_layers(decomposition: apd.Decomposition, own: list[int], of: Known, model: Any) -> Numbers:
+def of_layers(decomposition: apd.Decomposition, own: list[int], of: Known, model: Any) -> dict[str, Any]:
     """How the own components lie over layers: their squared weight there, and what their part there does alone."""
     components = decomposition.components
     layers = {name: next(part for part in name.split(".") if part.isdigit()) for name in components.names}
     if len(set(layers.values())) == 1:
         return {}
-    share = metrics.layer_share(components)[own].mean(0).tolist()
-    numbers: Numbers = {}
+    before, rows = logits(model, of.prompts.batch).log_softmax(-1), torch.arange(len(own))
+
+    def lost(some: apd.ParameterComponents) -> tuple[int, list[float]]:
+        """How many are forgotten without these parts; nats of log p that each answer loses."""
+        with each_without(replace(decomposition, components=some), own):
+            after = logits(model, of.prompts.batch).log_softmax(-1)
+        return int((after.argmax(-1) != of.answers).sum()), (before - after)[rows, of.answers].tolist()
+
+    share, numbers, by_word = metrics.layer_share(components)[own], {}, {"whole": lost(components)[1]}
     for layer in dict.fromkeys(layers.values()):
         here = [place for place, name in enumerate(components.names) if layers[name] == layer]
         A = {name: a if layers[name] == layer else torch.zeros_like(a) for name, a in components.A.items()}
-        part = replace(decomposition, components=apd.ParameterComponents(A, components.B))
-        with each_without(part, own):
-            answers = logits(model, of.prompts.batch).argmax(-1)
-        numbers[f"layer {layer}, share of weight"] = sum(share[place] for place in here)
-        numbers[f"layer {layer}, its part off, forgotten"] = float((answers != of.answers).sum())
-    return numbers
+        forgotten, nats = lost(apd.ParameterComponents(A, components.B))
+        weight = share[:, here].sum(1)
+        numbers[f"layer {layer}, share of weight"] = weight.mean().item()
+        numbers[f"layer {layer}, its part off, forgotten"] = float(forgotten)
+        by_word |= {f"layer {layer}, share": weight.tolist(), f"layer {layer}, nats": nats}
+    return numbers | {"by word": by_word}
 
 
 def shared_by_phrasings(decomposition: apd.Decomposition, run: Run, of: Known, tokenizer: Any) -> Numbers:
@@ -337,6 +344,9 @@ ROWS: dict[str, tuple[Callable[[Numbers], str], ...]] = {
         number("unseen phrasings, strangers changed", ".0f"),
         number("unseen phrasings, KL of strangers"),
     ),
+    "components that are never active out of the whole model: KL": (
+        lambda numbers: format(next(of for name, of in numbers.items() if "but those never" in name), ".1e"),
+    ),
     "words with one component for all phrasings": (number("words with one component for all phrasings", ".0f"),),
     "seconds": (number("seconds", ".0f"),),
 }
@@ -371,14 +381,29 @@ def table(runs: list[dict[str, Any]]) -> str:
         cells = ["; ".join(spread(one, [run[stage] for run in runs]) for one in shown) for stage in STAGES]
         if any(cell.strip("; ") for cell in cells):
             lines.append(f"| {title} | {' | '.join(cells)} |")
+    if "by word" in first["trained"]:
+        lines += ["", by_word(first["words"], first["trained"]["by word"])]
     return "\n".join(lines)
+
+
+def by_word(words: list[str], found: Mapping[str, list[float]]) -> str:
+    """Of each word's component: its share of weight in each layer, and the nats lost without its part there."""
+    layers = [name.removesuffix(", share") for name in found if name.endswith(", share")]
+    lines = [
+        ["", "all off: nats lost", *(f"{layer}: weight; nats lost" for layer in layers)],
+        ["---"] * (len(layers) + 2),
+    ]
+    for row, word in enumerate(words):
+        parts = [f"{found[f'{layer}, share'][row]:.0%}; {found[f'{layer}, nats'][row]:.2f}" for layer in layers]
+        lines.append([word, f"{found['whole'][row]:.2f}", *parts])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def spread(one: Callable[[Numbers], str], runs: list[Numbers]) -> str:
     """The least and the largest, as they are written; one where they are alike; nothing where none was measured."""
     shown = []
     for numbers in runs:
-        with suppress(KeyError):
+        with suppress(KeyError, StopIteration):
             shown.append(one(numbers))
     ordered = sorted(shown, key=lambda text: float(text.split()[0].rstrip("%"))) or [""]
     return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
