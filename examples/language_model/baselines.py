@@ -154,7 +154,7 @@ class Effects:
         changed: whether edit i changes the answer to prompt j, `edit prompt`.
         kl: there.
         far: KL at each position of some held-out texts, which are others for each fact.
-        unseen: whether the answer in other phrasings changes, of the fact itself and of another one, `edit phrasing 2`.
+        unseen: success in other phrasings, and whether the answer about another fact changes, `edit phrasing 2`.
         kl_unseen: there.
         known: whether the model answers these rightly.
         rank: of the change, summed over matrices.
@@ -232,10 +232,11 @@ def effects(
         unseen = [torch.zeros(3, 0, 2)]
         for tokens, last in task.unseen:
             was, now = task.before(tokens, last)[pair], task.run(tokens, weights, rows=pair, at=last[pair])
-            answers = was.argmax(-1)
-            unseen.append(
-                torch.stack([answers != now.argmax(-1), kl(was, now), answers == task.answers[pair]])[:, None]
-            )
+            answers, new = was.argmax(-1), now.argmax(-1)
+            differs = answers != new
+            if wanted is not None:
+                differs[0] = new[0] == wanted[i]
+            unseen.append(torch.stack([differs, kl(was, now), answers == task.answers[pair]])[:, None])
         changed, divergence, known = torch.cat(unseen, 1)
         rows.append(
             (

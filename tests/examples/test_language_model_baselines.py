@@ -170,13 +170,15 @@ def test_low_rank_unlearning(task):
 def test_rewiring(task, start, forgetting):
     to = [(i + 1) % len(task.prompts) for i in range(len(task.prompts))]
     wanted, own = task.answers[to], forgetting.own.tolist()
+    again = baselines.replace(task, unseen=[(task.prompts, torch.full((len(to),), task.prompts.shape[1] - 1))])
     goal = baselines.answered(task, wanted)
     for make in (
         lambda: baselines.rewired_components(task, start, own, to),
         lambda: baselines.of_rank_one(task, task.weights[1:], -1, HOW, goal),
     ):
-        found = baselines.effects(task, make, wanted=wanted, which=[0, 3, 6])
+        found = baselines.effects(again, make, wanted=wanted, which=[0, 3, 6])
         assert found.success.all()
+        assert found.unseen[:, 0, 0].all()
         assert found.numbers()["others changed"] < 0.1
 
 
