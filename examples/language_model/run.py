@@ -352,6 +352,32 @@ ROWS: dict[str, tuple[Callable[[Numbers], str], ...]] = {
 }
 
 
+# What was aimed at before anything was measured.
+GOALS = {
+    "capitals": {
+        "active components alone: KL; right": "3.0e-04; all",
+        "own component off: forgotten (random twin)": "all",
+        "other prompts changed; KL there": "0; 1.0e-04",
+        "general text, one off: KL, mean; 99th percentile": "2.0e-04; 3.0e-03",
+        "general text, all off: KL": "0.0100",
+        "random parts of the inactive and of the rest on: KL": "3.0e-04",
+        "the worst parts that 80 steps find, for all prompts; for each: KL": "1.5e-03; 1.0e-02",
+        "unseen phrasings: forgotten": "97%",
+        "  of another word: changed; KL": "0; 2.0e-03",
+        "words with one component for all phrasings": "38",
+    },
+    "opposites": {
+        "active components alone: KL; right": "5.0e-04; all",
+        "own component off: forgotten (random twin)": "all",
+        "other prompts changed; KL there": "0",
+        "general text, one off: KL, mean; 99th percentile": "1.0e-04; 1.0e-03",
+        "unseen phrasings: forgotten": "90%",
+        "  of another word: changed; KL": "0",
+    },
+    "aliases": {"other prompts changed; KL there": "–; 1.0e-03"},
+}
+
+
 def results(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """What the runs left, by the name without the seed, by seed."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -368,9 +394,10 @@ def table(runs: list[dict[str, Any]]) -> str:
         f"{len(first['words'])} words; {first['n_components']} components over {matrices}; "
         f"{len(runs)} seed{'s'[: len(runs) > 1]}.",
         "",
-        "| | start | trained |",
-        "| --- | --- | --- |",
+        "| | start | trained | goal |",
+        "| --- | --- | --- | --- |",
     ]
+    goals = GOALS.get(first["run"].partition("-")[0], {})
     rows = dict(ROWS)
     for name in first["trained"]:
         if name.endswith(", changed"):
@@ -380,7 +407,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     for title, shown in rows.items():
         cells = ["; ".join(spread(one, [run[stage] for run in runs]) for one in shown) for stage in STAGES]
         if any(cell.strip("; ") for cell in cells):
-            lines.append(f"| {title} | {' | '.join(cells)} |")
+            lines.append(f"| {title} | {' | '.join(cells)} | {goals.get(title, '')} |")
     if "by word" in first["trained"]:
         lines += ["", by_word(first["words"], first["trained"]["by word"])]
     return "\n".join(lines)
