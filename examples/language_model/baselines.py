@@ -82,6 +82,7 @@ class Task:
         held_out: general text to measure on.
         unseen: the same facts in other phrasings, on which nothing is trained: for each the tokens `n pos`, padded on
             the right, and the position of each prompt's last token.
+        neighbours: other questions about the same words, likewise.
         rank: of edits in each of the matrices.
     """
 
@@ -93,6 +94,7 @@ class Task:
     others: Int[Tensor, "texts length"]
     held_out: Int[Tensor, "some_texts length"]
     unseen: Sequence[tuple[Int[Tensor, "n _"], Int[Tensor, " n"]]] = ()
+    neighbours: Sequence[tuple[Int[Tensor, "n _"], Int[Tensor, " n"]]] = ()
     rank: int = 6
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -157,6 +159,7 @@ class Effects:
         unseen: success in other phrasings, and whether the answer about another fact changes, `edit phrasing 2`.
         kl_unseen: there.
         known: whether the model answers these rightly.
+        neighbours: whether the answer to other questions about the same word changes.
         rank: of the change, summed over matrices.
         parameters: numbers that say the change: rank × (d_in + d_out), or the changed entries where they are fewer.
         seconds: for each edit, that of what is made once shared among them; CPU time of the process.
@@ -171,6 +174,7 @@ class Effects:
     unseen: Bool[Tensor, "edits phrasings 2"]
     kl_unseen: Float[Tensor, "edits phrasings 2"]
     known: Bool[Tensor, "edits phrasings 2"]
+    neighbours: Bool[Tensor, "edits neighbours"]
     rank: Float[Tensor, " edits"]
     parameters: Float[Tensor, " edits"]
     seconds: float
@@ -192,6 +196,7 @@ class Effects:
             "unseen: success": changed[..., 0][mine],
             "strangers changed": changed[..., 1][strangers],
             "KL of strangers": kl[..., 1][strangers],
+            "neighbours changed": self.neighbours[rows],
             "rank": self.rank[rows],
             "parameters": self.parameters[rows],
         }
@@ -238,6 +243,10 @@ def effects(
                 differs[0] = new[0] == wanted[i]
             unseen.append(torch.stack([differs, kl(was, now), answers == task.answers[pair]])[:, None])
         changed, divergence, known = torch.cat(unseen, 1)
+        near = [
+            task.before(tokens, last)[i].argmax() != task.run(tokens, weights, rows=[i], at=last[[i]])[0].argmax()
+            for tokens, last in task.neighbours
+        ]
         rows.append(
             (
                 answer != task.answers[i] if wanted is None else answer == wanted[i],
@@ -248,6 +257,7 @@ def effects(
                 changed.bool(),
                 divergence,
                 known.bool(),
+                torch.tensor(near).bool(),
                 *_sizes([value - task.value(name) for name, value in weights.items()]),
             )
         )
@@ -273,10 +283,19 @@ def _sizes(changes: list[Tensor]) -> tuple[Tensor, Tensor]:
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
     """A Markdown table with a row for each kind of edit."""
     shown = {"success": "{:.0%}", "nats lost": "{:.1f}", "others changed": "{:.2%}", "unseen: success": "{:.0%}"}
-    shown |= {"strangers changed": "{:.2%}", "rank": "{:.0f}", "parameters": "{:.0f}", "s": "{:.1f}"}
-    columns = list(next(iter(found.values())))
+    shown |= {
+        "strangers changed": "{:.2%}",
+        "neighbours changed": "{:.0%}",
+        "rank": "{:.0f}",
+        "parameters": "{:.0f}",
+        "s": "{:.1f}",
+    }
+    columns = list(max(found.values(), key=len))
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[name, *(shown.get(c, "{:.1e}").format(row[c]) for c in columns)] for name, row in found.items()]
+    lines += [
+        [name, *(shown.get(c, "{:.1e}").format(row[c]) if c in row else "" for c in columns)]
+        for name, row in found.items()
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -701,7 +720,12 @@ def task_of(known: tasks.Known, model: Any, tokenizer: Any, weights: Sequence[st
     """Those of the prompts that the model answers that have the commonest length."""
     tokenizer.padding_side, lengths = "right", known.prompts.lengths
     which = (lengths == lengths.mode().values).nonzero()[:, 0].tolist()
-    unseen = [tasks.prompts_of(text, tokenizer, [known.words[i] for i in which]) for text in known.task.unseen]
+    words = [known.words[i] for i in which]
+
+    def asked(templates: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+        made = [tasks.prompts_of(text, tokenizer, words) for text in templates]
+        return [(of.input_ids, of.last) for of in made]
+
     prompts = known.prompts.some(which)
     return Task(
         model=model,
@@ -711,7 +735,8 @@ def task_of(known: tasks.Known, model: Any, tokenizer: Any, weights: Sequence[st
         weights=weights,
         others=torch.cat(known.others),
         held_out=torch.cat(known.held_out),
-        unseen=[(of.input_ids, of.last) for of in unseen],
+        unseen=asked(known.task.unseen),
+        neighbours=asked(known.task.neighbours),
     )
 
 
