@@ -290,7 +290,7 @@ def table(found: Mapping[str, Mapping[str, float]]) -> str:
         "parameters": "{:.0f}",
         "s": "{:.1f}",
     }
-    columns = list(max(found.values(), key=len))
+    columns = list(max(found.values(), key=len, default=()))
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
     lines += [
         [name, *(shown.get(c, "{:.1e}").format(row[c]) if c in row else "" for c in columns)]
