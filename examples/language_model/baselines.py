@@ -187,6 +187,7 @@ class Effects:
         mine, strangers = self.known[rows].unbind(-1)
         changed, kl = self.unseen[rows], self.kl_unseen[rows]
         means = {
+            "facts": torch.tensor(len(rows)),
             "success": self.success[rows],
             "nats lost": self.lost[rows],
             "others changed": self.changed[rows][~own],
@@ -282,14 +283,9 @@ def _sizes(changes: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
     """A Markdown table with a row for each kind of edit."""
-    shown = {"success": "{:.0%}", "nats lost": "{:.1f}", "others changed": "{:.2%}", "unseen: success": "{:.0%}"}
-    shown |= {
-        "strangers changed": "{:.2%}",
-        "neighbours changed": "{:.0%}",
-        "rank": "{:.0f}",
-        "parameters": "{:.0f}",
-        "s": "{:.1f}",
-    }
+    shown = dict.fromkeys(("others changed", "strangers changed"), "{:.2%}")
+    shown |= dict.fromkeys(("success", "unseen: success", "neighbours changed"), "{:.0%}")
+    shown |= dict.fromkeys(("nats lost", "s"), "{:.1f}") | dict.fromkeys(("facts", "rank", "parameters"), "{:.0f}")
     columns = list(max(found.values(), key=len, default=()))
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
     lines += [

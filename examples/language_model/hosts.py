@@ -54,8 +54,8 @@ def main(opened: tasks.Opened, layer: int, steps: int) -> None:
         if name in ("TransformerBridge", "HookedTransformer"):
             names = [f"blocks.{layer}.attn.W_{kind}" for kind in "VO"]
         made = apd.decompose(
-            host, list(prompts.split(20)), names, n_components=len(prompts) + 8, others=known.others, progress=False,
-            **apd.language_model(steps),
+            host, list(prompts.split(20)), names, n_components=len(prompts) + 8, others=known.others[:16],
+            progress=False, **apd.language_model(steps),
         )  # fmt: skip
         found, factors = apd.language.forgetting(made, prompts, progress=False), list(made.components.parameters())
         if first is None:

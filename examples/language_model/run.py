@@ -67,10 +67,9 @@ def attention_of(*layers: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Run:
-    """One decomposition.
+    """One decomposition. The start of a task's first is attacked and tried on general text as well.
 
     Attributes:
-        seed: of others than 0 the start is not attacked, and not tried on general text.
         weights: names of the matrices; None for those that the scan finds.
         phrasings: templates whose prompts are decomposed beside those of the task.
         neighbours: whether prompts about the same words are among the others.
@@ -281,7 +280,7 @@ def result(run: Run, name: str, of: Known, model: Any, tokenizer: Any, steps: in
             seed=run.seed,
             **apd.language_model(n_steps),
         )
-        whole = stage == "trained" or run.seed == 0
+        whole = stage == "trained" or not (run.seed or run.phrasings or run.neighbours)
         found[stage] = {
             "seconds": round(scan + time.perf_counter() - began, 1),
             **measured(decomposition, of, model, tokenizer, texts=whole),
