@@ -45,8 +45,11 @@ test: .venv/installed
 
 lm: .venv/installed
 	mkdir -p out/lm
-	{ $(BIN)/python -u examples/language_model/run.py $(ARGS) && $(BIN)/python -u examples/language_model/planted.py && \
-		$(BIN)/python -u examples/language_model/baselines.py; } 2>&1 | tee -a out/lm/log
+	{ $(BIN)/python -u examples/language_model/run.py $(ARGS) && \
+		$(BIN)/python -u examples/language_model/baselines.py && \
+		$(BIN)/python -u examples/language_model/baselines.py --run aliases-0 --kinds '^comp' && \
+		$(BIN)/python -u examples/language_model/hosts.py && $(BIN)/python -u examples/language_model/planted.py && \
+		$(BIN)/python -u examples/language_model/run.py $(ARGS); } 2>&1 | tee -a out/lm/log
 
 .venv-tl4/installed: pyproject.toml constraints-tl4.txt
 	$(PYTHON) -m venv .venv-tl4
