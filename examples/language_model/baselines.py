@@ -298,12 +298,12 @@ def table(found: Mapping[str, Mapping[str, float]]) -> str:
 # --- components
 
 
-def of_components(decomposition: apd.Decomposition, own: Sequence[int]) -> Edits:
-    """W − P of each fact's own component."""
+def of_components(decomposition: apd.Decomposition, own: Sequence[int], names: Sequence[str] | None = None) -> Edits:
+    """W − P of each fact's own component, in some matrices or in all."""
 
     def edit(i: int) -> Weights:
         edited = decomposition.edited_state_dict(int(own[i]))
-        return {name: edited[name] for name in decomposition.components.names}
+        return {name: edited[name] for name in names or decomposition.components.names}
 
     return edit
 
@@ -632,6 +632,8 @@ def all_edits(
     down = "model.layers.0.mlp.down_proj.weight"
     return {
         "components": lambda: of_components(trained, own),
+        "components, W_V alone": lambda: of_components(trained, own, values),
+        "components, W_O alone": lambda: of_components(trained, own, outputs),
         "fitted start alone": lambda: of_components(start, own_of_start),
         "random components": lambda: of_random_components(trained, own),
         "usage-matched components": lambda: of_other_components(task, trained, own),

@@ -203,5 +203,5 @@ def test_the_script_prints_every_kind(tmp_path):
     for kind in ("components", "rank one, W_O", "low rank, 10 texts", "head", "Each fact answered", "fine-tuning"):
         assert kind in printed
     found = json.loads((tmp_path / "stand-in" / "results" / "baselines-stand-in.json").read_text())
-    assert len(found["all"]) == len(found["odd"]) == 12
+    assert len(found["all"]) == len(found["odd"]) == 14
     assert set(found["rewired"]) < set(found["back"]) < set(found["all"])
