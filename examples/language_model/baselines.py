@@ -659,7 +659,8 @@ def main(task: Task, name: str, out: Path, results: Path, which: Sequence[int] |
         print(table, kind, json.dumps(numbers), flush=True)
 
     def loaded(stage: str, kind: str) -> tuple[apd.Decomposition, list[int]]:
-        cost[kind] = json.loads((results / f"{name}.json").read_text())[stage]["seconds"] / len(task.prompts)
+        run = json.loads((results / f"{name}.json").read_text())
+        cost[kind] = run[stage]["seconds"] / len(run["words"])
         decomposition = apd.load(out / f"{name}-{stage}", task.model)
         return decomposition, apd.language.forgetting(decomposition, {"input_ids": task.prompts}).own.tolist()
 
