@@ -18,7 +18,7 @@ from apd_lens.losses._weights import weight_losses
 from apd_lens.passes._watch import WatchedPass
 
 # In the order in which they are added up.
-LOSS_TERMS = ("faithfulness", "minimality", "simplicity", "path", "hidden")
+LOSS_TERMS = ("faithfulness", "minimality", "simplicity", "path", "hidden", "attack", "sparsity")
 
 
 @dataclass(frozen=True)

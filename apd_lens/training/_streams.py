@@ -15,42 +15,45 @@ from apd_lens.masks._sampling import path_mask
 from apd_lens.passes._output import OutputFn, default_output, everywhere
 from apd_lens.passes._replace import Mixture
 
-# The components, their masks on the whole batch, the losses, draws -> name of a loss term -> what the model runs on for
-# it, on this process's part.
-Mixtures = Callable[[ParameterComponents, Masks, Losses, torch.Generator], dict[str, Mixture]]
+# The components, their masks on the whole batch, the losses, draws, the shares of an attack -> name of a loss term ->
+# what the model runs on for it, on this process's part.
+Mixtures = Callable[[ParameterComponents, Masks, Losses, torch.Generator, Tensor | None], dict[str, Mixture]]
 
 
 def of_components(
-    components: ParameterComponents, masks: Masks, losses: Losses, draws: torch.Generator
+    components: ParameterComponents, masks: Masks, losses: Losses, draws: torch.Generator, shares: Tensor | None
 ) -> dict[str, Mixture]:
-    """The active components alone; and with a random part of each other one."""
-    assert masks.active is not None
-    n_active = masks.n_active if n_processes() == 1 else None
-    mixtures = {"minimality": Mixture(components, own(masks.active), n_active=n_active)}
+    """The active components alone; and with a random part of each other one, or the part that does most harm."""
+    on, n_active = masks.at_least, masks.n_active if n_processes() == 1 else None
+    mixtures = {"minimality": Mixture(components, own(on), n_active=n_active)}
     if losses.path:
-        mixtures["path"] = Mixture(components, own(path_mask(masks.active, draws)))
+        mixtures["path"] = Mixture(components, own(path_mask(on, draws)))
+    if shares is not None:
+        on = on.to(shares.dtype)
+        mixtures["attack"] = Mixture(components, own(on + (1 - on) * shares[..., :-1]))
     return mixtures
 
 
 def of_components_and_rest(
-    components: ParameterComponents, masks: Masks, losses: Losses, draws: torch.Generator
+    components: ParameterComponents, masks: Masks, losses: Losses, draws: torch.Generator, shares: Tensor | None
 ) -> dict[str, Mixture]:
-    """The active components alone; and with a random part of each other one and of the rest."""
-    mixtures = of_components(components, masks, losses, draws)
+    """The active components alone; and with a random part of each other one and of the rest, or with the part that
+    does most harm."""
+    mixtures = of_components(components, masks, losses, draws, shares)
     if "path" in mixtures:
-        active = masks.active
-        assert active is not None
-        rest = torch.rand(len(active), generator=draws, device=active.device, dtype=torch.float32)
+        on = masks.at_least
+        rest = torch.rand(len(on), generator=draws, device=on.device, dtype=torch.float32)
         mixtures["path"] = replace(mixtures["path"], rest=own(rest))
+    if shares is not None:
+        mixtures["attack"] = replace(mixtures["attack"], rest=own(shares[..., -1]))
     return mixtures
 
 
 def of_the_rest(
-    components: ParameterComponents, masks: Masks, losses: Losses, draws: torch.Generator
+    components: ParameterComponents, masks: Masks, losses: Losses, draws: torch.Generator, shares: Tensor | None
 ) -> dict[str, Mixture]:
     """The rest and the active components; in half of the examples a random part of each other one."""
-    assert masks.active is not None
-    return {"minimality": Mixture(components, own(path_mask(masks.active, draws, bare=0.5)), rest=1.0)}
+    return {"minimality": Mixture(components, own(path_mask(masks.at_least, draws, bare=0.5)), rest=1.0)}
 
 
 @dataclass(frozen=True)
@@ -90,20 +93,27 @@ def first_stream(settings: Settings, output: OutputFn) -> Stream:
     return Stream(settings.masking, settings.losses, mixtures=mixtures, output=output)
 
 
-def stream_of_others(settings: Settings, elsewhere: Elsewhere, output: OutputFn) -> Stream:
+def stream_of_others(settings: Settings, elsewhere: Elsewhere, output: OutputFn, gated: bool = False) -> Stream:
     """The data on which the rest is on, and components must not matter. Where the output is picked at some positions,
-    all positions count there."""
+    all positions count there.
+
+    Args:
+        gated: whether gates say what is active there too, and learn from it.
+    """
     losses = replace(
         settings.losses,
         faithfulness=0.0,
         minimality=elsewhere.weight,
         simplicity=elsewhere.simplicity,
         path=0.0,
+        attack=0.0,
         hidden=0.0,
         hidden_at=(),
     )
     attribution = elsewhere.attribution or settings.attribution
-    if elsewhere.selection is None:
+    if gated and elsewhere.selection is None:
+        masking = settings.masking
+    elif elsewhere.selection is None:
         masking: Masking = NoneActive(attribution, settings.selection)
     else:
         masking = Attributed(attribution, elsewhere.selection)
