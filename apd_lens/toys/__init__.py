@@ -24,3 +24,6 @@ from apd_lens.toys._tms import TMS as TMS
 from apd_lens.toys._tms import TMSTarget as TMSTarget
 from apd_lens.toys._tms import tms_data as tms_data
 from apd_lens.toys._tms import train_tms as train_tms
+from apd_lens.toys._redundancy import Cipher as Cipher
+from apd_lens.toys._redundancy import CipherTarget as CipherTarget
+from apd_lens.toys._redundancy import train_cipher as train_cipher
