@@ -93,6 +93,10 @@ class ParameterComponents(nn.Module):
         B = B[:, :, use.columns]
         return A[:, use.rows], B if use.scale == 1 else use.scale * B
 
+    def state_of_gates(self) -> dict[str, Tensor]:
+        """The numbers of the gates, by name; of none, none."""
+        return {} if self.gates is None else {name: values.detach() for name, values in self.gates.named_parameters()}
+
     def extra_repr(self) -> str:
         return f"n_components={self.n_components}, matrices={self.names}"
 

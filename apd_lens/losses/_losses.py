@@ -28,6 +28,8 @@ class Losses:
             mean over components. So components that are never active shrink too.
         path: like minimality, but each inactive component stays on by a random amount between 0 and 1. So inactive
             components must not matter in any partial combination (the paper's appendix on "inactive").
+        completeness: the inactive components change nothing where the active ones are off, either: a random part of
+            them gives what no component gives. So a copy of an active mechanism belongs to its component.
         attack: like path, with the amounts where they do most harm: found by gradient ascent that goes on from step to
             step beside the training.
         sparsity: few components are needed, as the masking counts it; of `Gates` alone.
@@ -50,6 +52,7 @@ class Losses:
     schatten_p: float = 0.9
     simplicity_floor: float = 0.5
     path: Schedule = 2.0
+    completeness: Schedule = 0.0
     attack: Schedule = 0.0
     sparsity: Schedule = 0.02
     hidden: Schedule = 0.0

@@ -126,7 +126,7 @@ class Lp:
             raise InvalidSetting(
                 f"Lp needs attributions that it can take gradients of, GradientAttribution; got {self.attribution}."
             )
-        if losses is not None and (losses.path or losses.attack or losses.hidden or losses.distance != "mse"):
+        if losses is not None and (losses.path or losses.completeness or losses.attack or losses.hidden or losses.distance != "mse"):
             raise InvalidSetting(
                 "Lp has no mask and no sparse pass, so its losses are faithfulness, minimality and simplicity alone; "
                 f"got Losses(path={losses.path}, attack={losses.attack}, hidden={losses.hidden}, distance={losses.distance!r}). Give "

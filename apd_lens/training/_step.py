@@ -19,6 +19,7 @@ from apd_lens.host._unchanged import check_unchanged
 from apd_lens.losses._terms import LOSS_TERMS, distance_scale, hidden_terms, output_distance, weight_terms, weighted_sum
 from apd_lens.masks._masking import Masks
 from apd_lens.moves._moves import MoveContext, are_due
+from apd_lens.passes._replace import Mixture
 from apd_lens.passes._watch import WatchedPass, replaced_pass
 from apd_lens.training._attack import Attack
 from apd_lens.training._optimizer import moments, update
@@ -137,7 +138,12 @@ def stream_terms(
         for name, mixture in mixtures.items():
             hidden_at = losses.hidden_at if name == "minimality" else ()
             output, found = replaced_pass(state.target, components.names, mixture, run.inputs, run.output, hidden_at)
-            terms[name] = output_distance(watched, output, losses, scale)
+            wanted = None
+            if name == "completeness":
+                with torch.no_grad():
+                    bare = Mixture(components, on=0.0)
+                    wanted, _ = replaced_pass(state.target, components.names, bare, run.inputs, run.output)
+            terms[name] = output_distance(watched, output, losses, scale, wanted)
             hidden |= found
     if losses.faithfulness or losses.simplicity:
         of_weights = weight_terms(losses, state.scales, state.weights, components, importance, share)

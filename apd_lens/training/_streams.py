@@ -28,6 +28,10 @@ def of_components(
     mixtures = {"minimality": Mixture(components, own(on), n_active=n_active)}
     if losses.path:
         mixtures["path"] = Mixture(components, own(path_mask(on, draws)))
+    if losses.completeness:
+        off = 1 - on.to(torch.float32)
+        amounts = torch.rand(off.shape, generator=draws, dtype=off.dtype, device=off.device)
+        mixtures["completeness"] = Mixture(components, own(off * amounts))
     if shares is not None:
         on = on.to(shares.dtype)
         mixtures["attack"] = Mixture(components, own(on + (1 - on) * shares[..., :-1]))
@@ -106,6 +110,7 @@ def stream_of_others(settings: Settings, elsewhere: Elsewhere, output: OutputFn,
         minimality=elsewhere.weight,
         simplicity=elsewhere.simplicity,
         path=0.0,
+        completeness=0.0,
         attack=0.0,
         hidden=0.0,
         hidden_at=(),
