@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from apd_lens._block import full_precision
 from apd_lens._errors import ApdWarning, InvalidSetting
 from apd_lens.components._factors import sum_of_components
+from apd_lens.components._learned import Learned
 from apd_lens.host._matrix import Use, WeightMatrix
 
 
@@ -29,10 +30,10 @@ class ParameterComponents(nn.Module):
         self,
         A: Mapping[str, Float[Tensor, "..."]],
         B: Mapping[str, Float[Tensor, "..."]],
-        gates: nn.Module | None = None,
+        gates: Learned | None = None,
     ):
         super().__init__()
-        self.gates = gates
+        self.gates: Learned | None = gates
         self.names: list[str] = list(A)
         # Lists, since the names of parameters must not hold a dot.
         self._A_transposed = nn.ParameterList(factor.mT.contiguous() for factor in A.values())

@@ -147,7 +147,7 @@ def from_factors(
             side[name] = factor.detach().to(matrix.parameter.device, dtype).clone()
     return Decomposition(
         target=target,
-        components=ParameterComponents(*factors).requires_grad_(False),
+        components=ParameterComponents(factors[0], factors[1]).requires_grad_(False),
         settings=settings,
         output=output,
         fingerprints={name: target.fingerprints.of(target.weights[name]) for name in factors[0]},
@@ -227,8 +227,8 @@ def _give_gates(
         return
     if {name: values.shape for name, values in gates.named_parameters()} != {n: v.shape for n, v in state.items()}:
         warnings.warn(
-            f"The gates of these components read the matrices as another host uses them, and not as this "
-            f"{type(target.model).__name__} does, so they cannot say here which are active. All that takes a mask works.",
+            "The gates of these components read the matrices as another host uses them, and not as this "
+            f"{type(target.model).__name__} does, so they cannot say here which are active. What takes a mask works.",
             ApdWarning,
             stacklevel=3,
         )

@@ -15,12 +15,13 @@ from apd_lens._codec import saved
 from apd_lens._errors import InvalidSetting, ShapeMismatch
 from apd_lens._processes import gathered
 from apd_lens._schedules import Ramp, Schedule, value_at
+from apd_lens.attribution._gradient import GradientAttribution
 from apd_lens.components._components import ParameterComponents
+from apd_lens.components._learned import Learned
 from apd_lens.data._batch import Batch
 from apd_lens.data._points import Granularity, Valid, padded, without_padding, zero_at_padding
 from apd_lens.host._matrix import Use
 from apd_lens.losses._losses import Losses
-from apd_lens.attribution._gradient import GradientAttribution
 from apd_lens.masks._masking import Attributed, Masks
 from apd_lens.masks._selection import BatchTopK, K, Needed
 from apd_lens.passes._watch import Call, WatchedPass
@@ -31,7 +32,7 @@ _LEAK = 0.01
 _HALF = 0.5
 
 
-class GateNetwork(nn.Module):
+class GateNetwork(Learned):
     """r = V₂ norm(gelu(Σ_l x̂_l V_l + v)) + v₂ for every component, before it is cut to [0, 1].
 
     x̂_l is what the l-th use of a matrix reads, over its root mean square; norm, too, divides by that. With `blocks` a
@@ -74,8 +75,9 @@ class GateNetwork(nn.Module):
                 read, hidden = (_pooled(some, valid) if some.ndim != 2 else some for some in (read, hidden))
             if hidden is not None and read.shape != hidden.shape:
                 raise ShapeMismatch(
-                    f"Gates of positions need all decomposed matrices used at the same positions, but {call.use.matrix} "
-                    f"was used on {tuple(read.shape[:-1])}, and others on {tuple(hidden.shape[:-1])}. Give "
+                    "Gates of positions need all decomposed matrices used at the same positions, but "
+                    f"{call.use.matrix} was used on {tuple(read.shape[:-1])}, and others on "
+                    f"{tuple(hidden.shape[:-1])}. Give "
                     'Gates(granularity="example").'
                 )
             hidden = read if hidden is None else hidden + read
@@ -100,24 +102,10 @@ class GateNetwork(nn.Module):
 
     @property
     def of_components(self) -> list[Tensor]:
-        """The parameters with a row for each component."""
         return [self.weight, self.bias]
 
     @no_grad()
-    def copy_to(self, new: int, old: int) -> None:
-        """The gate of one component becomes that of another."""
-        self.weight[new], self.bias[new] = self.weight[old], self.bias[old]
-
-    @no_grad()
-    def join(self, larger: int, smaller: int) -> None:
-        """One is open where either was, and the other as at the start."""
-        self.weight[larger] += self.weight[smaller]
-        self.bias[larger] += self.bias[smaller]
-        self.reset(smaller)
-
-    @no_grad()
     def reset(self, component: int) -> None:
-        """The gate of one component is as at the start."""
         self.weight[component], self.bias[component] = 0.0, _HALF
 
 
@@ -235,9 +223,11 @@ class Gates:
     """A network learns how much each component is needed on a data point, g_c(x) in [0, 1], from what the decomposed
     matrices read there. No k is chosen.
 
-    The model must give the output back on Σ_c g_c P_c, and with a random part of what the gates close. `Losses.sparsity`
-    is the coefficient of log Σ_c f_c, f_c being how often a component is needed: the mean over data points of
-    (1 + γ²) u² / (u² + γ²), u = g. So to halve the number of active components is worth as much on any system.
+    At first a teacher says what is active, and the gates learn it. Then they are on their own: the model must give the
+    output back on Σ_c g_c P_c, and with a random part of what the gates close. `Losses.sparsity` is the coefficient of
+    log(1 + Σ_c f_c), f_c being how often a component is needed: the mean over data points of (1 + γ²) g² / (g² + γ²).
+    So to halve the number of active components is worth as much on any system. Give `Losses(completeness=1)` where
+    mechanisms may have copies.
 
     `attributions` and `select` of such a decomposition give g, and where it is above the threshold; `select(k=...)`
     takes the largest. Gates stay with the components, and are saved with them.
@@ -249,8 +239,11 @@ class Gates:
         hidden: width of the network.
         blocks: of a transformer over positions in it; 0 for none, where each position is looked at alone.
         lr: the learning rate of the network, with the schedule of the components'.
-        gamma: how near u² / (u² + γ²) is to a count.
+        gamma: γ; the smaller, the nearer f is to a count.
         frequency: β in f_c (1 + β log₂(1 + n f_c)), of n data points, which asks more of what is often active.
+        teacher: who says at first what is active; None for nobody. Without one gates mostly stay open or all close.
+        taught: share of the steps that it does so.
+        alone: whether the teacher is done.
 
     Source: public notes on the successors of the method (arXiv 2506.20790), where a gate is of a piece of one matrix.
     """

@@ -126,9 +126,13 @@ class Lp:
             raise InvalidSetting(
                 f"Lp needs attributions that it can take gradients of, GradientAttribution; got {self.attribution}."
             )
-        if losses is not None and (losses.path or losses.completeness or losses.attack or losses.hidden or losses.distance != "mse"):
+        passes = ("path", "completeness", "attack", "hidden")
+        asked = (
+            [] if losses is None else [f"{name}={getattr(losses, name)}" for name in passes if getattr(losses, name)]
+        )
+        if losses is not None and (asked or losses.distance != "mse"):
             raise InvalidSetting(
                 "Lp has no mask and no sparse pass, so its losses are faithfulness, minimality and simplicity alone; "
-                f"got Losses(path={losses.path}, attack={losses.attack}, hidden={losses.hidden}, distance={losses.distance!r}). Give "
-                "Losses(path=0), or use BatchTopK or TopK."
+                f"got Losses({', '.join([*asked, f'distance={losses.distance!r}'])}). Give Losses(path=0), or use "
+                "BatchTopK or TopK."
             )

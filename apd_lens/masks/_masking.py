@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from apd_lens._checks import check_fields
 from apd_lens._codec import saved
@@ -15,6 +15,7 @@ from apd_lens.attribution._attribution import Attribution
 from apd_lens.attribution._gradient import GradientAttribution
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import Mask
+from apd_lens.components._learned import Learned
 from apd_lens.data._points import padded
 from apd_lens.host._matrix import Use
 from apd_lens.losses._losses import Losses
@@ -85,7 +86,7 @@ class Masking(Protocol):
 
     def learned(
         self, components: ParameterComponents, uses: Sequence[Use], generator: torch.Generator
-    ) -> nn.Module | None:
+    ) -> Learned | None:
         """What is trained with the components, `ParameterComponents.gates`; None where nothing is.
 
         Args:

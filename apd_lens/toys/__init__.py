@@ -15,6 +15,9 @@ from apd_lens.toys._gated import gated_data as gated_data
 from apd_lens.toys._gated import gated_labels as gated_labels
 from apd_lens.toys._gated import make_gated_functions as make_gated_functions
 from apd_lens.toys._gated import piecewise_linear as piecewise_linear
+from apd_lens.toys._redundancy import Cipher as Cipher
+from apd_lens.toys._redundancy import CipherTarget as CipherTarget
+from apd_lens.toys._redundancy import train_cipher as train_cipher
 from apd_lens.toys._residual_mlp import ResidualMLP as ResidualMLP
 from apd_lens.toys._residual_mlp import ResidualMLPTarget as ResidualMLPTarget
 from apd_lens.toys._residual_mlp import residual_mlp_data as residual_mlp_data
@@ -24,6 +27,3 @@ from apd_lens.toys._tms import TMS as TMS
 from apd_lens.toys._tms import TMSTarget as TMSTarget
 from apd_lens.toys._tms import tms_data as tms_data
 from apd_lens.toys._tms import train_tms as train_tms
-from apd_lens.toys._redundancy import Cipher as Cipher
-from apd_lens.toys._redundancy import CipherTarget as CipherTarget
-from apd_lens.toys._redundancy import train_cipher as train_cipher

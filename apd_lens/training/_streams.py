@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,53 +10,42 @@ from torch import Tensor
 from apd_lens._processes import n_processes, own
 from apd_lens._settings import Elsewhere, Settings
 from apd_lens.components._components import ParameterComponents
+from apd_lens.host._adapter import Intercept
 from apd_lens.losses._losses import Losses
 from apd_lens.masks._masking import Attributed, Masking, Masks, NoneActive
 from apd_lens.masks._sampling import path_mask
 from apd_lens.passes._output import OutputFn, default_output, everywhere
 from apd_lens.passes._replace import Mixture
+from apd_lens.training._parts import PARTS, attacked, inactive
 
 # The components, their masks on the whole batch, the losses, draws, the shares of an attack -> name of a loss term ->
 # what the model runs on for it, on this process's part.
-Mixtures = Callable[[ParameterComponents, Masks, Losses, torch.Generator, Tensor | None], dict[str, Mixture]]
+Mixtures = Callable[[ParameterComponents, Masks, Losses, torch.Generator, Tensor | None], dict[str, Intercept]]
 
 
 def of_components(
-    components: ParameterComponents, masks: Masks, losses: Losses, draws: torch.Generator, shares: Tensor | None
-) -> dict[str, Mixture]:
-    """The active components alone; and with a random part of each other one, or the part that does most harm."""
+    components: ParameterComponents,
+    masks: Masks,
+    losses: Losses,
+    draws: torch.Generator,
+    shares: Tensor | None,
+    with_rest: bool = False,
+) -> dict[str, Intercept]:
+    """The active components alone; and with a part of each inactive one, and of the rest where there is one."""
     on, n_active = masks.at_least, masks.n_active if n_processes() == 1 else None
-    mixtures = {"minimality": Mixture(components, own(on), n_active=n_active)}
+    mixtures: dict[str, Intercept] = {"minimality": Mixture(components, own(on), n_active=n_active)}
     if losses.path:
-        mixtures["path"] = Mixture(components, own(path_mask(on, draws)))
+        mixtures["path"] = PARTS[losses.parts](components, on, draws, with_rest)
     if losses.completeness:
-        off = 1 - on.to(torch.float32)
-        amounts = torch.rand(off.shape, generator=draws, dtype=off.dtype, device=off.device)
-        mixtures["completeness"] = Mixture(components, own(off * amounts))
+        mixtures["completeness"] = inactive(components, on, draws, with_rest)
     if shares is not None:
-        on = on.to(shares.dtype)
-        mixtures["attack"] = Mixture(components, own(on + (1 - on) * shares[..., :-1]))
-    return mixtures
-
-
-def of_components_and_rest(
-    components: ParameterComponents, masks: Masks, losses: Losses, draws: torch.Generator, shares: Tensor | None
-) -> dict[str, Mixture]:
-    """The active components alone; and with a random part of each other one and of the rest, or with the part that
-    does most harm."""
-    mixtures = of_components(components, masks, losses, draws, shares)
-    if "path" in mixtures:
-        on = masks.at_least
-        rest = torch.rand(len(on), generator=draws, device=on.device, dtype=torch.float32)
-        mixtures["path"] = replace(mixtures["path"], rest=own(rest))
-    if shares is not None:
-        mixtures["attack"] = replace(mixtures["attack"], rest=own(shares[..., -1]))
+        mixtures["attack"] = attacked(components, on, shares, with_rest)
     return mixtures
 
 
 def of_the_rest(
     components: ParameterComponents, masks: Masks, losses: Losses, draws: torch.Generator, shares: Tensor | None
-) -> dict[str, Mixture]:
+) -> dict[str, Intercept]:
     """The rest and the active components; in half of the examples a random part of each other one."""
     return {"minimality": Mixture(components, own(path_mask(masks.at_least, draws, bare=0.5)), rest=1.0)}
 
@@ -93,7 +83,7 @@ class Stream:
 
 def first_stream(settings: Settings, output: OutputFn) -> Stream:
     """The data that are taken apart. Where there are others, the rest is off on it."""
-    mixtures = of_components if settings.elsewhere is None else of_components_and_rest
+    mixtures = of_components if settings.elsewhere is None else partial(of_components, with_rest=True)
     return Stream(settings.masking, settings.losses, mixtures=mixtures, output=output)
 
 
