@@ -194,7 +194,7 @@ class Open:
         granularity: whether a data point is an "example" or a "position".
     """
 
-    threshold: float = 0.5
+    threshold: float = 0.1
     granularity: Granularity = "example"
 
     def __call__(
@@ -249,7 +249,7 @@ class Gates:
     """
 
     granularity: Granularity = "example"
-    threshold: float = 0.5
+    threshold: float = 0.1
     hidden: int = 256
     blocks: int = 0
     lr: float = 2e-3

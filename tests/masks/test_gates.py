@@ -55,7 +55,7 @@ def test_what_gates_say_is_by_hand():
     expected = hidden @ gates.weight.mT + gates.bias
     decomposition = state.decomposition()
     assert_close(decomposition.attributions(x), expected.clamp(0, 1).detach())
-    assert torch.equal(decomposition.select(x), expected > 0.5)
+    assert torch.equal(decomposition.select(x), expected > 0.1)
     assert torch.equal(decomposition.select(x, k=1.0), apd.masks.batch_topk_mask(expected.clamp(0, 1), 1.0))
 
 
@@ -121,7 +121,7 @@ def test_sparsity_is_by_hand():
     f = (1.09 * counted.square() / (counted.square() + 0.09)).mean(0)
     assert_close(masks.sparsity, (1 + (f * (1 + 0.5 * (1 + 8 * f).log2())).sum()).log())
     assert torch.equal(masks.on, lower(state.components.gates(watched, "example")))
-    assert torch.equal(masks.active, masks.on > 0.5)
+    assert torch.equal(masks.active, masks.on > 0.1)
     assert not masks.attributions.requires_grad
 
 
@@ -215,7 +215,7 @@ def test_with_completeness_a_copy_belongs_to_the_component():
             rank=2,
             masks=apd.Gates(hidden=32),
             losses=apd.Losses(completeness=completeness),
-            optimization=apd.Optimization(steps=400),
+            optimization=apd.Optimization(steps=600),
             progress=False,
         )
         mask = decomposition.select(x)
@@ -224,4 +224,4 @@ def test_with_completeness_a_copy_belongs_to_the_component():
         with decomposition.sparse(~mask, rest=1.0):
             left[completeness] = model(x).diagonal()
     assert (left[0.0] > 0.9).all()
-    assert (left[1.0] < 0.1).all()
+    assert (left[1.0] < 0.25).all()
