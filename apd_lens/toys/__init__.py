@@ -5,6 +5,10 @@ Source: Braun et al. 2025, arXiv 2501.14926. Batches are drawn on the CPU from a
 there, and the same seed gives the same model and the same batches.
 """
 
+from apd_lens.toys._addition import AdditionMLP as AdditionMLP
+from apd_lens.toys._addition import AdditionTarget as AdditionTarget
+from apd_lens.toys._addition import frequency_power as frequency_power
+from apd_lens.toys._addition import train_addition as train_addition
 from apd_lens.toys._boolean import BooleanTarget as BooleanTarget
 from apd_lens.toys._boolean import gate_bits as gate_bits
 from apd_lens.toys._boolean import gate_values as gate_values

@@ -26,8 +26,8 @@ PROGRAMS: dict[str, tuple[Callable[[Any, Any], Any], Sequence[Any], bool]] = {
 }
 BOS = "bos"
 
-# The compiler makes attention that is as good as hard: in float32 no gradient comes through it. At a tenth of its scores
-# what is not selected still has less than 1 % together.
+# The compiler makes attention that is as good as hard: in float32 no gradient comes through it. With a tenth of its
+# scores, what is not selected still has less than 1 % together.
 SHARPNESS = 0.1
 
 
