@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -206,19 +205,19 @@ def measure_facts(target: toys.FactsTarget, decomposition: apd.Decomposition) ->
     }
 
 
-def measure_induction(model: nn.Module, decomposition: apd.Decomposition) -> Numbers:
+def measure_induction(target: toys.InductionTarget, decomposition: apd.Decomposition) -> Numbers:
     """Found is the share of next tokens that are right on the active components, in per cent of the target's; and where
     the components lie that matter for the right logit."""
-    batch = induction.sequences(64, seed=2)
-    accuracy = lambda: induction.known_loss_and_accuracy(model, batch)[1]  # noqa: E731
-    located = induction.located(decomposition, batch, ["a0.1", "a1.2"])
+    batch = toys.sequences(64, seed=2)
+    accuracy = lambda: induction.known_loss_and_accuracy(target.model, batch)[1]  # noqa: E731
+    located = induction.located(decomposition, batch, list(target.heads))
     accuracies = sparse_accuracies(decomposition, batch.tokens, accuracy)
     return {
         "found": round(100 * accuracies["sparse accuracy"] / accuracy()),
         "of": 100.0,
         "target's accuracy": accuracy(),
         **accuracies,
-        "weight in the two heads": located.weight_share,
+        "weight in the two heads": located.shares()[0],
     }
 
 
@@ -269,9 +268,9 @@ SYSTEMS = {
     ),
     "induction": System(
         "induction transformer",
-        lambda seed, share: trained_for_induction(share),
-        lambda target, seed: lambda step: induction.sequences(24, seed=10**5 * seed + step).tokens,
-        lambda target: ["blocks.*.attn.W_*"],
+        lambda seed, share: toys.train_induction(seed=seed, steps=max(1, int(share * 1500))),
+        lambda target, seed: lambda step: toys.sequences(24, seed=10**5 * seed + step).tokens,
+        lambda target: target.weights,
         60,
         measure_induction,
         induction.centred,
@@ -297,12 +296,6 @@ SYSTEMS = {
     ),
     "facts-40": with_facts("96 facts in 40 neurons, new", 140, n_subjects=96, d_model=128, n_neurons=40),
 }
-
-
-@cache
-def trained_for_induction(share: float) -> nn.Module:
-    """Of target seed 0, the only one of the first three that learns induction."""
-    return induction.train_target(0, steps=max(1, int(share * 1500)))
 
 
 def run(name: str, seed: int, settings: dict[str, Any], share: float = 1.0) -> dict[str, Any]:

@@ -23,6 +23,11 @@ from apd_lens.toys._gated import gated_data as gated_data
 from apd_lens.toys._gated import gated_labels as gated_labels
 from apd_lens.toys._gated import make_gated_functions as make_gated_functions
 from apd_lens.toys._gated import piecewise_linear as piecewise_linear
+from apd_lens.toys._induction import InductionTarget as InductionTarget
+from apd_lens.toys._induction import Sequences as Sequences
+from apd_lens.toys._induction import next_token_losses as next_token_losses
+from apd_lens.toys._induction import sequences as sequences
+from apd_lens.toys._induction import train_induction as train_induction
 from apd_lens.toys._programs import PROGRAMS as PROGRAMS
 from apd_lens.toys._programs import CompiledProgram as CompiledProgram
 from apd_lens.toys._programs import ProgramTarget as ProgramTarget

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from induction import located, right_logit
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import apd_lens as apd
-from apd_lens import toys
+from apd_lens import compare, toys
 
 Numbers = dict[str, float]
 Owners = Int[Tensor, " mechanism"]
@@ -282,3 +283,23 @@ def matrices_of_program(target: toys.ProgramTarget) -> Numbers:
         parts[name][place] = matrix
     aurocs = node_aurocs(target, parts)
     return {"found": float((aurocs >= 0.95).sum()), "AUROC": aurocs.mean().item(), "least AUROC": aurocs.min().item()}
+
+
+# Induction: the components that matter lie in the two heads that do it.
+
+
+def measure_induction(target: toys.InductionTarget, decomposition: apd.Decomposition, owners: None) -> Numbers:
+    """Share of weight in the two heads, of the components that matter for the right logit, weighted by that; and how
+    much of this logit comes back with as many components on as are active, the others off or under attack."""
+    batch, few = toys.sequences(64, seed=2), toys.sequences(16, seed=3)
+    sparse = sparse_accuracy(decomposition, batch.tokens, lambda: target.is_right(batch))
+    n_active = max(1, round(sparse["active"]))
+    scores, sizes = decomposition.attributions, (n_active,)
+    curve = compare.faithfulness_curve(decomposition, [few.tokens], right_logit(few), scores=scores, sizes=sizes)
+    return {
+        "weight in the two heads": located(decomposition, batch, list(target.heads)).shares()[0],
+        "right logit": curve.own.item(),
+        "right logit, attacked": curve.worst.item(),
+        "target's accuracy": target.is_right(batch).float().mean().item(),
+        **sparse,
+    }

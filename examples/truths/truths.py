@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,15 +21,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import judges
 import torch
-from judges import Numbers, Owners
 from torch import Tensor
 
 import apd_lens as apd
 from apd_lens import toys
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+import judges  # noqa: E402
+from induction import centred  # noqa: E402
+from judges import Numbers, Owners  # noqa: E402
+
 README = """# Truths that nobody tuned for
 
 Made by `make truths`. Every system is decomposed with the same settings, those of the form; only the number of
@@ -45,6 +49,8 @@ Numbers are the smallest to the largest over seeds. `judges.py` says what they m
 # What is given beside model, data, weights and n_components; nothing else is set, on any system.
 FORMS: dict[str, dict[str, Any]] = {
     "topk": {},
+    # What the examples take for facts, of which one is active on each data point; here all systems are told so.
+    "facts": {name: toys.facts_settings()[name] for name in ("selection", "losses", "moves", "optimization")},
     "lp": {"selection": apd.Lp(), "losses": apd.Losses(path=0), "moves": None},
 }
 
@@ -150,6 +156,17 @@ SYSTEMS = {
         lambda numbers: numbers["found"] == numbers["of"],
         goal="a component for each key frequency, alignment ≥ 0.9",
         baseline=("single neurons", judges.neurons_of_addition),
+    ),
+    "induction": System(
+        "induction transformer",
+        toys.train_induction,
+        lambda target, seed: lambda step: toys.sequences(24, seed=10**5 * seed + step).tokens,
+        60,
+        lambda target, decomposition: None,
+        judges.measure_induction,
+        lambda numbers: numbers["weight in the two heads"] >= 0.9 and numbers["right logit, attacked"] >= 0.7,
+        goal="≥ 0.9 of the weight in the two heads; ≥ 0.7 of the right logit comes back, attacked",
+        output=centred,
     ),
     **{f"program-{name}": program(name) for name in toys.PROGRAMS},
 }
