@@ -1,6 +1,8 @@
 """Addition modulo a prime, in a network that has to generalise, and does it with a few frequencies."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from apd_lens._errors import InvalidSetting
+from apd_lens.toys._shared import batch_of_step
 
 
 class AdditionMLP(nn.Module):
@@ -44,6 +47,13 @@ class AdditionTarget:
     trained: Bool[Tensor, " pairs"]
     loss: float
     power: Float[Tensor, " frequencies"]
+
+    def batches(self, batch_size: int = 256, seed: int = 0) -> Callable[[int], Tensor]:
+        """A function step -> batch: pairs drawn with replacement."""
+        return partial(batch_of_step, self._draw, batch_size, seed)
+
+    def _draw(self, n: int, generator: torch.Generator) -> Int[Tensor, "n 2"]:
+        return self.pairs[torch.randint(len(self.pairs), (n,), generator=generator)]
 
     @property
     def key_frequencies(self) -> Int[Tensor, " keys"]:

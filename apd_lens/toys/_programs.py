@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import permutations, product
 from types import ModuleType, SimpleNamespace
@@ -14,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from apd_lens._errors import InvalidSetting, MissingExtra
-from apd_lens.toys._shared import MLP
+from apd_lens.toys._shared import MLP, batch_of_step
 
 # Name -> the program, from tracr's library and its `tokens`; its vocabulary; whether a token comes once at most.
 PROGRAMS: dict[str, tuple[Callable[[Any, Any], Any], Sequence[Any], bool]] = {
@@ -82,8 +83,8 @@ class ProgramTarget:
         mechanisms: name -> `node d_in d_out`, which sum to the matrix.
         turns: name -> the rotations L and R; L W Rᵀ is the matrix as it was compiled, where each entry belongs to one
             node at most.
-        examples: every sequence that the program takes, by length, as the model is called with it.
-        answers: what the program says to each, one-hot where the output is categorical.
+        examples: every sequence that the program takes, `example pos` for each length, as the model is called with it.
+        answers: what the program says to each, `example pos-1 values`, one-hot where the output is categorical.
         categorical: whether it is; else the output is one number.
     """
 
@@ -91,28 +92,31 @@ class ProgramTarget:
     weights: list[str]
     loss: float
     nodes: list[str]
-    mechanisms: dict[str, Float[Tensor, "node d_in d_out"]]
+    mechanisms: dict[str, Tensor]
     turns: dict[str, tuple[Tensor, Tensor]]
-    examples: list[Int[Tensor, "example pos"]]
-    answers: list[Float[Tensor, "example pos-1 values"]]
+    examples: list[Tensor]
+    answers: list[Tensor]
     categorical: bool
 
     def batches(self, batch_size: int = 256, seed: int = 0) -> Callable[[int], Tensor]:
         """A function step -> batch: sequences of one length, drawn with replacement."""
 
+        def draw(n: int, generator: torch.Generator, of_length: Tensor) -> Tensor:
+            return of_length[torch.randint(len(of_length), (n,), generator=generator)]
+
         def batch(step: int) -> Tensor:
-            of_length = self.examples[step % len(self.examples)]
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + step + 1)
-            return of_length[torch.randint(len(of_length), (batch_size,), generator=generator)]
+            data = partial(draw, of_length=self.examples[step % len(self.examples)])
+            return batch_of_step(data, batch_size, seed, step)
 
         return batch
 
-    def is_right(self, length: int = -1) -> Bool[Tensor, "example pos-1"]:
+    def is_right(self, length: int = -1) -> Bool[Tensor, "example token"]:
         """Where the model, as it is at the moment, says what the program does, on all sequences of this length (an
         index of `examples`): the same category, or a number that is less than 0.05 off."""
         return self.agrees(self.model(self.examples[length]), length)
 
-    def agrees(self, outputs: Float[Tensor, "example pos-1 values"], length: int = -1) -> Tensor:
+    def agrees(self, outputs: Float[Tensor, "example token values"], length: int = -1) -> Bool[Tensor, "example token"]:
+        """The same of outputs that are given."""
         answers = self.answers[length]
         if self.categorical:
             return ((outputs > 0.5) == (answers > 0.5)).all(-1)

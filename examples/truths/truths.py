@@ -149,7 +149,7 @@ SYSTEMS = {
     "addition": System(
         "addition modulo 47",
         toys.train_addition,
-        lambda target, seed: [target.pairs],
+        lambda target, seed: target.batches(seed=1000 + seed),
         16,
         judges.addition_owners,
         judges.measure_addition,

@@ -10,7 +10,7 @@ SMALL = {"width": 12, "n_neurons": 10, "n_tokens": 6, "n_blocks": 2}
 
 @pytest.fixture(scope="module")
 def cipher() -> toys.CipherTarget:
-    return toys.train_cipher(**SMALL, steps=400, seed=1)
+    return toys.train_cipher(**SMALL, steps=120, lr=1e-2, seed=1)
 
 
 def test_every_subset_of_blocks_knows_every_partner(cipher: toys.CipherTarget):
