@@ -2,27 +2,21 @@
 
 import importlib
 import json
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
-from support.examples import EXAMPLES, run
+from support.examples import run
 
 import apd_lens as apd
 from apd_lens import toys
 
 
 @pytest.fixture(scope="module")
-def judges() -> Iterator[ModuleType]:
+def judges() -> ModuleType:
     pytest.importorskip("transformer_lens")
-    paths = [str(EXAMPLES / "truths"), str(EXAMPLES)]
-    sys.path += paths
-    yield importlib.import_module("judges")
-    for path in paths:
-        sys.path.remove(path)
+    return importlib.import_module("judges")
 
 
 def decomposition_of(model: torch.nn.Module, mechanisms: dict[str, torch.Tensor]) -> apd.Decomposition:
