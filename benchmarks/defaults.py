@@ -140,7 +140,7 @@ def measure_induction(target: toys.InductionTarget, decomposition: apd.Decomposi
     the components lie that matter for the right logit."""
     batch = toys.sequences(64, seed=2)
     accuracy = lambda: induction.known_loss_and_accuracy(target.model, batch)[1]  # noqa: E731
-    located = induction.located(decomposition, batch, list(target.heads))
+    located = induction.located(decomposition, batch, target.heads)
     accuracies = sparse_accuracies(decomposition, batch.tokens, accuracy)
     return {
         "found": round(100 * accuracies["sparse accuracy"] / accuracy()),

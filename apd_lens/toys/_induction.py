@@ -57,7 +57,7 @@ class InductionTarget:
 
     model: Any
     weights: list[str]
-    heads: tuple[str, str]
+    heads: list[str]
     loss: float
 
     def is_right(self, batch: Sequences) -> Bool[Tensor, " known"]:
@@ -97,7 +97,7 @@ def train_induction(*, steps: int = 1500, all_tokens: bool = False, seed: int = 
     model.requires_grad_(False)
     batch = sequences(256, seed=10**6 * (seed + 1) - 1)
     loss = next_token_losses(model(batch.tokens), batch)[batch.known].mean().item()
-    heads = tuple(f"a{layer}.{head}" for layer, head in enumerate(TRAINED))
+    heads = [f"a{layer}.{head}" for layer, head in enumerate(TRAINED)]
     return InductionTarget(model, ["blocks.*.attn.W_*"], heads, loss)
 
 

@@ -297,7 +297,7 @@ def measure_induction(target: toys.InductionTarget, decomposition: apd.Decomposi
     scores, sizes = decomposition.attributions, (n_active,)
     curve = compare.faithfulness_curve(decomposition, [few.tokens], right_logit(few), scores=scores, sizes=sizes)
     return {
-        "weight in the two heads": located(decomposition, batch, list(target.heads)).shares()[0],
+        "weight in the two heads": located(decomposition, batch, target.heads).shares()[0],
         "right logit": curve.own.item(),
         "right logit, attacked": curve.worst.item(),
         "target's accuracy": target.is_right(batch).float().mean().item(),

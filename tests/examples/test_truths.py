@@ -21,24 +21,28 @@ def judges() -> ModuleType:
 
 def decomposition_of(model: torch.nn.Module, mechanisms: dict[str, torch.Tensor]) -> apd.Decomposition:
     """Components that are the given mechanisms, `C d_in d_out` of each matrix."""
-    A = {name: torch.eye(m.shape[1]).expand(len(m), -1, -1).contiguous() for name, m in mechanisms.items()}
-    return apd.from_factors(model, A, mechanisms)
+    A, B = {}, {}
+    for name, m in mechanisms.items():
+        eye = torch.eye(min(m.shape[1:])).expand(len(m), -1, -1).contiguous()
+        A[name], B[name] = (eye, m) if m.shape[1] <= m.shape[2] else (m, eye)
+    return apd.from_factors(model, A, B)
 
 
 def test_the_runner_goes_on_where_it_was(tmp_path):
-    few = ["--seeds", "0", "1", "--steps", "2", "--target-steps", "20", "--results", str(tmp_path)]
-    systems = ["--systems", "cipher-16", "boolean"]
-    printed = run("truths/truths.py", *systems, *few, "--untrained")
-    assert printed.count("does not meet the goal:") == 8
+    few = ["--systems", "cipher-16", "--steps", "2", "--target-steps", "20", "--results", str(tmp_path)]
+    printed = run("truths/truths.py", *few, "--seeds", "0", "--untrained")
+    assert printed.count("does not meet the goal:") == 2
     result = json.loads((tmp_path / "cipher-16.topk.0.json").read_text())
     assert set(result["nulls"]) == {"random", "usage-matched"}
     assert result["numbers"]["of"] == 32
-    assert "| | components | random | usage-matched | untrained |" in printed.replace("|  |", "| |")
-    again = run("truths/truths.py", *systems, *few, "--untrained")
-    assert "the goal:" not in again
-    assert again.strip() in printed
-    lp = run("truths/truths.py", "--systems", "boolean", "--forms", "lp", *few)
-    assert "`lp` meets it on 0 of 2 targets (seeds 0, 1)" in lp
+    assert "|  | components | random | usage-matched | untrained |" in printed
+    more = run("truths/truths.py", *few, "--seeds", "0", "1", "--forms", "topk", "lp")
+    assert [line.split(" does")[0] for line in more.splitlines() if "does not" in line] == [
+        "cipher-16 topk 1",
+        "cipher-16 lp 0",
+        "cipher-16 lp 1",
+    ]
+    assert more.count("meets it on 0 of 2 targets (seeds 0, 1)") == 2
 
 
 def test_the_nodes_of_a_program_are_found_where_components_are_its_nodes(judges: ModuleType):
@@ -54,20 +58,18 @@ def test_the_nodes_of_a_program_are_found_where_components_are_its_nodes(judges:
 
 
 def test_tokens_are_found_where_a_component_is_all_that_is_done_for_one(judges: ModuleType):
-    """Neurons of their own for each token, with which the truth is known."""
+    """Blocks read one half of the stream and write the other, with a neuron for each token, so the truth is known."""
     target = toys.train_cipher(8, 4, n_tokens=4, n_blocks=2, steps=0)
-    model = target.model
-    model.E.copy_(torch.eye(8)[:4])
-    owner = torch.arange(4)
-    mechanisms = {}
+    model, owner, mechanisms = target.model, torch.arange(4), {}
+    halves = torch.eye(8).unflatten(0, (2, 4))
+    model.E.copy_(halves.sum(0) / 2**0.5)
     for name in target.weights:
-        weight = model.get_parameter(name).data
-        writes = torch.eye(8)[target.partner] * 3 if "out" in name else torch.eye(8)[:4]
-        weight.copy_(writes.mT if "out" in name else writes)
-        one = torch.eye(4)[:, :, None] * writes
-        mechanisms[name] = one if "out" in name else one.mT.contiguous()
+        weight = halves[0].mT if "mlp_in" in name else 6 * halves[1][target.partner]
+        model.get_parameter(name).data = weight.mT.clone()
+        one = torch.eye(4)[:, None] if "mlp_in" in name else torch.eye(4)[..., None]
+        mechanisms[name] = weight * one
     for block in model.blocks:
-        block.mlp_in.bias.data.fill_(-0.1)
+        block.mlp_in.bias.data.zero_()
     assert all(target.is_right(on).all() for on in target.subsets)
     truth = decomposition_of(model, mechanisms)
     numbers = judges.measure_cipher(target, truth, judges.cipher_owners(target, truth))

@@ -23,7 +23,7 @@ def test_sequences_repeat_from_their_period_on():
 def test_two_heads_are_trained_and_the_others_stay():
     pytest.importorskip("transformer_lens")
     before, after = (toys.train_induction(steps=steps, seed=4) for steps in (0, 3))
-    assert before.heads == ("a0.1", "a1.2")
+    assert before.heads == ["a0.1", "a1.2"]
     for layer, head in ((0, 1), (1, 2)):
         for side in ("W_Q", "W_K", "W_V", "W_O"):
             moved = getattr(after.model.blocks[layer].attn, side) != getattr(before.model.blocks[layer].attn, side)
