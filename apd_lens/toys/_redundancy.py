@@ -13,7 +13,7 @@ from apd_lens.toys._shared import MLP, train_with_adamw
 
 
 class Cipher(nn.Module):
-    """r = E[token]; r = r + on_b · MLP_b(r) for each block b; y = r Eᵀ. E has random rows of norm 1, not trained."""
+    """r = E[token]; r = r + on_b · MLP_b(r) for each block b; y = r Eᵀ. E has random rows of norm 1, and is frozen."""
 
     E: Tensor
 

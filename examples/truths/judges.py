@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from induction import located, right_logit
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import apd_lens as apd
-from apd_lens import toys
+from apd_lens import compare, toys
 
 Numbers = dict[str, float]
 Owners = Int[Tensor, " mechanism"]
@@ -134,3 +135,171 @@ def cipher_is_apart(numbers: Numbers) -> bool:
 
 def cipher_in_superposition(numbers: Numbers) -> bool:
     return numbers["own component"] >= 30 and numbers["sparse accuracy"] >= 0.98
+
+
+# Boolean gates: a component for each gate.
+
+
+def boolean_data(target: toys.BooleanTarget) -> tuple[Tensor, Tensor]:
+    """Bits that no step saw, and where each gate's output is on."""
+    bits = target.batches(4096, seed=10**6)(0)
+    return bits, target.labels(bits) > 0.5
+
+
+def boolean_owners(target: toys.BooleanTarget, decomposition: apd.Decomposition) -> Owners:
+    """The component with the largest mean attribution to a gate's output, where it is on."""
+    bits, on = boolean_data(target)
+    owners = []
+    for gate in range(on.shape[1]):
+        effect = decomposition.attributions(bits[on[:, gate]], metric=lambda output, gate=gate: output[:, gate])
+        owners.append(effect.mean(0).argmax())
+    return torch.stack(owners)
+
+
+def measure_boolean(target: toys.BooleanTarget, decomposition: apd.Decomposition, owners: Owners) -> Numbers:
+    """A gate is found if a component is its own, and without it the gate's output is off where it was on, and that of
+    other gates is not. Cases are data points at which a gate is on and the model right."""
+    bits, on = boolean_data(target)
+    right = lambda: target.is_right(bits)  # noqa: E731
+    before = right() & on
+    lost = forgotten(decomposition, owners, right) & on
+    lost = lost.sum(1) / before.sum(0).clamp_min(1)  # mechanism, gate
+    off = ~torch.eye(len(owners), dtype=torch.bool)
+    clean = (lost.diagonal() >= 0.95) & ((lost * off).amax(1) <= 0.05)
+    return {
+        "found": float((alone(owners) & clean).sum()),
+        "of": float(len(owners)),
+        "own component": float(n_alone(owners)),
+        **own_and_others(lost),
+        "target's accuracy where on": right()[on].float().mean().item(),
+        **sparse_accuracy(decomposition, bits, lambda: right()[on]),
+    }
+
+
+# Modular addition: a component for each key frequency.
+
+
+def component_power(target: toys.AdditionTarget, decomposition: apd.Decomposition) -> Float[Tensor, "C frequencies"]:
+    parts = (decomposition.components.component_weights(name) for name in target.weights)
+    return toys.frequency_power(*parts, target.model)
+
+
+def addition_owners(target: toys.AdditionTarget, decomposition: apd.Decomposition) -> Owners:
+    """For each key frequency the component that has most of its power."""
+    return component_power(target, decomposition)[:, target.key_frequencies].argmax(0)
+
+
+def measure_addition(target: toys.AdditionTarget, decomposition: apd.Decomposition, owners: Owners) -> Numbers:
+    """Alignment: the share of a component's own power that is at its frequency. A frequency is found if it has a
+    component of its own with an alignment of 0.9, which has half of the target's power there or more."""
+    keys, power = target.key_frequencies, component_power(target, decomposition)[owners]
+    at_key = power.gather(1, keys[:, None])[:, 0]
+    alignment = at_key / power.sum(1).clamp_min(1e-12)
+    ranks = apd.components.effective_rank(
+        apd.components.singular_values(decomposition.components, "mlp_in.weight")[owners]
+    )
+    found = alone(owners) & (alignment >= 0.9) & (at_key >= 0.5 * target.power[keys])
+    return {
+        "found": float(found.sum()),
+        "of": float(len(keys)),
+        "own component": float(n_alone(owners)),
+        "alignment": alignment.mean().item(),
+        "least alignment": alignment.min().item(),
+        "share of the frequency": (at_key / target.power[keys]).mean().item(),
+        "effective rank": ranks.mean().item(),
+        **sparse_accuracy(decomposition, target.pairs, target.is_right),
+    }
+
+
+def neurons_of_addition(target: toys.AdditionTarget) -> Numbers:
+    """The same of single neurons, in the matrices that have them; the strongest neuron of each frequency."""
+    model, keys = target.model, target.key_frequencies
+    one = torch.eye(model.mlp_in.out_features)
+    read, written = model.mlp_in.weight.mT * one[:, None], model.mlp_out.weight.mT * one[..., None]
+    power = toys.frequency_power(torch.zeros(len(one), *model.embed.weight.shape), read, written, model)
+    owners = power[:, keys].argmax(0)
+    at_key = power[owners, keys]
+    alignment = at_key / power[owners].sum(1)
+    share = (at_key / target.power[keys]).mean().item()
+    return {
+        "alignment": alignment.mean().item(),
+        "least alignment": alignment.min().item(),
+        "share of the frequency": share,
+    }
+
+
+# Compiled programs: components for each node.
+
+
+def node_shares(target: toys.ProgramTarget, parts: dict[str, Tensor]) -> Float[Tensor, "C node"]:
+    """How much of each node's weights each component has: Σ ⟨P_c, M_n⟩ / Σ ‖M_n‖², over matrices."""
+    held = [torch.einsum("cio,nio->cn", part, target.mechanisms[name]) for name, part in parts.items()]
+    norms = [target.mechanisms[name].square().sum((1, 2)) for name in parts]
+    return torch.stack(held).sum(0) / torch.stack(norms).sum(0)
+
+
+def node_aurocs(target: toys.ProgramTarget, parts: dict[str, Tensor]) -> Float[Tensor, " node"]:
+    """How well components tell the weights of a node from those of all others.
+
+    A component is given to the node of which it has most. An entry of the program's weights, in the basis in which they
+    were compiled, scores what the components of a node hold of it, as a share of what all components hold there. A node
+    without a component scores nothing anywhere, 0.5.
+    """
+    node = node_shares(target, parts).argmax(1)
+    given = torch.eye(len(target.nodes))[node].mT  # node, component
+    scores, owned = [], []
+    for name, part in parts.items():
+        entries = target.owned(name).flatten(1)
+        back = target.turned_back(name, part).flatten(1)[:, entries.any(0)]
+        of_node, of_others = (given @ back).abs(), ((1 - given) @ back).abs()
+        scores.append(of_node / (of_node + of_others).clamp_min(1e-12))
+        owned.append(entries[:, entries.any(0)])
+    pairs = zip(torch.cat(scores, 1), torch.cat(owned, 1), strict=True)
+    return torch.tensor([apd.metrics.auroc(score, label) for score, label in pairs])
+
+
+def measure_program(target: toys.ProgramTarget, decomposition: apd.Decomposition, owners: None) -> Numbers:
+    """A node is found if the AUROC of its components is 0.95."""
+    parts = {name: decomposition.components.component_weights(name) for name in target.weights}
+    aurocs = node_aurocs(target, parts)
+    right = [
+        sparse_accuracy(decomposition, some, lambda i=i: target.is_right(i)) for i, some in enumerate(target.examples)
+    ]
+    return {
+        "found": float((aurocs >= 0.95).sum()),
+        "of": float(len(aurocs)),
+        "AUROC": aurocs.mean().item(),
+        "least AUROC": aurocs.min().item(),
+        "nodes with a component": float(len(node_shares(target, parts).argmax(1).unique())),
+        **{what: sum(numbers[what] for numbers in right) / len(right) for what in right[0]},
+    }
+
+
+def matrices_of_program(target: toys.ProgramTarget) -> Numbers:
+    """The same of each whole matrix as a component of its own."""
+    whole = {name: target.mechanisms[name].sum(0) for name in target.weights}
+    parts = {name: torch.zeros(len(whole), *matrix.shape) for name, matrix in whole.items()}
+    for place, (name, matrix) in enumerate(whole.items()):
+        parts[name][place] = matrix
+    aurocs = node_aurocs(target, parts)
+    return {"found": float((aurocs >= 0.95).sum()), "AUROC": aurocs.mean().item(), "least AUROC": aurocs.min().item()}
+
+
+# Induction: the components that matter lie in the two heads that do it.
+
+
+def measure_induction(target: toys.InductionTarget, decomposition: apd.Decomposition, owners: None) -> Numbers:
+    """Share of weight in the two heads, of the components that matter for the right logit, weighted by that; and how
+    much of this logit comes back with as many components on as are active, the others off or under attack."""
+    batch, few = toys.sequences(64, seed=2), toys.sequences(16, seed=3)
+    sparse = sparse_accuracy(decomposition, batch.tokens, lambda: target.is_right(batch))
+    n_active = max(1, round(sparse["active"]))
+    scores, sizes = decomposition.attributions, (n_active,)
+    curve = compare.faithfulness_curve(decomposition, [few.tokens], right_logit(few), scores=scores, sizes=sizes)
+    return {
+        "weight in the two heads": located(decomposition, batch, target.heads).shares()[0],
+        "right logit": curve.own.item(),
+        "right logit, attacked": curve.worst.item(),
+        "target's accuracy": target.is_right(batch).float().mean().item(),
+        **sparse,
+    }
