@@ -51,9 +51,8 @@ prompts of one task with `apd.language_model()`. Nothing else is chosen but the 
 are those that `apd.where` finds. Every number is over all prompts that the model answers rightly. "Start" is the fitted
 start alone, "trained" are 300 steps. KL is in nats. General text are texts that the model wrote and that were not
 trained on; each ran without one component, in turn (of the seeds 0 but for other phrasings: all without each of five).
-A range is that of the seeds; the start was attacked for seed 0 alone. Seconds are those of one thread beside other work,
-with the scan. Goals are those that were set before anything was measured; what fell
-short is in docs/results.md.
+A range is that of the seeds; the start was attacked for seed 0 alone. Seconds are those of one thread beside other
+work, with the scan. Goals are those that were set before anything was measured; what fell short is in docs/results.md.
 
 The prompts, the first phrasings and other samples of general text were looked at while the settings were chosen for
 capitals; nothing was tuned for the other tasks.
