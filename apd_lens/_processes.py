@@ -65,10 +65,9 @@ def summed(values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(values: Tensor) -> Tensor:
-        _say(f"a sum of {tuple(values.shape)}")
         total = values.clone(memory_format=torch.contiguous_format)
-        with _reached("a sum"):
-            dist.all_reduce(total, group=_group(total))
+        with together(f"a sum of {tuple(values.shape)}"):
+            dist.all_reduce(total, group=group_of(total))
         return total
 
     @staticmethod
@@ -116,27 +115,33 @@ def copy_from_first(tensors: Iterable[Tensor]) -> None:
     """Gives all processes the numbers of the first one, in place."""
     if n_processes() == 1:
         return
-    _say("a copy")
-    for tensor in tensors:
-        numbers = tensor.detach().contiguous()
-        with _reached("a copy"):
-            dist.broadcast(numbers, 0, group=_group(numbers))
-        tensor.detach().copy_(numbers)
+    with together("a copy"):
+        for tensor in tensors:
+            numbers = tensor.detach().contiguous()
+            dist.broadcast(numbers, 0, group=group_of(numbers))
+            tensor.detach().copy_(numbers)
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """The mean of the processes' gradients in the place of each one's own."""
     if n_processes() == 1:
         return
-    _say("gradients")
-    with _reached("gradients"):
+    with together("gradients"):
         sums = []
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
-            sums.append((parameter.grad, dist.all_reduce(parameter.grad, group=_group(parameter), async_op=True)))
+            sums.append((parameter.grad, dist.all_reduce(parameter.grad, group=group_of(parameter), async_op=True)))
         for gradient, work in sums:
             work.wait()
             gradient.div_(n_processes())
+
+
+@contextmanager
+def together(doing: str) -> Iterator[None]:
+    """Inside, all do the same; an error of torch.distributed says that another process ended."""
+    _say(doing)
+    with _reached(doing):
+        yield
 
 
 def wait_for_all() -> None:
@@ -214,13 +219,15 @@ def _reached(doing: str) -> Iterator[None]:
         ) from error
 
 
-def _group(values: Tensor) -> Any:
+def group_of(values: Tensor) -> Any:
     """What is on the CPU goes by a group of our own, whatever the user's is for."""
     return _control() if values.device.type == "cpu" else dist.group.WORLD
 
 
 def _control() -> Any:
-    world = dist.group.WORLD
+    """Waits as long as the user's group does, `init_process_group(timeout=…)`."""
+    world: Any = dist.group.WORLD
     if not _CONTROL or _CONTROL[0] is not world:
-        _CONTROL[:] = [world, dist.new_group(backend="gloo")]
+        timeout = world._get_backend(world._device_types[0]).options._timeout
+        _CONTROL[:] = [world, dist.new_group(backend="gloo", timeout=timeout)]
     return _CONTROL[1]

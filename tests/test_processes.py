@@ -1,11 +1,13 @@
 """Several processes give what one gives with the same batches; what goes wrong in one is raised in all."""
 
+import os
 import re
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from support.processes import CASES, all_cases, dying, failing, together
+from support.processes import CASES, SHARDED, all_cases, begin, dying, failing, finish, go_on, mlp, together
 
 import apd_lens as apd
 
@@ -24,9 +26,9 @@ def of_each(request: pytest.FixtureRequest) -> list[dict[str, dict[str, Any]]]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *SHARDED])
 def test_several_processes_give_what_one_gives(case: str, of_one: dict[str, Any], of_each: list[dict[str, Any]]):
-    expected = of_one[case]
+    expected = of_one[SHARDED.get(case, case)]
     for one in of_each:
         came = one[case]
         assert came["selection"] == expected["selection"]
@@ -40,6 +42,27 @@ def test_several_processes_give_what_one_gives(case: str, of_one: dict[str, Any]
             assert torch.equal(ours, first)
     if "moves" in case:
         assert expected["moves"]
+
+
+def test_a_training_goes_on_in_another_number_of_processes(tmp_path):
+    """From one to two, from four to two and from two to one, its components divided or not before and after."""
+    together(1, partial(begin, tmp_path / "of one"))
+    together(4, partial(begin, tmp_path / "of four"))
+    for begun in ("of one/whole", "of four/whole", "of four/sharded"):
+        assert os.listdir(tmp_path / begun) == ["step-000004.safetensors"]
+    found = []
+    for trainings, factors, text in together(2, partial(go_on, tmp_path)):
+        loaded = apd.load(tmp_path / "result", mlp())
+        assert [*map(torch.equal, loaded.components.parameters(), factors)] == [True] * len(factors)
+        assert "6 components over" in text
+        found += trainings
+    expected, *of_two = together(1, partial(finish, tmp_path))[0]
+    found += of_two
+    assert len(found) == 10
+    for one in found:
+        assert 0 < one["moves"] < expected["moves"]
+        for ours, theirs in zip(one["factors"], expected["factors"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 def test_what_goes_wrong_in_one_is_raised_in_all():

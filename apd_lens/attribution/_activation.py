@@ -36,6 +36,7 @@ class ActivationAttribution:
                 norms = zero_at_padding(norms, watched.valid)
                 if granularity == "example" and norms.ndim > 2:
                     norms = norms.sum(tuple(range(1, norms.ndim - 1)))
+                norms = norms.to(watched.output.device)
                 total = norms if total is None else total + norms
         assert total is not None
         return total

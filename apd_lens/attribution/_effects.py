@@ -11,6 +11,7 @@ from torch import Tensor
 
 from apd_lens._errors import ShapeMismatch
 from apd_lens._memory import fitting, slices
+from apd_lens._shards import freed_after
 from apd_lens.attribution._over_outputs import shared_positions
 from apd_lens.attribution._pullback import Jacobians, Part, jacobians_in_parts
 from apd_lens.components._components import ParameterComponents
@@ -70,9 +71,38 @@ def effects_of_calls(
         )
     if granularity == "position":
         shared_positions([call for _, call in used])
-    terms = _terms([(parts, call, *components.factors(call.use)) for parts, call in used])
+    n_examples = len(used[0][1].x)
+    if not components.is_sharded:
+        yield from _effects_of_used(used, jacobians.slopes, components, granularity, memory, slice(n_examples))
+        return
+    n_vectors = used[0][0][0][0].shape[0]
+    for examples in slices(n_examples, fitting(8 * n_vectors * components.n_components, memory)):
+        total = None
+        for one in used:
+
+            def effects_of_one(one=one, examples=examples) -> Tensor:
+                parts = _effects_of_used([one], jacobians.slopes, components, granularity, memory, examples)
+                return torch.cat(list(parts), 1)
+
+            effects = freed_after(effects_of_one)
+            total = effects if total is None else total + effects.to(total.device)
+        assert total is not None
+        yield total
+
+
+def _effects_of_used(
+    used: Sequence[tuple[Sequence[Part], Call]],
+    slopes: Tensor | None,
+    components: ParameterComponents,
+    granularity: Granularity,
+    memory: int,
+    within: slice,
+) -> Iterator[Float[Tensor, "v data *pos C"]]:
+    """Those of some calls, whose factors are there at once, on some of the examples."""
+    with_factors = [(parts, call, *components.factors(call.use)) for parts, call in used]
+    terms = _terms(with_factors)
     inner_of = {
-        number: _inner_activations_of_some(used[number][1], components, memory)
+        number: _inner_activations_of_some(used[number][1], with_factors[number][2], memory)
         for number in sorted({number for term in terms for number in term.calls})
     }
     factor = next(components.parameters())
@@ -81,25 +111,26 @@ def effects_of_calls(
     chunk = fitting(numbers * itemsize, memory)
     if not on_gpu(factor.device):
         chunk = min(chunk, max(_FEWEST_EXAMPLES, fitting(numbers * itemsize, _CACHE)))
-    slopes = None if jacobians.slopes is None else jacobians.slopes.to(factor.dtype)
-    n_examples = len(used[0][1].x)
-    for examples in slices(n_examples, chunk):
+    slopes = None if slopes is None else slopes.to(factor.dtype)
+    first = within.start or 0
+    for some in slices(within.stop - first, chunk):
+        examples = slice(first + some.start, first + some.stop)
         total = None
         inner = {number: of_call(examples) for number, of_call in inner_of.items()}
         for term in terms:
             effects = term([inner[number] for number in term.calls], examples, granularity)
-            total = effects if total is None else total.add_(effects)
+            total = effects if total is None else total.add_(effects.to(total.device))
         assert total is not None
         if slopes is not None:
-            total.mul_(slopes[:, examples].reshape(len(total), -1, *[1] * (total.ndim - 2)))
+            total.mul_(slopes.to(total.device)[:, examples].reshape(len(total), -1, *[1] * (total.ndim - 2)))
         yield total
 
 
 def _inner_activations_of_some(
-    call: Call, components: ParameterComponents, memory: int
+    call: Call, A: Float[Tensor, "C d_in m"], memory: int
 ) -> Callable[[slice], Float[Tensor, "examples *pos C m"]]:
     """Examples -> their x A; computed at once for all if it fits into `memory`."""
-    A, x = components.factors(call.use)[0], call.x
+    x = call.x
     positions = x.numel() // (A.shape[1] if x.is_floating_point() else 1)
     if 8 * positions * A.shape[0] * A.shape[2] > memory:
         return lambda examples: inner_activations(x[examples], A)
@@ -177,7 +208,7 @@ def _terms(used: Sequence[_Used]) -> list[_Term | _OneMap]:
         for values, through in parts:
             if values.shape[1] < len(call.y):
                 pulled = einsum(values[:, 0].to(B.dtype), B, "v ... d_out, C m d_out -> v ... C m")
-                together.setdefault(call.y.shape[1:-1], []).append((number, pulled))
+                together.setdefault((call.y.shape[1:-1], B.device), []).append((number, pulled))
             else:
                 common[id(values)] = values.to(B.dtype)
                 B_through = B if through is None else B @ through.to(B.dtype).mT

@@ -21,9 +21,10 @@ def root_mean(
 def mean_over_outputs(
     squares: Float[Tensor, "examples *pos C"], watched: WatchedPass, examples: slice = slice(None)
 ) -> Float[Tensor, "examples *pos C"]:
+    squares = squares.to(watched.output.device)
     if squares.ndim > 2:
         watched.check_padding_of_positions()
-    n_outputs = watched.n_outputs(torch.Size([len(watched.output), *squares.shape[1:-1]]))[examples].to(squares.dtype)
+    n_outputs = watched.n_outputs(torch.Size([len(watched.output), *squares.shape[1:-1]]))[examples].to(squares)
     n_outputs = n_outputs.reshape(*n_outputs.shape, *[1] * (squares.ndim - n_outputs.ndim))
     return zero_at_padding(squares / n_outputs, None if watched.valid is None else watched.valid[examples])
 

@@ -102,15 +102,16 @@ def squared_effects(
     at_once = fitting(len(watched.output) * watched.bytes_per_example(), memory)
     positions = J.calls[0].y.shape[1:-1] if granularity == "position" else torch.Size()
     places_at_once = min(positions.numel(), at_once)
-    factors = [components.factors(call.use) for call in J.calls]
-    squares = next(components.parameters()).new_empty(len(watched.output), positions.numel(), components.n_components)
+    like = next(components.parameters())
+    shape = len(watched.output), positions.numel(), components.n_components
+    squares = torch.empty(shape, dtype=like.dtype, device=watched.output.device)
     for places, chosen in product(
         slices(positions.numel(), places_at_once), slices(components.n_components, at_once // places_at_once)
     ):
         where = places if granularity == "position" else None
         tangents = [
-            _written(call, A[chosen], B[chosen], where).to(call.y.dtype)
-            for call, (A, B) in zip(J.calls, factors, strict=True)
+            _written(call, *(factor[chosen] for factor in components.factors(call.use)), where).to(call.y.dtype)
+            for call in J.calls
         ]
         here = squares[:, places, chosen]
         effects = J(tangents).to(squares.dtype).square_().flatten(2).sum(-1)

@@ -1,7 +1,8 @@
 """Parameter components: vectors in parameter space that span all decomposed matrices, stored as low-rank factors."""
 
+import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from apd_lens._block import full_precision
 from apd_lens._errors import ApdWarning, InvalidSetting
+from apd_lens._shards import is_sharded, put, sharded, whole
 from apd_lens.components._factors import sum_of_components
 from apd_lens.components._learned import Learned
 from apd_lens.host._matrix import Use, WeightMatrix
@@ -21,6 +23,9 @@ class ParameterComponents(nn.Module):
     A matrix that is tied has one pair of factors, and all its uses share it. Factors are float32, or float64 where
     the matrix is. The parameters are A_cᵀ and B_c: where a column of A_c is in one piece of memory, as a row of B_c is,
     those of all components are one matrix, `(C m) d`, without a copy.
+
+    Sharded components are divided over processes. A and B of a matrix are gathered when they are asked for, which all
+    processes must do together, and are copies.
 
     Attributes:
         gates: the network that says which are needed, where one was trained with them; its parameters are among theirs.
@@ -40,14 +45,40 @@ class ParameterComponents(nn.Module):
         self._B = nn.ParameterList(B[name].contiguous() for name in self.names)
 
     @property
-    def A(self) -> dict[str, Tensor]:
+    def A(self) -> Mapping[str, Tensor]:
         """Name -> `C d_in m`, the side that reads x."""
-        return {name: _transposed(factor) for name, factor in zip(self.names, self._A_transposed, strict=True)}
+        return _Side(zip(self.names, self._A_transposed, strict=True), _transposed)
 
     @property
-    def B(self) -> dict[str, Tensor]:
+    def B(self) -> Mapping[str, Tensor]:
         """Name -> `C m d_out`, the side that writes y."""
-        return dict(zip(self.names, self._B, strict=True))
+        return _Side(zip(self.names, self._B, strict=True), whole)
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int, int]]:
+        """Name -> d_in, m, d_out."""
+        pairs = zip(self._A_transposed, self._B, strict=True)
+        return {name: (A.shape[2], *B.shape[1:]) for name, (A, B) in zip(self.names, pairs, strict=True)}  # type: ignore[misc]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether they are divided over processes."""
+        return is_sharded(self._B[0])
+
+    def shard(self) -> None:
+        """Divides them over the processes, one factor after the other."""
+        for side in (self._A_transposed, self._B):
+            for number, factor in enumerate(side):
+                side[number] = nn.Parameter(sharded(factor.detach()), factor.requires_grad)
+
+    def whole(self) -> "ParameterComponents":
+        """Itself; of sharded components a copy that each process has whole."""
+        return ParameterComponents(self.A, self.B, copy.deepcopy(self.gates)) if self.is_sharded else self
+
+    def take(self, other: "ParameterComponents") -> None:
+        """Takes over the numbers of whole components, in place."""
+        for ours, theirs in zip(self.parameters(), other.parameters(), strict=True):
+            put(theirs, ours)
 
     @property
     def factors_of_all(self) -> list[Tensor]:
@@ -88,7 +119,7 @@ class ParameterComponents(nn.Module):
         (A B)ᵀ = Bᵀ Aᵀ for a transposed use.
         """
         number = self.names.index(use.matrix)
-        A, B = _transposed(self._A_transposed[number]), self._B[number]
+        A, B = _transposed(self._A_transposed[number]), whole(self._B[number])
         if use.transposed:
             A, B = B.mT, A.mT
         B = B[:, :, use.columns]
@@ -102,7 +133,24 @@ class ParameterComponents(nn.Module):
         return f"n_components={self.n_components}, matrices={self.names}"
 
 
+class _Side(Mapping[str, Tensor]):
+    """Name -> factor, which is made when it is asked for."""
+
+    def __init__(self, factors: Iterable[tuple[str, Tensor]], made: Callable[[Tensor], Tensor]):
+        self._factors, self._made = dict(factors), made
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._made(self._factors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._factors)
+
+    def __len__(self) -> int:
+        return len(self._factors)
+
+
 def _transposed(factor: Float[Tensor, "C m d_in"]) -> Float[Tensor, "C d_in m"]:
+    factor = whole(factor)
     return _Transposed.apply(factor) if factor.requires_grad and torch.is_grad_enabled() else factor.mT
 
 
@@ -127,6 +175,7 @@ def initial_components(
     rank: int | None,
     generator: torch.Generator,
     scale: float = 1.0,
+    own: Callable[[Tensor], Tensor] = lambda factor: factor,
 ) -> ParameterComponents:
     """Random factors, Xavier-normal each: standard deviation sqrt(2 / (fan_in + fan_out)) of `d_in m` and `m d_out`.
 
@@ -134,6 +183,7 @@ def initial_components(
         scale: of the factors, over Xavier's.
         rank: the largest m; a matrix whose min(d_in, d_out) is less has that, and with None each has it.
         generator: on the CPU; factors are drawn there, so that every device gets the same.
+        own: what this process keeps of a factor.
 
     Raises:
         InvalidSetting: n_components < 1 or rank < 1.
@@ -151,7 +201,7 @@ def initial_components(
 
         def xavier(fan_in: int, fan_out: int) -> Tensor:
             factor = torch.randn(n_components, fan_in, fan_out, generator=generator, dtype=dtype, device="cpu")  # noqa: B023
-            return (factor * scale * xavier_std(fan_in, fan_out)).to(weight.device)  # noqa: B023
+            return own((factor * scale * xavier_std(fan_in, fan_out)).to(weight.device))  # noqa: B023
 
         A[matrix.name], B[matrix.name] = xavier(d_in, m), xavier(m, d_out)
     return ParameterComponents(A, B)
@@ -165,8 +215,8 @@ def xavier_std(fan_in: int, fan_out: int) -> float:
 def warn_of_too_few(components: ParameterComponents) -> None:
     """Warns where so many components of so low a rank cannot sum to a matrix, whatever is in them."""
     C = components.n_components
-    ranks = {name: A.shape[2] for name, A in components.A.items()}
-    full = {name: min(A.shape[1], components.B[name].shape[2]) for name, A in components.A.items()}
+    ranks = {name: m for name, (_, m, _) in components.sizes.items()}
+    full = {name: min(d_in, d_out) for name, (d_in, _, d_out) in components.sizes.items()}
     missing = {name: full[name] - C * ranks[name] for name in full if full[name] > C * ranks[name]}
     if not missing:
         return

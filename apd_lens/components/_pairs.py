@@ -38,6 +38,12 @@ class ActivePairs:
     ends: Int[Tensor, " C"]
     most: int | None
 
+    def to(self, device: torch.device) -> "ActivePairs":
+        """The same pairs on the device of a matrix."""
+        if self.ends.device == device:
+            return self
+        return ActivePairs(*(one.to(device) for one in (self.data_points, self.components, self.ends)), self.most)
+
     @cached_property
     def places(self) -> Int[Tensor, " pairs"]:
         """Of every pair, among the groups filled up to one length, `most` (or 1)."""

@@ -59,7 +59,7 @@ def masked_product(
 def _spread(mask: Tensor, inner: Tensor) -> Tensor:
     """The mask with an axis of length 1 for every position axis that it lacks, in the dtype of `inner`."""
     *data_points, n_components = mask.shape
-    return mask.to(inner.dtype).reshape(*data_points, *[1] * (inner.ndim - 1 - mask.ndim), n_components)
+    return mask.to(inner).reshape(*data_points, *[1] * (inner.ndim - 1 - mask.ndim), n_components)
 
 
 def check_examples(mask: Mask, examples: int) -> None:

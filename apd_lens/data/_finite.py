@@ -65,7 +65,7 @@ class LateChecks:
 
     def add(self, readings: Sequence[Reading]) -> None:
         """Readings of one step, before its update."""
-        values = torch.stack([reading.value.float() for reading in readings])
+        values = torch.stack([reading.value.to(self.failed) for reading in readings])
         of_all = summed(values)
         self.failed.masked_fill_((of_all != 0).any(), 1.0)
         on_host = torch.stack([values, of_all]).to("cpu", non_blocking=True)  # pinned

@@ -111,18 +111,22 @@ def padded(values: Tensor, valid: Valid) -> Valid:
 def zero_at_padding(values: Shaped[Tensor, "batch *rest"], valid: Valid) -> Shaped[Tensor, "batch *rest"]:
     """The values with zeros at padding."""
     valid = padded(values, valid)
-    return values if valid is None else values.masked_fill(~valid.reshape(*valid.shape, *[1] * (values.ndim - 2)), 0)
+    return (
+        values
+        if valid is None
+        else values.masked_fill(~valid.reshape(*valid.shape, *[1] * (values.ndim - 2)).to(values.device), 0)
+    )
 
 
 def without_padding(values: Shaped[Tensor, "batch *rest"], valid: Valid) -> Shaped[Tensor, "..."]:
     """The values of the valid positions, `data *rest`."""
     valid = padded(values, valid)
-    return values if valid is None else values[valid]
+    return values if valid is None else values[valid.to(values.device)]
 
 
 def one_row(values: Float[Tensor, "batch *pos"], valid: Valid) -> Float[Tensor, " data"]:
     """One value of each data point, in one row; those at padding left out."""
-    return values[valid] if valid is not None and values.shape == valid.shape else values.flatten()
+    return values[valid.to(values.device)] if valid is not None and values.shape == valid.shape else values.flatten()
 
 
 def mean_over_positions(values: Float[Tensor, "batch *pos"], valid: Valid) -> Float[Tensor, " batch"]:

@@ -19,6 +19,7 @@ from apd_lens._block import Block, Part, no_grad, no_inference_mode
 from apd_lens._codec import can_be_saved, encode_settings
 from apd_lens._errors import ApdWarning, InvalidSetting, ShapeMismatch, WeightsChanged
 from apd_lens._files import user_path
+from apd_lens._processes import is_first
 from apd_lens._settings import Settings
 from apd_lens._table import Printed, example_of, short_names, table
 from apd_lens.attribution._gradient import GradientAttribution
@@ -78,9 +79,8 @@ class Decomposition(Printed):
     fingerprints: dict[str, str]
 
     def _parts(self) -> list[str]:
-        names, (A, B) = self.components.names, (self.components.A, self.components.B)
-        short = short_names(names)
-        sides = [(str(A[name].shape[1]), str(B[name].shape[2]), str(A[name].shape[2])) for name in names]
+        names, short = self.components.names, short_names(self.components.names)
+        sides = [(str(d_in), str(d_out), str(m)) for d_in, m, d_out in self.components.sizes.values()]
         rows = [(one, *of_one) for one, of_one in zip(short, sides, strict=True)]
         model = type(self.target.model).__name__
         head = f"{model}: {self.components.n_components} components over {len(names)} matrices"
@@ -293,16 +293,19 @@ class Decomposition(Printed):
             ArtifactError: the path is a file, or a folder that holds something else; the factors hold NaN or infinity;
                 or the system cannot write, of which the message says why.
         """
-        A, B = self.components.A, self.components.B
-        card = card or Card()
+        card, writes = card or Card(), not self.components.is_sharded or is_first()
         told = about(self) | {"base_model": base_of(self.target.model, card)}
-        factors = {f"A.{name}": factor for name, factor in A.items()} | {f"B.{name}": f for name, f in B.items()}
-        factors |= {f"gates.{name}": values for name, values in self.components.state_of_gates().items()}
+        sides = {"A": self.components.A, "B": self.components.B}
+        found = ((f"{side}.{name}", factor) for side, factors in sides.items() for name, factor in factors.items())
+        factors = {name: factor.detach().cpu() for name, factor in found if writes}  # one at a time is gathered
+        if writes:
+            factors |= {f"gates.{name}": values for name, values in self.components.state_of_gates().items()}
         try:
             rest = self.residuals()
         except WeightsChanged:
             rest = {}
-        write_artifact(user_path(path), factors, told, card_text(card, told, rest, repo))
+        if writes:
+            write_artifact(user_path(path), factors, told, card_text(card, told, rest, repo))
 
     def export_directions(self, path: str | os.PathLike[str]) -> None:
         """Writes what each component reads and writes as one safetensors file, for use without this package.
@@ -454,18 +457,17 @@ def about(decomposition: Decomposition) -> dict[str, Any]:
 
 def about_matrices(decomposition: Decomposition) -> dict[str, dict[str, Any]]:
     """Name -> what is known of the matrix and its components: shapes, uses, fingerprint."""
-    A, B = decomposition.components.A, decomposition.components.B
     weights = decomposition.target.weights
     return {
         name: {
-            "d_in": A[name].shape[1],
-            "d_out": B[name].shape[2],
-            "rank": A[name].shape[2],
+            "d_in": d_in,
+            "d_out": d_out,
+            "rank": m,
             "bias": weights[name].bias is not None,
             "fingerprint": decomposition.fingerprints[name],
             "sites": [use.site for use in weights[name].uses],
         }
-        for name in decomposition.components.names
+        for name, (d_in, m, d_out) in decomposition.components.sizes.items()
     }
 
 

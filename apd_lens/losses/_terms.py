@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from apd_lens import _processes
 from apd_lens._block import full_precision
 from apd_lens._schedules import value_at
+from apd_lens._shards import freed_after
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import Mask
 from apd_lens.data._points import without_padding
@@ -66,21 +68,15 @@ def weight_terms(
         importance: the mask, or what has its place in simplicity, without padding.
         share: what simplicity is divided by besides its scale.
     """
+
+    def of_matrix(name: str) -> Tensor:
+        A, B, p = components.A[name], components.B[name], losses.schatten_p
+        on = importance.to(A.device)
+        return torch.stack(weight_losses(weights[name], A, B, on, p, losses.simplicity_floor))
+
     with full_precision():  # sums of weights, not a pass of the model
-        errors, norms = zip(
-            *(
-                weight_losses(
-                    weights[name],
-                    components.A[name],
-                    components.B[name],
-                    importance,
-                    losses.schatten_p,
-                    losses.simplicity_floor,
-                )
-                for name in components.names
-            ),
-            strict=True,
-        )
+        of_each = [freed_after(partial(of_matrix, name)).to(importance.device) for name in components.names]
+        errors, norms = zip(*(pair.unbind() for pair in of_each), strict=True)
     return {
         "faithfulness": torch.stack(errors).sum() / scales.faithfulness,
         "simplicity": torch.stack(norms).sum() / (scales.simplicity * share),
@@ -92,7 +88,10 @@ def hidden_terms(losses: Losses, watched: WatchedPass, hidden: Mapping[str, Tens
     if not losses.hidden:
         return {}
     kept, kept_sparse = (
-        {name: without_padding(activation, watched.valid) for name, activation in activations.items()}
+        {
+            name: without_padding(activation, watched.valid).to(watched.output.device)
+            for name, activation in activations.items()
+        }
         for activations in (watched.hidden, hidden)
     )
     return {"hidden": _hidden_term(kept, kept_sparse, losses.normalization == "relative")}

@@ -210,8 +210,8 @@ class NoneActive:
         scale: Float[Tensor, ""] | float,
         generator: torch.Generator | None = None,
     ) -> Masks:
-        factor = next(components.parameters()).detach()
-        nothing = factor.new_zeros(watched.run.inputs.of_all.n_examples, components.n_components)
+        shape = watched.run.inputs.of_all.n_examples, components.n_components
+        nothing = torch.zeros(shape, dtype=next(components.parameters()).dtype, device=watched.output.device)
         return Masks(nothing, nothing.bool(), nothing.bool(), 0)
 
 

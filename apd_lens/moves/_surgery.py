@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from apd_lens._shards import like
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._products import masked_product
 from apd_lens.data._points import Valid, padded, zero_at_padding
@@ -175,11 +176,16 @@ def refactor(
     m = min(A.shape[-1], len(singular_values))
     root = singular_values[:m].sqrt()
     A[component], B[component] = 0.0, 0.0
-    A[component, :, :m] = Q_left @ U[:, :m] * root
-    B[component, :m] = root[:, None] * (Vh[:m] @ Q_right.mT)
+    columns, rows = Q_left @ U[:, :m] * root, root[:, None] * (Vh[:m] @ Q_right.mT)
+    # Singular vectors have either sign. Rounding, which is another one in several processes, is not to choose it.
+    numbers = torch.arange(len(columns), dtype=columns.dtype, device=columns.device)
+    signs = torch.where(numbers.cos() @ columns < 0, -1.0, 1.0).to(columns)
+    A[component, :, :m], B[component, :m] = columns * signs, signs[:, None] * rows
 
 
 def _forget_moments(state: Mapping[str, Any], touched: list[int]) -> None:
     for value in state.values():
         if isinstance(value, Tensor) and value.ndim > 0:
-            value[touched] = 0.0
+            forgotten = torch.zeros(len(value), *[1] * (value.ndim - 1), dtype=torch.bool, device=value.device)
+            forgotten[touched] = True
+            value.masked_fill_(like(forgotten, value), 0.0)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from apd_lens._shards import freed_after
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import Mask, MatrixInput
 from apd_lens.components._pairs import ActivePairs, active_pairs
@@ -54,21 +55,24 @@ class Mixture:
 
     def _product(self, use: Use, x: MatrixInput) -> Float[Tensor, "examples *pos d_out"]:
         """Σ_c (s_c − r) · x P_c."""
+        return freed_after(lambda: self._product_now(use, x))
+
+    def _product_now(self, use: Use, x: MatrixInput) -> Float[Tensor, "examples *pos d_out"]:
         A, B = self.components.factors(use)
         if not isinstance(self.on, Tensor) and not isinstance(self.rest, Tensor):
             return (self.on - self.rest) * masked_product(x, A, B)
         if self._pairs is None:
             return masked_product(x, A, B, self._difference(A))
         mask, pairs = self._pairs
-        product = masked_product(x, A, B, mask, pairs)
+        product = masked_product(x, A, B, mask.to(A.device), pairs.to(A.device))
         return -product if self.rest else product
 
     def _difference(self, A: Tensor) -> Mask:
         """s − r."""
         if isinstance(self.on, Tensor):
-            return self.on.to(A.dtype) - _for_each(self.rest, self.on)
+            return (self.on.to(A.dtype) - _for_each(self.rest, self.on)).to(A.device)
         assert isinstance(self.rest, Tensor)
-        return (self.on - self.rest.to(A.dtype))[..., None].expand(*self.rest.shape, len(A))
+        return (self.on - self.rest.to(A))[..., None].expand(*self.rest.shape, len(A))
 
     @cached_property
     def _pairs(self) -> tuple[Bool[Tensor, "examples *mask_pos C"], ActivePairs] | None:

@@ -182,15 +182,18 @@ class Run(Part):
         if self._checkpoint is None or self.state.step == self._saved:
             return
         last = f"the newest checkpoint is that of step {self._saved}" if self._saved else "there is no checkpoint"
-        if not self.state.is_whole():
-            error.add_note(f"Step {self.state.step} had begun to change the components, so {last}.")
-            return
+        is_whole = self.state.is_whole()
         try:
-            file = self._save()
+            if self.state.components.is_sharded:  # saved by all, or by none
+                different = ArtifactError("the processes were ended in different steps.")
+                _processes.check_same((self.state.step, is_whole), different)
+            file = self._save() if is_whole else None
         except Exception as problem:
             error.add_note(f"The last step could not be saved, so {last}: {problem}")
         else:
-            error.add_note(f"decompose(…, resume={str(file)!r}) goes on behind step {self.state.step - 1}.")
+            saved = f"decompose(…, resume={str(file)!r}) goes on behind step {self.state.step - 1}."
+            begun = f"Step {self.state.step} had begun to change the components, so {last}."
+            error.add_note(begun if file is None else saved)
 
     def _look_at_batches(self) -> None:
         self._places = [
@@ -344,6 +347,7 @@ def _machine(state: State) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
+        "processes": _processes.n_processes(),
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "device": torch.cuda.get_device_name(device) if on_gpu(device) else device.type,
         "precision of matrix products": torch.get_float32_matmul_precision(),

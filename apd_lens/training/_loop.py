@@ -44,6 +44,7 @@ def decompose(
     output: OutputFn = default_output,
     valid: ValidFn | None = None,
     seed: int = 0,
+    sharded: bool = False,
     on_step: Callable[[int, StepInfo], Any] | None = None,
     progress: bool = True,
     checkpoint: Checkpoint | None = None,
@@ -85,6 +86,9 @@ def decompose(
             output are data, bool `batch pos`. The default goes by masks of attention (`attention_mask`, a decoder's own
             `decoder_attention_mask`) and raises ShapeMismatch where these do not say it.
         seed: the same seed on the same machine with the same number of threads gives the same factors bit for bit.
+        sharded: of several processes, each keeps a part of the components, of their gradients and of Adam's moments,
+            so that more components fit. The factors of a matrix are gathered where it is used. The result is sharded
+            too: what looks at its components, `save` too, is then called in all processes.
         on_step: called as on_step(step, info) after every step. On a GPU also after one that failed: NaN and infinity
             are looked at a step late there, see `step`.
         progress: whether to show a bar with k, the components alive, the losses and the time left. Minimality
@@ -124,6 +128,7 @@ def decompose(
         seed=seed,
         batches=batches,
         others=others,
+        sharded=sharded,
     )
     state = replace(state, settings=replace(state.settings, optimization=optimization))
     run = Run(state, [batches] if others is None else [batches, others], checkpoint, resumed)
@@ -132,17 +137,18 @@ def decompose(
     shown = {"initial": state.step, "disable": silent, "mininterval": 0.5, "dynamic_ncols": True}
     with Block(lambda: run), tqdm(total=n_steps, desc="decompose", **shown) as bar:
         try:
-            for some in run.batches if state.step < n_steps else ():
-                state, info = step(state, *some)
-                run.reached(state, some)
-                if on_step is not None:
-                    on_step(info.step, info)
-                if bar.update():  # drawn anew just now; so the terms are fetched from the device only then
-                    bar.set_postfix_str(_postfix(info))
-                run.save_if_due()
-                if state.step == n_steps:
-                    break
-            _processes.wait_for_all()
+            with _processes.raised_in_all():  # before it is saved, which all do together
+                for some in run.batches if state.step < n_steps else ():
+                    state, info = step(state, *some)
+                    run.reached(state, some)
+                    if on_step is not None:
+                        on_step(info.step, info)
+                    if bar.update():  # drawn anew just now; so the terms are fetched from the device only then
+                        bar.set_postfix_str(_postfix(info))
+                    run.save_if_due()
+                    if state.step == n_steps:
+                        break
+                _processes.wait_for_all()
             return state.decomposition()
         except BaseException as error:
             if state.late is not None:

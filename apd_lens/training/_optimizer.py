@@ -7,6 +7,7 @@ from torch.utils.checkpoint import CheckpointError
 from apd_lens._errors import UnsupportedModel
 from apd_lens._processes import average_gradients
 from apd_lens._settings import Optimization, learning_rate
+from apd_lens._shards import is_sharded
 from apd_lens.components._components import ParameterComponents, xavier_std
 from apd_lens.training._attack import Attack
 from apd_lens.training._unit_norm import normalize_columns, remove_parallel_gradients
@@ -25,8 +26,8 @@ def adam(components: ParameterComponents, optimization: Optimization) -> torch.o
 
 
 def moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The tensors that the optimizer keeps."""
-    return [value for kept in optimizer.state.values() for value in kept.values() if isinstance(value, Tensor)]
+    """The tensors that the optimizer keeps, in the same order in every process."""
+    return [kept[key] for kept in optimizer.state.values() for key in sorted(kept) if isinstance(kept[key], Tensor)]
 
 
 def update(
@@ -54,7 +55,8 @@ def update(
             f"step {step}: this {type(model).__name__} uses torch.utils.checkpoint in eval mode too, and parts of "
             "it would be run again without the components. Switch it off while decomposing."
         ) from error
-    average_gradients([*components.parameters(), *attacked])
+    whole = [parameter for parameter in components.parameters() if not is_sharded(parameter)]
+    average_gradients([*whole, *attacked])  # the others' are averaged as they come
     if optimization.unit_norm:
         remove_parallel_gradients(components)
     optimizer.step()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apd_lens import _processes
+from apd_lens import _processes, _shards
 from apd_lens._block import no_inference_mode
 from apd_lens._codec import encode_settings, updated
 from apd_lens._draws import draws
@@ -88,21 +88,20 @@ class State:
         """What is asked on each kind of data; a step takes a batch of each. Moves look at the first one."""
         return (first_stream(self.settings, self.output), *self.others)
 
-    def draws(self, what: str) -> torch.Generator:
-        """A generator for one purpose in the next step, on the CPU."""
-        return draws(self.settings.seed, self.step, what)
-
-    def draws_on_device(self, what: str) -> torch.Generator:
-        """A generator for one purpose in the next step, on the model's device."""
-        return draws(self.settings.seed, self.step, what, device=self.last_active.device)
+    def draws(self, what: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """A generator for one purpose in the next step."""
+        return draws(self.settings.seed, self.step, what, device=device)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Copies of all that changes from step to step, by name: with them a fresh state goes on as this one would."""
+        """Copies of all that changes from step to step, by name: with them a fresh state goes on as this one would.
+
+        Sharded ones are whole, on the CPU of the first process; the others have empty ones.
+        """
         if self.late is not None:
             self.late.read()
         named = dict(self.components.named_parameters())
         moments = {
-            f"optimizer.{name}.{key}": value.clone()
+            f"optimizer.{name}.{key}": _shards.for_first(value)
             for name, factor in named.items()
             for key, value in self.optimizer.state.get(factor, {}).items()
         }
@@ -110,7 +109,7 @@ class State:
             shares = self.attack.shares
             moments |= {f"attack.{key}": value.clone() for key, value in self.attack.optimizer.state[shares].items()}
             moments["attack.shares"] = shares.detach().clone()
-        factors = {f"components.{name}": factor.detach().clone() for name, factor in named.items()}
+        factors = {f"components.{name}": _shards.for_first(factor.detach()) for name, factor in named.items()}
         maskings = json.dumps([encode_settings(stream.masking) for stream in self.streams]).encode()  # `Needed` changes
         text = torch.tensor(list(maskings), dtype=torch.uint8, device="cpu")
         return {
@@ -124,12 +123,13 @@ class State:
     def restored(self, tensors: Mapping[str, Tensor]) -> "State":
         """This state, fresh from `init` with the same arguments, as it was when `tensors` were taken."""
         for name, factor in self.components.named_parameters():
-            factor.data.copy_(tensors[f"components.{name}"])
+            _shards.put(tensors[f"components.{name}"], factor)
             prefix = f"optimizer.{name}."
             moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             if moments:
                 on_device = {key: value.to(factor.device, copy=True) for key, value in moments.items()}
-                self.optimizer.state[factor] = on_device
+                of_parts = {key: _shards.like(value, factor) for key, value in on_device.items() if value.ndim}
+                self.optimizer.state[factor] = on_device | of_parts
         saved = json.loads(bytes(tensors["maskings"].tolist()))
         maskings = [updated(stream.masking, encoded) for stream, encoded in zip(self.streams, saved, strict=True)]
         others = tuple(map(Stream.with_masking, self.others, maskings[1:]))
@@ -158,9 +158,7 @@ class State:
         """
         if self.late is not None:
             self.late.read()
-        A = {name: factor.detach().clone() for name, factor in self.components.A.items()}
-        B = {name: factor.detach().clone() for name, factor in self.components.B.items()}
-        components = ParameterComponents(A, B, copy.deepcopy(self.components.gates)).requires_grad_(False)
+        components = copy.deepcopy(self.components).requires_grad_(False)
         return Decomposition(self.target, components, self.settings, self.output, self.fingerprints)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "State":
@@ -232,6 +230,7 @@ def init(
     seed: int = 0,
     batches: Batches | None = None,
     others: Batches | None = None,
+    sharded: bool = False,
 ) -> State:
     """A fresh training state: components and an optimizer. Arguments as in `decompose`. Runs forward passes only where
     the start is fitted to data.
@@ -239,6 +238,7 @@ def init(
     Args:
         batches, others: what `Optimization(start="data")` is fitted to. Of lists that are shorter than the training
             the batches come again, and what the target makes of them is kept. Not needed else.
+        sharded: as in `decompose`. Where a start is random each factor is divided when it was drawn; others need all.
 
     Raises:
         UnknownWeight, UnsupportedModel: see `TargetModel.match`.
@@ -265,6 +265,7 @@ def init(
         )
     _check(settings, n_components)
     _check_start(settings, n_components, len(names))
+    _check_devices(settings, {target.weights[name].parameter.device for name in names})
     for name in names:
         value = target.weights[name].value()
         if not bool(value.isfinite().all()):
@@ -272,13 +273,15 @@ def init(
                 f"The target's {name} holds {int((~value.isfinite()).sum())} values that are NaN or infinite, so it "
                 "cannot be decomposed."
             )
-    generator = torch.Generator().manual_seed(seed)
-    components = initial_components(
-        [target.weights[name] for name in names], n_components, rank, generator, settings.optimization.init_scale
-    )
+    generator, matrices = torch.Generator().manual_seed(seed), [target.weights[name] for name in names]
+    scale, has_start = settings.optimization.init_scale, moves is not None and moves.has_start
+    in_parts = sharded and settings.optimization.start == "random" and not has_start  # each factor when it is drawn
+    own = _shards.sharded if in_parts else lambda factor: factor
+    components = initial_components(matrices, n_components, rank, generator, scale, own)
     if settings.losses.faithfulness:
         warn_of_too_few(components)
-    originals = {name: target.weights[name].value().to(components.A[name].dtype).clone() for name in names}
+    dtypes = {name: factor.dtype for name, factor in zip(names, components.parameters(), strict=False)}
+    originals = {name: target.weights[name].value().to(dtypes[name]).clone() for name in names}
     if moves is not None:
         moves.start(components, originals)
     if settings.optimization.start == "matrices":
@@ -301,7 +304,10 @@ def init(
     gates = settings.masking.learned(components, uses, draws(seed, 0, "gates"))
     if gates is not None:
         components.gates = gates.to(next(components.parameters()))
-    _processes.copy_from_first(components.parameters())  # processes may round otherwise
+    if not components.is_sharded:
+        _processes.copy_from_first(components.parameters())  # processes may round otherwise
+    if sharded:
+        components.shard()
     device = next(iter(originals.values())).device
     optimizer = adam(components, settings.optimization)
     late = LateChecks(device) if on_gpu(device) else None
@@ -381,6 +387,15 @@ def first_batches(batches: Batches) -> Iterable[Batch]:
         return [batches(step) for step in range(FITTED_STEPS)]
     check_again(batches, 2)
     return islice(one_pass(batches), FITTED_BATCHES)
+
+
+def _check_devices(settings: Settings, devices: set[torch.device]) -> None:
+    if len(devices) > 1 and (settings.moves is not None or settings.optimization.start != "random"):
+        raise InvalidSetting(
+            f"The matrices are on {len(devices)} devices, {', '.join(sorted(map(str, devices)))}. Moves, and starts "
+            "that are not random, look at all matrices together, on one device. Give moves=None and start='random', or "
+            "put the model on one device."
+        )
 
 
 def _check_start(settings: Settings, n_components: int, n_matrices: int) -> None:

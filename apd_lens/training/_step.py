@@ -76,7 +76,8 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
 
     last_active, mean_active, watched = state.last_active, None, seen[0].pass_
     if masks.active is not None:
-        last_active = torch.where(masks.active.flatten(0, -2).any(0), state.step, last_active)
+        was_active = masks.active.flatten(0, -2).any(0).to(last_active.device)
+        last_active = torch.where(was_active, state.step, last_active)
         mean_active = without_padding(masks.active, watched.run.inputs.of_all.valid).sum(-1).float().mean()
     due = are_due(settings.moves, state.step, settings.optimization.steps)
     if state.late is not None:
@@ -112,7 +113,8 @@ def stream_terms(
     """The loss terms of a stream on a batch, without coefficients, its masks, and the attack, begun where it is to."""
     losses, components, run = stream.losses, state.components, watched.run
     scale = distance_scale(watched, losses)
-    draws = state.draws_on_device(stream.named("attribution"))
+    device = watched.output.device  # where masks and losses are; factors are where their matrices are
+    draws = state.draws(stream.named("attribution"), device)
     masks = stream.masking.masks(watched, components, progress, scale, draws)
     whole = run.inputs.of_all
     if len(masks.importance) != whole.n_examples:
@@ -127,7 +129,7 @@ def stream_terms(
     else:
         if losses.normalization == "relative":
             share = importance.float().mean().clamp_min(1e-12)  # none may be active
-        path = state.draws_on_device(stream.named("path"))
+        path = state.draws(stream.named("path"), masks.importance.device)
         shares = None
         if losses.attack:
             places = masks.at_least.shape[:-1]
@@ -157,12 +159,16 @@ def stream_terms(
 @full_precision()
 def make_moves(state: State, watched: WatchedPass, masks: Masks) -> int:
     """Makes the moves that the settings ask for, in place; returns how many."""
-    moves = state.settings.moves
+    moves, optimizer = state.settings.moves, state.optimizer
     assert moves is not None
+    parts, components = state.components, state.components.whole()
+    if parts.is_sharded:  # whose moments stay as they are
+        for one, part in zip(components.parameters(), parts.parameters(), strict=True):
+            optimizer.state[one] = optimizer.state[part]
     n_moves = moves(
         MoveContext(
-            components=state.components,
-            optimizer=state.optimizer,
+            components=components,
+            optimizer=optimizer,
             weights=state.weights,
             watched=watched.of_all(),
             attributions=masks.attributions,
@@ -172,8 +178,13 @@ def make_moves(state: State, watched: WatchedPass, masks: Masks) -> int:
         )
     )
     if n_moves and state.settings.optimization.unit_norm:
-        normalize_columns(state.components)
-    copy_from_first([*state.components.parameters(), *moments(state.optimizer)])  # processes may round otherwise
+        normalize_columns(components)
+    # Processes may round otherwise.
+    copy_from_first([*components.parameters(), *(() if parts.is_sharded else moments(optimizer))])
+    if parts.is_sharded:
+        parts.take(components)
+        for one in components.parameters():
+            del optimizer.state[one]
     return n_moves
 
 

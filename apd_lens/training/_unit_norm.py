@@ -4,6 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from apd_lens._block import no_grad
+from apd_lens._shards import own_part
 from apd_lens.components._components import ParameterComponents
 
 
@@ -17,10 +18,11 @@ def normalize_columns(
         keep_products: multiply the row B_c[i, :] by it, so that P_c stays as it was.
         unless: leave all as it is if this is not 0.
     """
-    for A, B in zip(components.A.values(), components.B.values(), strict=True):
+    for A, B in zip(map(own_part, components._A_transposed), map(own_part, components._B), strict=True):
+        A = A.mT
         norms = A.norm(dim=1, keepdim=True)
         if unless is not None:
-            norms.masked_fill_(unless != 0, 1)
+            norms.masked_fill_(unless.to(norms.device) != 0, 1)
         A.div_(norms.masked_fill(norms == 0, 1))
         if keep_products:
             B.mul_(norms.mT)
@@ -29,8 +31,9 @@ def normalize_columns(
 @no_grad()
 def remove_parallel_gradients(components: ParameterComponents) -> None:
     """Takes out of the gradient of every column a = A_c[:, i] what points along it: g − a <a, g> / ‖a‖²."""
-    for columns in components._A_transposed:
-        assert columns.grad is not None
-        along = (columns * columns.grad).sum(2, keepdim=True)
+    for factor in components._A_transposed:
+        assert factor.grad is not None
+        columns, gradient = own_part(factor), own_part(factor.grad)
+        along = (columns * gradient).sum(2, keepdim=True)
         squares = columns.square().sum(2, keepdim=True)
-        columns.grad.sub_(columns * (along / squares.masked_fill(squares == 0, 1)))
+        gradient.sub_(columns * (along / squares.masked_fill(squares == 0, 1)))

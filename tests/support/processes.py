@@ -3,13 +3,17 @@
 import multiprocessing
 import os
 import pickle
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from support.outside import METHOD, PRELOADED
 from support.toy_models import ResidualMLP
@@ -25,25 +29,31 @@ FEW = {"n_components": 6, "rank": 2, "progress": False}
 HIDDEN = "layers.0.act"
 
 
-def together(n: int, work: Callable[[int], Any]) -> list[Any]:
-    """What work(rank) returns in each of n processes: the error, if it raises one; None of one that ended."""
+def together(n: int, work: Callable[[int], Any], patience: float = 500) -> list[Any]:
+    """What work(rank) returns in each of n processes: the error, if it raises one; None of one that ended.
+
+    Args:
+        patience: seconds for which processes wait for each other, and we for them.
+    """
     context = multiprocessing.get_context(METHOD)
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
-        started = [context.Process(target=_work, args=(rank, n, work, folder)) for rank in range(n)]
+        started = [context.Process(target=_work, args=(rank, n, work, folder, patience)) for rank in range(n)]
         for process in started:
             process.start()
         for process in started:
-            process.join(500)
+            process.join(patience)
             process.kill()
             process.join()
         files = [Path(folder) / str(rank) for rank in range(n)]
         return [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
 
 
-def _work(rank: int, n: int, work: Callable[[int], Any], folder: str) -> None:
+def _work(rank: int, n: int, work: Callable[[int], Any], folder: str, patience: float) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n, timeout=timedelta(seconds=patience)
+    )
     try:
         result = work(rank)
     except BaseException as error:
@@ -83,19 +93,27 @@ def largest_error(ours: Tensor, theirs: Tensor) -> Tensor:
     return (ours - theirs).abs().amax(-1)
 
 
-def trained(model: nn.Module | None = None, batches: Any = None, steps: int = 8, **options: Any) -> dict[str, Any]:
-    """Factors and reports of a training."""
+def trained(
+    model: nn.Module | None = None, batches: Any = None, steps: int = 8, end_at: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """Factors and reports of a training; it may be ended behind a step."""
     infos = []
+
+    def on_step(step: int, info: apd.StepInfo) -> None:
+        infos.append(info)
+        if step + 1 == end_at:
+            raise Ended
+
     optimization = {"lr": 2e-2, "steps": steps} | options.pop("optimization", {})
     decomposition = apd.decompose(
         model or mlp(),
         batches or (lambda step: data(10, step)),
         **{**FEW, "moves": None, **options},
         optimization=apd.Optimization(**optimization),
-        on_step=lambda step, info: infos.append(info),
+        on_step=on_step,
     )
     return {
-        "factors": [factor.detach() for factor in decomposition.components.parameters()],
+        "factors": [factor.detach() for factor in decomposition.components.whole().parameters()],
         "k": [info.k for info in infos],
         "terms": [{name: term.item() for name, term in info.terms.items()} for info in infos],
         "moves": sum(info.moves for info in infos),
@@ -158,8 +176,59 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+# With components, gradients and moments divided over the processes.
+SHARDED = {f"{name}, sharded": name for name in ("Lp", "other data", "cluster moves", "a start fitted to data")}
+
+
 def all_cases(rank: int) -> dict[str, dict[str, Any]]:
-    return {name: case() for name, case in CASES.items()}
+    found = {name: case() for name, case in CASES.items()}
+    with patch.object(apd, "decompose", partial(apd.decompose, sharded=True)):
+        return found | {name: CASES[of]() for name, of in SHARDED.items()}
+
+
+# --- what is gone on with
+
+
+class Ended(Exception):
+    """A training is to stop here."""
+
+
+def saved_training(folder: Path, end_at: int | None = None, sharded: bool = False) -> dict[str, Any] | None:
+    """One with moves before and after its half, from its newest checkpoint on; or ended by an error behind a step."""
+    durable = {"checkpoint": apd.Checkpoint(folder, every=99), "resume": folder}
+    try:
+        return trained(moves=apd.SplitMoves(every=3, until=1.0), end_at=end_at, sharded=sharded, **durable)
+    except Ended:
+        return None
+
+
+def begin(folder: Path, rank: int) -> None:
+    saved_training(folder / "whole", end_at=4)
+    saved_training(folder / "sharded", end_at=4, sharded=True)
+
+
+def go_on(folder: Path, rank: int) -> list[Any]:
+    """Goes on with copies of trainings, begins others, and saves a result."""
+    found = []
+    for of, sharded in [
+        ("of one/whole", False),
+        ("of one/whole", True),
+        ("of four/whole", False),
+        ("of four/sharded", True),
+    ]:
+        copy = folder / f"{of.replace('/', ' ')}, {sharded}, {rank}"
+        shutil.copytree(folder / of, copy)
+        found.append(saved_training(copy, sharded=sharded))
+    begin(folder / "of two", rank)
+    decomposition = apd.decompose(mlp(), [data()], **FEW, moves=None, optimization=apd.Optimization(2), sharded=True)
+    decomposition.save(folder / "result")
+    return [found, list(decomposition.components.whole().parameters()), str(decomposition)]
+
+
+def finish(folder: Path, rank: int) -> list[Any]:
+    """One that nothing has ended, and those that two have begun."""
+    with pytest.warns(apd.ApdWarning, match="processes: then 2, now 1"):
+        return [saved_training(folder / name) for name in ("uninterrupted", "of two/whole", "of two/sharded")]
 
 
 # --- what goes wrong

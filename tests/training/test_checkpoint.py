@@ -128,6 +128,10 @@ def test_in_float64(tmp_path):
     assert_resumed_is_whole(tmp_path, lambda: mlp().double(), lambda: few(batches=[random((8, 4)).double()]))
 
 
+def test_of_a_model_in_bfloat16(tmp_path):
+    assert_resumed_is_whole(tmp_path, lambda: mlp().bfloat16(), lambda: few(batches=[random((8, 4)).bfloat16()]))
+
+
 def test_whatever_the_default_dtype_and_device(tmp_path):
     model = mlp()
     expected, *_ = trained(model, few())
@@ -221,6 +225,17 @@ def test_a_transformer_lens_model(tmp_path):
     hooked = pytest.importorskip("support.hooked", exc_type=ImportError)
     options = few(batches=[hooked.tokens(3)], weights="*mlp*", losses=apd.Losses(distance="kl"))
     assert_resumed_is_whole(tmp_path, hooked.hooked_transformer, lambda: options)
+
+
+def test_a_transformer_bridge(tmp_path):
+    bridges = pytest.importorskip("support.bridges", exc_type=ImportError)
+
+    def gpt2() -> nn.Module:
+        torch.manual_seed(0)
+        return bridges.bridge("gpt2")
+
+    options = few(batches=[tokens(4, 5)], weights="*mlp*", losses=apd.Losses(distance="kl"))
+    assert_resumed_is_whole(tmp_path, gpt2, lambda: options)
 
 
 def test_an_nnsight_model(tmp_path):

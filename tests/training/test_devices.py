@@ -1,8 +1,13 @@
 """Other dtypes and devices: factors stay float32, results agree with the CPU in float32."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from support.toy_models import ResidualMLP, Snapshot, TinyGPT, decomposition_of
+from support.two_devices import FIRST, SECOND, TwoDevices, placed
+from torch import nn
 from torch.testing import assert_close
 
 import apd_lens as apd
@@ -64,6 +69,36 @@ def test_moving_the_model_inside_a_context():
         expected = model(x)
         model.double()
         assert_close(model(x.double()).float(), expected)
+
+
+ON_TWO: dict[str, dict[str, Any]] = {
+    "hidden activations": {"losses": apd.Losses(hidden=1.0, hidden_at=("1",))},
+    "Lp": {"selection": apd.Lp(threshold=0.1), "losses": apd.Losses(path=0.0)},
+    "others": {"losses": apd.Losses(faithfulness=0.0), "others": [torch.linspace(-1, 1, 20).view(5, 4)]},
+    "activations": {"attribution": apd.ActivationAttribution()},
+}
+
+
+@pytest.mark.parametrize("options", ON_TWO.values(), ids=ON_TWO)
+def test_a_model_on_two_devices(options: dict[str, Any]):
+    """Factors are where their matrix is, masks and losses where the output is, and no two devices meet."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    x = torch.randn(8, 4)
+    few = {**FEW, "optimization": apd.Optimization(steps=2, unit_norm=True), "moves": None, **options}
+    expected = apd.decompose(copy.deepcopy(model), [x], **few)
+    for number, device in ((0, FIRST), (2, SECOND), (4, FIRST)):
+        placed(model[number], device)
+    with TwoDevices():
+        with pytest.raises(apd.InvalidSetting, match=r"on 2 devices, cpu:0, cpu:1\. Moves, and starts"):
+            apd.init(model, n_components=2)
+        found = apd.decompose(model, [x], **few)
+        for name, factor in found.components.B.items():
+            assert factor.device == model.get_parameter(name).device
+        attributions = found.attributions(x)
+    for ours, theirs in zip(found.components.parameters(), expected.components.parameters(), strict=True):
+        assert_close(ours.inner, theirs, rtol=1e-5, atol=1e-6)
+    assert_close(attributions.inner, expected.attributions(x), rtol=1e-4, atol=1e-5)
 
 
 @needs_cuda

@@ -85,10 +85,10 @@ def test_with_others_the_rest_is_off_on_the_data_and_on_elsewhere():
         return torch.stack(errors).mean()
 
     active = d.select(x)
-    draws = state.draws_on_device("path")
+    draws = state.draws("path")
     on = path_mask(active, draws)
     rest = torch.rand(8, generator=draws)
-    elsewhere = path_mask(torch.zeros(6, 5, dtype=torch.bool), state.draws_on_device("others path"), bare=0.5)
+    elsewhere = path_mask(torch.zeros(6, 5, dtype=torch.bool), state.draws("others path"), bare=0.5)
     _, info = apd.step(state, x, y)
     assert_close(info.terms["minimality"], distance(x, active.float(), torch.zeros(8)), rtol=1e-4, atol=1e-6)
     assert_close(info.terms["path"], distance(x, on, rest), rtol=1e-4, atol=1e-6)
