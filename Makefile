@@ -1,6 +1,7 @@
 # make demo    the example of the README: the capitals that a public language model knows
 # make demo-toy        64 facts in an MLP: trains, decomposes and measures
-# make test    runs all tests; ARGS="-m quick" a few hundred in less than a minute
+# make test    runs all tests but the thorough ones; ARGS="-m quick" a few hundred in less than a minute
+# make test-thorough   runs the others: all combinations of parameters, more random models, longer trainings
 # make test-tl4        runs the tests of TransformerBridge with transformer-lens 4, in an environment of its own
 # make coverage-table  makes docs/coverage.md anew
 # make docs    builds the documentation under build/site
@@ -18,7 +19,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo demo-toy paper truths lm test test-tl4 test-oldest coverage-table docs bench check wheel release clean
+.PHONY: demo demo-toy paper truths lm test test-thorough test-tl4 test-oldest coverage-table docs bench check wheel release clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -49,6 +50,9 @@ truths: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
+test-thorough: .venv/installed
+	OMP_NUM_THREADS=1 HYPOTHESIS_TIMES=3 $(BIN)/python -m pytest -n auto --dist worksteal -m "thorough or searched" $(ARGS)
+
 lm: .venv/installed
 	mkdir -p out/lm
 	{ $(BIN)/python -u examples/language_model/run.py $(ARGS) && $(BIN)/python -u examples/language_model/planted.py && \
@@ -73,7 +77,7 @@ test-oldest: .venv-oldest/installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --dist worksteal -m quick $(ARGS)
 
 coverage-table: .venv/installed
-	$(BIN)/python -m pytest --coverage-table -q tests/host/test_torch_modules.py \
+	$(BIN)/python -m pytest --coverage-table -q -m "" tests/host/test_torch_modules.py \
 		tests/adapters/test_hooked_transformer.py tests/adapters/test_bridge.py tests/adapters/test_nnsight.py
 
 # Without network; a warning is an error.

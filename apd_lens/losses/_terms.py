@@ -18,7 +18,7 @@ from apd_lens.losses._weights import weight_losses
 from apd_lens.passes._watch import WatchedPass
 
 # In the order in which they are added up.
-LOSS_TERMS = ("faithfulness", "minimality", "simplicity", "path", "hidden")
+LOSS_TERMS = ("faithfulness", "minimality", "simplicity", "path", "completeness", "hidden", "attack", "sparsity")
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,11 @@ def distance_scale(watched: WatchedPass, losses: Losses) -> Tensor | float:
     return torch.where(variance > 0, variance, 1.0)  # 1 where there is none
 
 
-def output_distance(watched: WatchedPass, output: Tensor, losses: Losses, scale: Tensor | float) -> Tensor:
-    """The distance of an output from the target's."""
-    target_output = at_least_float32(watched.output.detach())
+def output_distance(
+    watched: WatchedPass, output: Tensor, losses: Losses, scale: Tensor | float, wanted: Tensor | None = None
+) -> Tensor:
+    """The distance of an output from the target's, or from the one that is wanted."""
+    target_output = at_least_float32((watched.output if wanted is None else wanted).detach())
     return (
         _processes.mean(*mean_distance(target_output, at_least_float32(output), losses.distance, watched.valid)) / scale
     )

@@ -19,7 +19,9 @@ from apd_lens.host._unchanged import check_unchanged
 from apd_lens.losses._terms import LOSS_TERMS, distance_scale, hidden_terms, output_distance, weight_terms, weighted_sum
 from apd_lens.masks._masking import Masks
 from apd_lens.moves._moves import MoveContext, are_due
+from apd_lens.passes._replace import Mixture
 from apd_lens.passes._watch import WatchedPass, replaced_pass
+from apd_lens.training._attack import Attack
 from apd_lens.training._optimizer import moments, update
 from apd_lens.training._seen import remembered, watch
 from apd_lens.training._state import State, StepInfo
@@ -53,9 +55,9 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
             watch(state.seen, stream, batch, state.target, names, device, state.late, where)
             for stream, batch in zip(streams, batches, strict=True)
         ]
-        terms, losses, readings, masks = {}, [], [], None
+        terms, losses, readings, masks, attack = {}, [], [], None, state.attack
         for stream, one in zip(streams, seen, strict=True):
-            of_stream, stream_masks = stream_terms(state, stream, one.pass_, progress)
+            of_stream, stream_masks, attack = stream_terms(state, stream, one.pass_, progress, attack)
             losses.append(weighted_sum(stream.losses, of_stream, progress))
             named = {stream.named(name): term for name, term in of_stream.items()}
             readings += [reading_of_attributions(stream_masks.attributions, where), *readings_of_terms(named, where)]
@@ -68,7 +70,9 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
         else:
             changed = [kept for one, batch in zip(seen, batches, strict=True) for kept in one.kept.changes(batch)]
             state.late.add([*(reading for one in seen for reading in one.readings), *readings, *changed])
-        rate = update(state.optimizer, state.components, loss, settings.optimization, state.step, state.target.model)
+        rate = update(
+            state.optimizer, state.components, loss, settings.optimization, state.step, state.target.model, attack
+        )
 
     last_active, mean_active, watched = state.last_active, None, seen[0].pass_
     if masks.active is not None:
@@ -94,6 +98,7 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
         state,
         settings=settings,
         others=others,
+        attack=attack,
         last_active=last_active,
         step=state.step + 1,
         seen=remembered(state.seen, seen, streams, state.late, state.returning),
@@ -102,9 +107,9 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
 
 
 def stream_terms(
-    state: State, stream: Stream, watched: WatchedPass, progress: float
-) -> tuple[dict[str, Tensor], Masks]:
-    """The loss terms of a stream on a batch, without coefficients, and its masks."""
+    state: State, stream: Stream, watched: WatchedPass, progress: float, attack: Attack | None
+) -> tuple[dict[str, Tensor], Masks, Attack | None]:
+    """The loss terms of a stream on a batch, without coefficients, its masks, and the attack, begun where it is to."""
     losses, components, run = stream.losses, state.components, watched.run
     scale = distance_scale(watched, losses)
     draws = state.draws_on_device(stream.named("attribution"))
@@ -122,17 +127,31 @@ def stream_terms(
     else:
         if losses.normalization == "relative":
             share = importance.float().mean().clamp_min(1e-12)  # none may be active
-        mixtures = stream.mixtures(components, masks, losses, state.draws_on_device(stream.named("path")))
+        path = state.draws_on_device(stream.named("path"))
+        shares = None
+        if losses.attack:
+            places = masks.at_least.shape[:-1]
+            n_units = components.n_components + 1
+            attack = attack or Attack.drawn(places.numel(), n_units, masks.attributions, state.settings.seed)
+            shares = attack.of(places)
+        mixtures = stream.mixtures(components, masks, losses, path, shares)
         for name, mixture in mixtures.items():
             hidden_at = losses.hidden_at if name == "minimality" else ()
             output, found = replaced_pass(state.target, components.names, mixture, run.inputs, run.output, hidden_at)
-            terms[name] = output_distance(watched, output, losses, scale)
+            wanted = None
+            if name == "completeness":
+                with torch.no_grad():
+                    bare = Mixture(components, on=0.0)
+                    wanted, _ = replaced_pass(state.target, components.names, bare, run.inputs, run.output)
+            terms[name] = output_distance(watched, output, losses, scale, wanted)
             hidden |= found
     if losses.faithfulness or losses.simplicity:
         of_weights = weight_terms(losses, state.scales, state.weights, components, importance, share)
         terms |= {name: term for name, term in of_weights.items() if getattr(losses, name)}
     terms |= hidden_terms(losses, watched, hidden)
-    return {name: terms[name] for name in LOSS_TERMS if name in terms}, masks
+    if masks.sparsity is not None:
+        terms["sparsity"] = masks.sparsity
+    return {name: terms[name] for name in LOSS_TERMS if name in terms}, masks, attack
 
 
 @full_precision()
