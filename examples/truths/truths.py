@@ -52,6 +52,9 @@ FORMS: dict[str, dict[str, Any]] = {
     # What the examples take for facts, of which one is active on each data point; here all systems are told so.
     "facts": {name: toys.facts_settings()[name] for name in ("selection", "losses", "moves", "optimization")},
     "lp": {"selection": apd.Lp(), "losses": apd.Losses(path=0), "moves": None},
+    "gates": {"masks": apd.Gates(), "losses": apd.Losses(completeness=1)},
+    # A null of the gates: their network stays as it was drawn.
+    "gates-untrained": {"masks": apd.Gates(lr=1e-12), "losses": apd.Losses(completeness=1)},
 }
 
 
