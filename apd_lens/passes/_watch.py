@@ -65,7 +65,7 @@ def check_finite_output(output: Tensor, where: str, watched: "WatchedPass | None
 class Call:
     """One call of a use in a watched forward: x `batch *pos d_in` (or rows `batch *pos`), y `batch *pos d_out`.
 
-    x is a copy without a graph, x_in_graph the model's own; y is in the graph of the output.
+    x is without a graph, and a copy where the model changes its inputs in place; x_in_graph is the model's own; y is in the graph of the output.
     """
 
     use: Use
@@ -106,7 +106,7 @@ class WatchedPass:
         output: `batch *pos n_outputs`, with the graph from the calls' y to it; zero at padding.
         valid: False at padding.
         calls: in the order of the forward; a module that is used twice has two.
-        before_others: x of the uses of all other matrices, in the graph.
+        before_others: the uses of all other matrices, and their x in the graph.
         hidden: activations of the named submodules, without a graph.
         run: what was run.
         jacobians: ∂output/∂y of every call (`Jacobians`), once computed and if few enough to keep.
@@ -116,7 +116,7 @@ class WatchedPass:
     output: Tensor
     valid: Valid
     calls: list[Call]
-    before_others: list[Tensor]
+    before_others: list[tuple[Use, Tensor]]
     hidden: dict[str, Tensor]
     run: Run
     jacobians: Any = None
@@ -161,6 +161,14 @@ class WatchedPass:
         jacobians = [part for one in self._metrics if one.jacobians is not None for part in one.jacobians.tensors()]
         return [self.output, *(call.x for call in self.calls), *self.hidden.values(), *jacobians]
 
+    def free_graph(self) -> None:
+        """Gives up the graph, and what is in it, of a pass whose gradients are no longer asked for."""
+        for one in self._metrics:
+            one.graph_freed = True
+            one.before_others = []
+            one.output = one.output.detach() if one is self else _stand_in(one.output)
+            one.calls = [Call(call.use, call.x, call.x, _stand_in(call.y)) for call in one.calls]
+
     def of_all(self) -> "WatchedPass":
         """The pass over the batch of all processes, of which x alone is there. Its outputs are NaN: for them run it
         `again`."""
@@ -204,7 +212,7 @@ class WatchedPass:
 
     def bytes_per_example(self) -> int:
         """About what a forward pass takes, without a graph: x and y of every use, and the output three times."""
-        kept = [tensor for call in self.calls for tensor in (call.x, call.y)] + self.before_others
+        kept = [tensor for call in self.calls for tensor in (call.x, call.y)] + [x for _, x in self.before_others]
         numbers = sum(tensor[0].numel() for tensor in kept) + 3 * self.output[0].numel()
         return numbers * self.output.element_size()
 
@@ -253,12 +261,13 @@ def watched_pass(
     inputs = target.read(batch)
     examples = inputs.n_examples
     calls: list[Call] = []
-    before_others: list[Tensor] = []
+    before_others: list[tuple[Use, Tensor]] = []
+    versions: list[int] = []  # autograd counts in-place changes
     observed = [name for name in target.weights if name not in names]
 
     def watch(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
         if use.matrix not in names:
-            before_others.append(x)
+            before_others.append((use, x))
             return original()
         y = original() if replaced is None else replaced(use, x, original, bias)
         if inputs.main_axes == 1 and (len(y) != examples or y.ndim < 2):
@@ -272,17 +281,22 @@ def watched_pass(
             )
         if not y.requires_grad:
             y = y.detach().requires_grad_()
-        calls.append(Call(use, x.detach().clone(), x, y))
+        calls.append(Call(use, x.detach().clone() if target.changes_inputs else x.detach(), x, y))
+        versions.append(x._version)
         return y.clone()  # the model may change it in place
 
     def start() -> None:
         calls.clear()
         before_others.clear()
+        versions.clear()
 
     with torch.enable_grad():
         picked, has_nan, kept = _run(
             target, names, watch, inputs, output, hidden, observed, start, keep=replaced is None
         )
+    if [call.x._version for call in calls] != versions and not target.changes_inputs:
+        target.changes_inputs = True
+        return watched_pass(target, names, inputs, output, hidden, replaced, compares)
     if has_nan:
         calls[:] = [replace(call, x=without_nan(call.x)) for call in calls]
     if not picked.requires_grad:

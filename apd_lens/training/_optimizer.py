@@ -35,19 +35,13 @@ def update(
     step: int,
     model: nn.Module,
 ) -> float:
-    """One step of the optimizer down the gradient of the loss, which came through passes of the model; returns its
+    """One step of the optimizer down the gradient of the loss, added to what was pulled back before; returns its
     learning rate."""
     rate = learning_rate(optimization, step)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
-    optimizer.zero_grad()
-    try:
-        loss.backward(inputs=list(components.parameters()))
-    except CheckpointError as error:
-        raise UnsupportedModel(
-            f"step {step}: this {type(model).__name__} uses torch.utils.checkpoint in eval mode too, and parts of "
-            "it would be run again without the components. Switch it off while decomposing."
-        ) from error
+    if loss.requires_grad:
+        pull_back(loss, components, step, model)
     average_gradients(components.parameters())
     if optimization.unit_norm:
         remove_parallel_gradients(components)
@@ -55,3 +49,14 @@ def update(
     if optimization.unit_norm:
         normalize_columns(components, keep_products=False, unless=getattr(optimizer, "found_inf", None))
     return rate
+
+
+def pull_back(loss: Tensor, components: ParameterComponents, step: int, model: nn.Module) -> None:
+    """Adds the gradient of a loss, which came through passes of the model, to those of the factors."""
+    try:
+        loss.backward(inputs=list(components.parameters()))
+    except CheckpointError as error:
+        raise UnsupportedModel(
+            f"step {step}: this {type(model).__name__} uses torch.utils.checkpoint in eval mode too, and parts of "
+            "it would be run again without the components. Switch it off while decomposing."
+        ) from error

@@ -20,7 +20,7 @@ from apd_lens.losses._terms import LOSS_TERMS, distance_scale, hidden_terms, out
 from apd_lens.masks._masking import Masks
 from apd_lens.moves._moves import MoveContext, are_due
 from apd_lens.passes._watch import WatchedPass, replaced_pass
-from apd_lens.training._optimizer import moments, update
+from apd_lens.training._optimizer import moments, pull_back, update
 from apd_lens.training._seen import remembered, watch
 from apd_lens.training._state import State, StepInfo
 from apd_lens.training._streams import Stream
@@ -54,6 +54,7 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
             for stream, batch in zip(streams, batches, strict=True)
         ]
         terms, losses, readings, masks = {}, [], [], None
+        state.optimizer.zero_grad()
         for stream, one in zip(streams, seen, strict=True):
             of_stream, stream_masks = stream_terms(state, stream, one.pass_, progress)
             losses.append(weighted_sum(stream.losses, of_stream, progress))
@@ -104,7 +105,10 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
 def stream_terms(
     state: State, stream: Stream, watched: WatchedPass, progress: float
 ) -> tuple[dict[str, Tensor], Masks]:
-    """The loss terms of a stream on a batch, without coefficients, and its masks."""
+    """The loss terms of a stream on a batch, without coefficients, and its masks.
+
+    Gradients of sparse passes are pulled back here, one pass after the other; what is returned has a graph to the rest.
+    """
     losses, components, run = stream.losses, state.components, watched.run
     scale = distance_scale(watched, losses)
     draws = state.draws_on_device(stream.named("attribution"))
@@ -126,8 +130,15 @@ def stream_terms(
         for name, mixture in mixtures.items():
             hidden_at = losses.hidden_at if name == "minimality" else ()
             output, found = replaced_pass(state.target, components.names, mixture, run.inputs, run.output, hidden_at)
-            terms[name] = output_distance(watched, output, losses, scale)
+            term = output_distance(watched, output, losses, scale)
+            del output
             hidden |= found
+            if not (hidden or mixture.requires_grad):  # nothing else needs the graph of this pass, which is large
+                pull_back(
+                    weighted_sum(losses, {name: term}, progress), components, state.step, state.target.model
+                )
+                term = term.detach()
+            terms[name] = term
     if losses.faithfulness or losses.simplicity:
         of_weights = weight_terms(losses, state.scales, state.weights, components, importance, share)
         terms |= {name: term for name, term in of_weights.items() if getattr(losses, name)}
