@@ -1,7 +1,8 @@
 """Steps on SmolLM2-135M's shapes with random weights, from four matrices to all 210, beside the bare model.
 
-Components of rank one, 32 active at each position, KL, a path loss, 8 projections, batches that never come again. Medians
-of alternating rounds in one process for each row; the bare model's backward pass has gradients of all its weights:
+Components of rank one, 32 active at each position, KL, a path loss, 8 projections, batches that never come again.
+Medians of alternating rounds in one process for each row, in seconds of the processor; the bare model's backward pass has gradients of all its
+weights:
 
     attention   W_Q, W_K, W_V, W_O of layer 23, C = 512, 8 × 48 tokens; also of the bare layers 23 to 29
     layers      all 70 matrices of layers 20 to 29, C = 512, 8 × 48 tokens
@@ -16,13 +17,14 @@ forward and backward (on Linux).
 import argparse
 import gc
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from targeted import Suffix, resident, smollm2_shapes
-from timing import save, seconds
+from timing import save
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -31,9 +33,20 @@ import apd_lens as apd
 BLOCKS = "model.layers.*_proj*"
 ROWS: dict[str, dict[str, Any]] = {
     "attention": {"weights": "model.layers.23.self_attn.*", "n_components": 512, "batch": (8, 48)},
-    "layers": {"weights": [f"model.layers.{layer}.*_proj*" for layer in range(20, 30)], "n_components": 512, "batch": (8, 48)},
+    "layers": {
+        "weights": [f"model.layers.{layer}.*_proj*" for layer in range(20, 30)],
+        "n_components": 512,
+        "batch": (8, 48),
+    },
     "all": {"weights": BLOCKS, "n_components": 1024, "batch": (4, 128)},
 }
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Of the processor, since others may be at work on the machine."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
 
 
 def tokens(shape: Sequence[int], seed: int) -> Tensor:
@@ -124,10 +137,10 @@ def growth_row(rounds: int) -> dict[str, float]:
 
         def step(seed: int) -> None:
             nonlocal state
-            state, _ = apd.step(state, tokens((8, 48), seed))  # noqa: B023
+            state, _ = apd.step(state, tokens((8, 48), seed))
 
-        result[f"GB of C = {C}"] = peak(lambda: [step(seed) for seed in (1, 2)])  # noqa: B023
-        result[f"C = {C}"] = statistics.median(seconds(lambda seed=seed: step(seed)) for seed in range(3, 3 + rounds))  # noqa: B023
+        result[f"GB of C = {C}"] = peak(lambda: [step(seed) for seed in (1, 2)])
+        result[f"C = {C}"] = statistics.median(seconds(lambda seed=seed: step(seed)) for seed in range(3, 3 + rounds))
         result[f"Adam's of C = {C}"] = statistics.median(seconds(state.optimizer.step) for _ in range(rounds))
         del state
     result["growth of time"] = result["C = 8192"] / result["C = 256"]

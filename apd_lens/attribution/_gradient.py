@@ -89,7 +89,7 @@ class GradientAttribution:
     def _sketch(
         self, watched: WatchedPass, components: ParameterComponents, generator: torch.Generator | None
     ) -> Cotangents | None:
-        """Projections in the metric of the output's distribution at the input of the unembedding, where there is one."""
+        """Projections in the metric of the output's distribution, at the input of the unembedding; None without one."""
         are_few = components.n_components * CLEARLY_FEWER <= AUTO_PROJECTIONS  # then exact ones are as cheap
         if not self._is_fisher(watched) or are_exact(watched.output, self.projections) or are_few:
             return None

@@ -1,7 +1,7 @@
 """Projections of logits in the metric of their own distribution, without a pass through the unembedding for each.
 
-In that metric (`fisher_coordinates`) v · z has the gradient √n Σ_o √p_o v_o (W_o − μ) at the input x of the unembedding,
-logits = x W + b, with μ = Σ_o p_o W_o. For one output of a large vocabulary after the other that is most of the work of a
+In that metric (`fisher_coordinates`) v · z has the gradient √n Σ_o √p_o v_o (W_o − μ) at the input x of the
+unembedding, logits = x W + b, with μ = Σ_o p_o W_o. With a large vocabulary this sum is most of the work of a
 projection. Here the most probable outputs are taken as they are. Of the others some are drawn by their probability,
 and stand for all of them: the mean over draws of the gradient's outer product, which squared attributions are made of,
 is the same.

@@ -134,7 +134,7 @@ class Inputs:
             attends=of_mask(self.attends),
             sure=of_examples,
             doubtful=frozenset(),
-            kept={},
+            kept={names: prefix.changed(self.n_examples, n, change) for names, prefix in self.kept.items()},
         )
 
     @functools.cached_property

@@ -191,7 +191,7 @@ def _elsewhere(
     with evaluating(target.model):
         for batch in others:
             inputs = decomposition.read(batch)
-            whole, _ = replaced_pass(target, components.names, as_it_is, inputs, output, keep=True)
+            whole, _ = replaced_pass(target, components.names, as_it_is, inputs, output)
             for place, off in enumerate(chosen):
                 mixture = Mixture(components.picked(off), 0.0, 1.0)
                 other, _ = replaced_pass(target, components.names, mixture, inputs, output)

@@ -30,16 +30,35 @@ class Prefix:
 
     Attributes:
         mark: of the model that gave them.
+        derived_of: numbers of examples of the batches that it was made of, one of the other; none if it was recorded.
     """
 
     kept: Sequence[tuple[nn.Module, Any]]
     mark: tuple[Any, ...]
+    derived_of: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """Equal for batches in which the same modules are kept, and the same of their outputs are stand-ins."""
-        return tuple(
-            (id(module), tuple(_is_stand_in(leaf) for leaf in tree_leaves(output))) for module, output in self.kept
+        """Equal for batches in which the same modules are kept, and the same of their outputs are stand-ins; where they
+        are derived, in the same way."""
+
+        def of_leaf(leaf: Any) -> Any:
+            return _is_stand_in(leaf), leaf.shape[1:] if self.derived_of and isinstance(leaf, Tensor) else None
+
+        return self.derived_of, *((id(module), *map(of_leaf, tree_leaves(output))) for module, output in self.kept)
+
+    def changed(self, n_examples: int, n: int, change: Callable[[Tensor], Tensor]) -> "Prefix":
+        """With change(tensor) in the place of each tensor that has an entry for each of so many examples, n then."""
+
+        def of_leaf(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != n_examples:
+                return leaf
+            return leaf[:1].expand(n, *leaf.shape[1:]) if _is_stand_in(leaf) else change(leaf)
+
+        return Prefix(
+            [(module, tree_map(of_leaf, output)) for module, output in self.kept],
+            self.mark,
+            (*self.derived_of, n_examples),
         )
 
     def tensors(self) -> list[Tensor]:

@@ -65,7 +65,8 @@ def check_finite_output(output: Tensor, where: str, watched: "WatchedPass | None
 class Call:
     """One call of a use in a watched forward: x `batch *pos d_in` (or rows `batch *pos`), y `batch *pos d_out`.
 
-    x is without a graph, and a copy where the model changes its inputs in place; x_in_graph is the model's own; y is in the graph of the output.
+    x is without a graph, and a copy where the model changes its inputs in place. x_in_graph is the model's own. y is in
+    the graph of the output.
     """
 
     use: Use
@@ -382,13 +383,12 @@ def replaced_pass(
     batch: Batch | Inputs,
     output: OutputFn,
     hidden: Iterable[str] = (),
-    keep: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The explained output, and named hidden activations, with `replaced` in the place of the named weights.
 
-    Args:
-        keep: keeps with the inputs what need not be run again in other passes over them.
+    With inputs that were read before, what need not be run again in other passes over them is kept.
     """
+    keep = isinstance(batch, Inputs)
     picked, _, kept = _run(target, names, replaced, target.read(batch), output, hidden, keep=keep)
     return picked, kept
 
@@ -413,7 +413,7 @@ def _run(
         keep: keeps it, if that is worth it.
     """
     hidden, key = list(hidden), tuple(names)
-    prefix = None if hidden else _kept(inputs, key, target.model)
+    prefix = None if hidden else _kept(target, names, inputs, output)
     keep = keep and not hidden and prefix is None and is_worth_it(names, target.weights)
     recorder, replay = Recorder(target.model), Replay(prefix)
     beside: Recorder | Replay = recorder if keep else replay
@@ -438,36 +438,47 @@ def _run(
         del inputs.kept[key]
         return _run(target, names, intercept, inputs, output, hidden, observed, start)
     if keep:
-        _keep(target, names, inputs, output, recorder.prefix(), picked)
+        _keep(target, names, inputs, output, recorder.prefix())
     return picked, has_nan, kept
 
 
-def _kept(inputs: Inputs, key: tuple[str, ...], model: nn.Module) -> Prefix | None:
+def _kept(target: TargetModel, names: Sequence[str], inputs: Inputs, output: OutputFn) -> Prefix | None:
     """What is kept in front of these matrices, if the model is still what it was."""
+    key = tuple(names)
     prefix = inputs.kept.get(key)
-    if prefix is not None and prefix.mark != mark_of_model(model):
+    if prefix is None:
+        return None
+    if prefix.mark != mark_of_model(target.model):
         del inputs.kept[key]
         return None
-    return prefix
+    if prefix.derived_of:
+        del inputs.kept[key]
+        _keep(target, names, inputs, output, prefix)
+    return inputs.kept.get(key)
 
 
-def _keep(
-    target: TargetModel, names: Sequence[str], inputs: Inputs, output: OutputFn, prefix: Prefix, picked: Tensor
-) -> None:
+def _keep(target: TargetModel, names: Sequence[str], inputs: Inputs, output: OutputFn, prefix: Prefix) -> None:
     """Keeps a prefix with the inputs, if passes with such a one are as those without; the first one is looked at."""
-    key, shape = tuple(names), (tuple(names), prefix.shape)
-    if not prefix.kept or not target.prefixes.get(shape, True):
+    key, shape = tuple(names), prefix.shape
+    if not prefix.kept:
         return
-    inputs.kept[key] = prefix
-    if shape not in target.prefixes:
+    if (key, shape) not in target.prefixes:
         try:
             with torch.no_grad():
-                again, _, _ = _run(target, names, as_it_is, inputs, output)
-            target.prefixes[shape] = key in inputs.kept and torch.equal(again, picked)
+                without = _run(target, names, as_it_is, inputs, output)[0]
+                inputs.kept[key] = replace(prefix, derived_of=())
+                again = _run(target, names, as_it_is, inputs, output)[0]
+            is_right = key in inputs.kept and torch.equal(again, without)
+            if prefix.derived_of:  # a product of fewer rows may be rounded otherwise
+                apart = torch.finfo(again.dtype).eps ** 0.5 * without.norm()
+                is_right = key in inputs.kept and bool((again - without).norm() <= apart)
+            target.prefixes[key, shape] = is_right
         except Exception:  # whatever a host raises that reads what was not kept
-            target.prefixes[shape] = False
-        if not target.prefixes[shape]:
-            inputs.kept.pop(key, None)
+            target.prefixes[key, shape] = False
+    if target.prefixes[key, shape]:
+        inputs.kept[key] = replace(prefix, derived_of=())
+    else:
+        inputs.kept.pop(key, None)
 
 
 def _check_kept(names: Iterable[str], kept: dict[str, Tensor]) -> None:

@@ -143,8 +143,11 @@ def remembered(
     for one in now:
         if not one.kept.copies:
             continue
-        kept = one if late is not None or _needs_its_graph(one, of_name[one.stream]) else _without_graph(one)
-        if kept.n_bytes > left and before:
+        needs_graph = _needs_its_graph(one, of_name[one.stream])
+        kept = one if late is not None or needs_graph else _without_graph(one)
+        if needs_graph and late is None and one.pass_.graph_freed:  # the pass is of no use any more
+            kept = replace(one, watched=None, has_output=False)
+        elif kept.n_bytes > left and before:
             kept = replace(kept, watched=kept.pass_.without_output(), has_output=False)
         if kept.n_bytes > left and before:
             continue

@@ -134,9 +134,7 @@ def stream_terms(
             del output
             hidden |= found
             if not (hidden or mixture.requires_grad):  # nothing else needs the graph of this pass, which is large
-                pull_back(
-                    weighted_sum(losses, {name: term}, progress), components, state.step, state.target.model
-                )
+                pull_back(weighted_sum(losses, {name: term}, progress), components, state.step, state.target.model)
                 term = term.detach()
             terms[name] = term
     if losses.faithfulness or losses.simplicity:
