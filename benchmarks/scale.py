@@ -1,8 +1,8 @@
 """Steps on SmolLM2-135M's shapes with random weights, from four matrices to all 210, beside the bare model.
 
 Components of rank one, 32 active at each position, KL, a path loss, 8 projections, batches that never come again.
-Medians of alternating rounds in one process for each row, in seconds of the processor; the bare model's backward pass has gradients of all its
-weights:
+Medians of alternating rounds in one process for each row, in seconds of the processor. The bare model's backward pass
+has gradients of all its weights:
 
     attention   W_Q, W_K, W_V, W_O of layer 23, C = 512, 8 × 48 tokens; also of the bare layers 23 to 29
     layers      all 70 matrices of layers 20 to 29, C = 512, 8 × 48 tokens

@@ -124,6 +124,9 @@ class GradientAttribution:
     ) -> Float[Tensor, "batch *pos C"]:
         """A_c(x)². Where gradients are enabled, in a graph that leads to the factors and keeps v · batch · C numbers
         for each use of a matrix; the target's gradients are constants in it."""
+        if watched.graph_freed and not watched.can_be_attributed:
+            again = (watched.again(None, examples) for examples in watched.pieces())
+            return torch.cat([self.squares(some, components, granularity, generator) for some in again])
         sketch = self._sketch(watched, components, generator)
         if sketch is None:
             watched = self.seen(watched)
@@ -150,6 +153,9 @@ class GradientAttribution:
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "K batch *pos C"]:
         """What each projection alone estimates; the root of the mean of their squares is the estimate."""
+        if watched.graph_freed and not watched.can_be_attributed:
+            again = (watched.again(None, examples) for examples in watched.pieces())
+            return torch.cat([self.samples(some, components, granularity, generator) for some in again], 1)
         sketch = self._sketch(watched, components, generator)
         watched = watched if sketch else self.seen(watched)
         cotangents = sketch or self.cotangents(watched.output, generator)

@@ -80,7 +80,7 @@ def _product_in_pieces(
 
 
 class _MaskedProduct(torch.autograd.Function):
-    """x `data rows d_in`, A, B and the mask `data C` -> `data rows d_out`; what is as large as x A is made in pieces."""
+    """x `data rows d_in`, A, B, mask `data C` -> `data rows d_out`. What is as large as x A is made in pieces."""
 
     @staticmethod
     def forward(x: Tensor, A: Tensor, B: Tensor, mask: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def _flat_inner(x: Float[Tensor, "data rows d_in"], A: Float[Tensor, "C d_in m"]
 
 def _of_each_part(mask: Float[Tensor, "data C"], A: Float[Tensor, "C d_in m"]) -> Float[Tensor, "data 1 C_m"]:
     """The mask for each of the m parts of a component."""
-    return mask.repeat_interleave(A.shape[2], 1)[:, None] if A.shape[2] > 1 else mask[:, None]
+    return mask[:, None, :, None].expand(-1, -1, -1, A.shape[2]).flatten(2)
 
 
 def _spread(mask: Tensor, inner: Tensor) -> Tensor:

@@ -42,12 +42,24 @@ def distance_scale(watched: WatchedPass, losses: Losses) -> Tensor | float:
     return torch.where(variance > 0, variance, 1.0)  # 1 where there is none
 
 
-def output_distance(watched: WatchedPass, output: Tensor, losses: Losses, scale: Tensor | float) -> Tensor:
-    """The distance of an output from the target's."""
-    target_output = at_least_float32(watched.output.detach())
-    return (
-        _processes.mean(*mean_distance(target_output, at_least_float32(output), losses.distance, watched.valid)) / scale
+def output_distance(
+    watched: WatchedPass, output: Tensor, losses: Losses, scale: Tensor | float, examples: slice | None = None
+) -> Tensor:
+    """The distance of an output from the target's.
+
+    Args:
+        examples: those that the output is of, one of several pieces; then it is what they add to the distance of all.
+    """
+    some = slice(None) if examples is None else examples
+    target_output, valid = at_least_float32(watched.output.detach()[some]), watched.valid
+    mean, count = mean_distance(
+        target_output, at_least_float32(output), losses.distance, None if valid is None else valid[some]
     )
+    if examples is None:
+        return _processes.mean(mean, count) / scale
+    n_points = without_padding(watched.output, valid)[..., 0].numel()
+    n_here = without_padding(target_output, None if valid is None else valid[some])[..., 0].numel()
+    return mean * (n_here / n_points) / scale
 
 
 def weight_terms(

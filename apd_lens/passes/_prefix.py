@@ -61,6 +61,30 @@ class Prefix:
             (*self.derived_of, n_examples),
         )
 
+    @staticmethod
+    def joined(some: Sequence["Prefix"]) -> "Prefix | None":
+        """Those of several batches of one example, as of one batch; None where other modules are kept, or shapes."""
+
+        def of_leaf(leaf: Any, *others: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not leaf.ndim:
+                return leaf
+            if _is_stand_in(leaf):
+                return leaf[:1].expand(len(some), *leaf.shape[1:])
+            return torch.cat([leaf, *others])
+
+        first, *others = some
+        alike = (first.mark, [module for module, _ in first.kept])
+        if any((one.mark, [module for module, _ in one.kept]) != alike for one in others):
+            return None
+        try:
+            kept = [
+                (module, tree_map(of_leaf, output, *(one.kept[place][1] for one in others)))
+                for place, (module, output) in enumerate(first.kept)
+            ]
+        except (RuntimeError, ValueError):  # they do not fit each other
+            return None
+        return Prefix(kept, first.mark, (*first.derived_of, 1))
+
     def tensors(self) -> list[Tensor]:
         """Those that take memory."""
         leaves = tree_leaves([output for _, output in self.kept])

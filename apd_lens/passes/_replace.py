@@ -51,6 +51,11 @@ class Mixture:
         scaled = r * (y if bias is None else y - bias) + (0 if bias is None else bias)
         return (scaled + self._product(use, x)).to(y.dtype)
 
+    def some(self, examples: slice) -> "Mixture":
+        """For some of the examples."""
+        on, rest = (share[examples] if isinstance(share, Tensor) else share for share in (self.on, self.rest))
+        return Mixture(self.components, on, rest)
+
     @property
     def requires_grad(self) -> bool:
         """Whether what is on is learned itself."""

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from apd_lens._errors import InvalidOutput, ShapeMismatch, SiteNotCalled, UnsupportedModel
+from apd_lens._memory import at_once, slices
 from apd_lens._processes import gathered
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import Mask
@@ -29,6 +30,10 @@ from apd_lens.passes._replace import Mixture
 
 # How outputs are compared: as numbers, or as the distributions whose logits they are.
 Compares = Literal["numbers", "distributions"]
+
+
+# What a pass with a graph takes, in bytes of `WatchedPass.bytes_per_example`: between matrices there is as much again.
+GRAPH = 2
 
 
 def fisher_coordinates(logits: Float[Tensor, "batch *pos n_outputs"]) -> Float[Tensor, "batch *pos n_outputs"]:
@@ -217,6 +222,11 @@ class WatchedPass:
         numbers = sum(tensor[0].numel() for tensor in kept) + 3 * self.output[0].numel()
         return numbers * self.output.element_size()
 
+    def pieces(self) -> list[slice]:
+        """Examples whose pass with a graph fits into the `memory`."""
+        n = self.run.inputs.n_examples
+        return slices(n, at_once(n, GRAPH * self.bytes_per_example()))
+
     def again(self, components: ParameterComponents | None, examples: slice) -> "WatchedPass":
         """The same pass on some examples, with components in the place of the weights (None: as it was)."""
         return self.replacing(self.run.replaced if components is None else Mixture(components), examples)
@@ -314,6 +324,50 @@ def watched_pass(
         hidden={name: activation.detach() for name, activation in kept.items()},
         run=Run(target, names, inputs, output, replaced, compares),
     )
+
+
+def watched_in_pieces(
+    target: TargetModel,
+    names: Sequence[str],
+    batch: Batch | Inputs,
+    output: OutputFn,
+    hidden: Iterable[str] = (),
+    compares: Compares = "numbers",
+) -> WatchedPass:
+    """`watched_pass`; where its graph does not fit into the `memory`, of some examples at a time, and without it."""
+    inputs, hidden = target.read(batch), list(hidden)
+    n = inputs.n_examples
+    some = at_once(n, GRAPH * _bytes_per_example(target, names, inputs))
+    if some >= n:
+        return watched_pass(target, names, inputs, output, hidden, compares=compares)
+    parts = [
+        watched_pass(target, names, inputs.some(examples), output, hidden, compares=compares).without_graph()
+        for examples in slices(n, some)
+    ]
+    calls = [
+        Call(of_use[0].use, x, x, _nan(of_use[0].y, n))
+        for of_use in zip(*(part.calls for part in parts), strict=True)
+        for x in [torch.cat([call.x for call in of_use])]
+    ]
+    return WatchedPass(
+        output=torch.cat([part.output for part in parts]),
+        valid=inputs.valid,
+        calls=calls,
+        before_others=[],
+        hidden={name: torch.cat([part.hidden[name] for part in parts]) for name in hidden},
+        run=Run(target, names, inputs, output, None, compares),
+        graph_freed=True,
+    )
+
+
+def _bytes_per_example(target: TargetModel, names: Sequence[str], inputs: Inputs) -> int:
+    """What `WatchedPass.bytes_per_example` will be, as far as the shapes of the matrices say it."""
+    main, weights = inputs.main, list(target.weights.values())
+    shape = torch.Size() if main is None else main.shape[1:-1] if main.is_floating_point() else main.shape[1:]
+    first = next(place for place, matrix in enumerate(weights) if matrix.name in names)
+    numbers = sum(len(matrix.uses) * (matrix.d_in + matrix.d_out) for matrix in weights[first:])
+    numbers += 3 * max(max(matrix.d_in, matrix.d_out) for matrix in weights)  # logits, as a rule
+    return shape.numel() * numbers * weights[first].parameter.element_size()
 
 
 def _stand_in(tensor: Tensor) -> Tensor:

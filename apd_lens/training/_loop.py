@@ -44,6 +44,7 @@ def decompose(
     output: OutputFn = default_output,
     valid: ValidFn | None = None,
     seed: int = 0,
+    memory: int | str | None = None,
     on_step: Callable[[int, StepInfo], Any] | None = None,
     progress: bool = True,
     checkpoint: Checkpoint | None = None,
@@ -85,6 +86,8 @@ def decompose(
             output are data, bool `batch pos`. The default goes by masks of attention (`attention_mask`, a decoder's own
             `decoder_attention_mask`) and raises ShapeMismatch where these do not say it.
         seed: the same seed on the same machine with the same number of threads gives the same factors bit for bit.
+        memory: bytes, or a text such as "4 GB", that a step may take beside the model, factors, gradients and moments:
+            see `apd_lens.memory`. Default: no limit.
         on_step: called as on_step(step, info) after every step. On a GPU also after one that failed: NaN and infinity
             are looked at a step late there, see `step`.
         progress: whether to show a bar with k, the components alive, the losses and the time left. Minimality
@@ -122,6 +125,7 @@ def decompose(
         output=output,
         valid=valid,
         seed=seed,
+        memory=memory,
         batches=batches,
         others=others,
     )

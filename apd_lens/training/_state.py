@@ -16,6 +16,7 @@ from apd_lens._block import no_inference_mode
 from apd_lens._codec import encode_settings, updated
 from apd_lens._draws import draws
 from apd_lens._errors import InvalidSetting, NonFinite
+from apd_lens._memory import n_bytes
 from apd_lens._settings import DEFAULTS, RANK, TARGETED, Elsewhere, Optimization, Settings
 from apd_lens.attribution._attribution import Attribution
 from apd_lens.components._components import ParameterComponents, initial_components, warn_of_too_few
@@ -63,6 +64,7 @@ class State:
         seen: batches that may come again, and what the target made of them.
         others: streams beside that of the settings.
         returning: names of streams whose batches come again; of others only the last one is kept.
+        memory: bytes that a step may take; None for no limit.
     """
 
     target: TargetModel
@@ -79,6 +81,7 @@ class State:
     seen: tuple[Seen, ...] = ()
     others: tuple[Stream, ...] = ()
     returning: frozenset[str] = frozenset()
+    memory: int | None = None
 
     @property
     def streams(self) -> tuple[Stream, ...]:
@@ -217,6 +220,7 @@ def init(
     seed: int = 0,
     batches: Batches | None = None,
     others: Batches | None = None,
+    memory: int | str | None = None,
 ) -> State:
     """A fresh training state: components and an optimizer. Arguments as in `decompose`. Runs forward passes only where
     the start is fitted to data.
@@ -303,6 +307,7 @@ def init(
         returning=frozenset(
             name for name, some in (("", batches), ("others", others)) if _come_again(some, settings.optimization.steps)
         ),
+        memory=None if memory is None else n_bytes(memory),
         others=() if elsewhere is None else (stream_of_others(settings, elsewhere, output),),
     )
 

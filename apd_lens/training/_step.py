@@ -10,12 +10,14 @@ from torch import Tensor
 
 from apd_lens._block import full_precision, no_inference_mode
 from apd_lens._errors import InvalidBatches, ShapeMismatch
-from apd_lens._processes import copy_from_first, raised_in_all
+from apd_lens._memory import memory
+from apd_lens._processes import copy_from_first, n_processes, raised_in_all
 from apd_lens.data._batch import Batch
 from apd_lens.data._finite import Reading, raise_first, reading_of_attributions
 from apd_lens.data._points import without_padding
 from apd_lens.host._target import evaluating
 from apd_lens.host._unchanged import check_unchanged
+from apd_lens.losses._losses import Losses
 from apd_lens.losses._terms import LOSS_TERMS, distance_scale, hidden_terms, output_distance, weight_terms, weighted_sum
 from apd_lens.masks._masking import Masks
 from apd_lens.moves._moves import MoveContext, are_due
@@ -47,7 +49,7 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
     progress = min(1.0, state.step / settings.optimization.steps)
     check_unchanged(state.target, state.fingerprints, thorough=False)
 
-    with evaluating(state.target.model):
+    with memory(state.memory), evaluating(state.target.model):
         names, device, where = state.components.names, state.last_active.device, f"step {state.step}"
         seen = [
             watch(state.seen, stream, batch, state.target, names, device, state.late, where)
@@ -129,19 +131,35 @@ def stream_terms(
         mixtures = stream.mixtures(components, masks, losses, state.draws_on_device(stream.named("path")))
         for name, mixture in mixtures.items():
             hidden_at = losses.hidden_at if name == "minimality" else ()
-            output, found = replaced_pass(state.target, components.names, mixture, run.inputs, run.output, hidden_at)
-            term = output_distance(watched, output, losses, scale)
-            del output
-            hidden |= found
-            if not (hidden or mixture.requires_grad):  # nothing else needs the graph of this pass, which is large
-                pull_back(weighted_sum(losses, {name: term}, progress), components, state.step, state.target.model)
-                term = term.detach()
-            terms[name] = term
+            # Nothing but a term needs the graph of its pass, which is large.
+            pulls_back = not (hidden_at or mixture.requires_grad)
+            parts = []
+            for examples in _pieces(watched, losses) if pulls_back else [None]:
+                of_some, inputs = mixture, run.inputs
+                if examples is not None:
+                    of_some, inputs = mixture.some(examples), inputs.some(examples)
+                output, found = replaced_pass(state.target, components.names, of_some, inputs, run.output, hidden_at)
+                term = output_distance(watched, output, losses, scale, examples)
+                del output
+                hidden |= found
+                if pulls_back:
+                    weighted = weighted_sum(losses, {name: term}, progress)
+                    pull_back(weighted, components, state.step, state.target.model)
+                    term = term.detach()
+                parts.append(term)
+            terms[name] = torch.stack(parts).sum()
     if losses.faithfulness or losses.simplicity:
         of_weights = weight_terms(losses, state.scales, state.weights, components, importance, share)
         terms |= {name: term for name, term in of_weights.items() if getattr(losses, name)}
     terms |= hidden_terms(losses, watched, hidden)
     return {name: terms[name] for name in LOSS_TERMS if name in terms}, masks
+
+
+def _pieces(watched: WatchedPass, losses: Losses) -> list[slice] | list[None]:
+    """Examples whose pass, with its graph, fits into the memory; [None] for all at once."""
+    pieces = watched.pieces()
+    can_be_added = isinstance(losses.distance, str) and n_processes() == 1
+    return pieces if len(pieces) > 1 and can_be_added else [None]
 
 
 @full_precision()
