@@ -52,10 +52,14 @@ def n_bytes(limit: int | str) -> int:
     return number
 
 
-def at_once(n: int, bytes_each: float) -> int:
-    """How many of n things of so many bytes may be there at once: all, unless `memory` limits it to fewer."""
+def at_once(n: int, bytes_each: float, kept: float = 0) -> int:
+    """How many of n things of so many bytes may be there at once: all, unless `memory` limits it to fewer.
+
+    Args:
+        kept: bytes of what is there beside them all the time.
+    """
     limit = _LIMIT.get()
-    return n if limit is None else min(n, max(1, int(_PASSES * limit // max(1, bytes_each))))
+    return n if limit is None else min(n, max(1, int(_PASSES * (limit - kept) // max(1, bytes_each))))
 
 
 def fitting(bytes_each: float, memory: int | None = None) -> int:

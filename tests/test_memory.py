@@ -40,6 +40,7 @@ def test_inside_a_limit_less_fits_and_afterwards_as_much_as_before():
         assert fitting(1) == fitting(1, memory=10**9) == 250
         assert fitting(1, memory=10) == 10
         assert at_once(1000, 10) == 75
+        assert at_once(1000, 10, kept=200) == 60
         with apd.memory(None):
             assert at_once(1000, 10) == 75
     assert fitting(BUDGET / 4) == 4
@@ -68,7 +69,7 @@ def peak(run: Callable[[], object]) -> int:
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks are read from Linux's /proc")
 @pytest.mark.parametrize("what", ["step", "analysis"])
 def test_a_step_and_an_analysis_keep_to_the_memory(what: str):
-    model, limit = language_model(), 100_000_000
+    model, limit = language_model(), 150_000_000
     settings = {"n_components": 16, "rank": 1, "moves": None, "losses": apd.Losses(distance="kl")}
     settings |= {"weights": "model.layers.1.*", "selection": apd.TopK(2, "position")}
 

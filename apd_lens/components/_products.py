@@ -86,7 +86,7 @@ class _MaskedProduct(torch.autograd.Function):
     def forward(x: Tensor, A: Tensor, B: Tensor, mask: Tensor) -> Tensor:
         y = x.new_zeros(*x.shape[:2], B.shape[-1])
         for data, chosen in _pieces(x, A):
-            inner = _flat_inner(x[data], A[chosen]) * _of_each_part(mask[data, chosen], A)
+            inner = _flat_inner(x[data], A[chosen]) * _of_each_part(mask[data, chosen], A.shape[2])
             y[data] += inner @ B[chosen].flatten(0, 1)
         return y
 
@@ -103,7 +103,7 @@ class _MaskedProduct(torch.autograd.Function):
         for_B = torch.zeros_like(B, memory_format=torch.contiguous_format) if needs_B else None
         for_mask = torch.zeros_like(mask) if needs_mask else None
         for data, chosen in _pieces(x, A):
-            some, share = x[data], _of_each_part(mask[data, chosen], A)
+            some, share = x[data], _of_each_part(mask[data, chosen], A.shape[2])
             pulled = gradient[data] @ B[chosen].flatten(0, 1).mT
             inner = _flat_inner(some, A[chosen]) if needs_B or needs_mask else pulled
             if for_mask is not None:
@@ -114,9 +114,7 @@ class _MaskedProduct(torch.autograd.Function):
             if for_A is not None:
                 for_A[chosen] += (pulled.flatten(0, 1).mT @ some.flatten(0, 1)).view_as(for_A[chosen])
             if for_B is not None:
-                for_B[chosen] += ((inner * share).flatten(0, 1).mT @ gradient[data].flatten(0, 1)).view_as(
-                    for_B[chosen]
-                )
+                for_B[chosen] += (inner.flatten(0, 1).mT @ gradient[data].flatten(0, 1)).view_as(for_B[chosen])
         return for_x, None if for_A is None else for_A.mT.detach(), for_B, for_mask
 
 
@@ -134,9 +132,9 @@ def _flat_inner(x: Float[Tensor, "data rows d_in"], A: Float[Tensor, "C d_in m"]
     return x @ rearrange(A, "C d_in m -> d_in (C m)")
 
 
-def _of_each_part(mask: Float[Tensor, "data C"], A: Float[Tensor, "C d_in m"]) -> Float[Tensor, "data 1 C_m"]:
+def _of_each_part(mask: Float[Tensor, "data C"], m: int) -> Float[Tensor, "data 1 C_m"]:
     """The mask for each of the m parts of a component."""
-    return mask[:, None, :, None].expand(-1, -1, -1, A.shape[2]).flatten(2)
+    return mask[:, None, :, None].expand(-1, -1, -1, m).flatten(2)
 
 
 def _spread(mask: Tensor, inner: Tensor) -> Tensor:

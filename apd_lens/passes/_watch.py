@@ -33,7 +33,7 @@ Compares = Literal["numbers", "distributions"]
 
 
 # What a pass with a graph takes, in bytes of `WatchedPass.bytes_per_example`: between matrices there is as much again.
-GRAPH = 2
+_GRAPH = 2
 
 
 def fisher_coordinates(logits: Float[Tensor, "batch *pos n_outputs"]) -> Float[Tensor, "batch *pos n_outputs"]:
@@ -224,8 +224,8 @@ class WatchedPass:
 
     def pieces(self) -> list[slice]:
         """Examples whose pass with a graph fits into the `memory`."""
-        n = self.run.inputs.n_examples
-        return slices(n, at_once(n, GRAPH * self.bytes_per_example()))
+        n, kept = self.run.inputs.n_examples, sum(tensor.nbytes for tensor in self.tensors())
+        return slices(n, at_once(n, _GRAPH * self.bytes_per_example(), kept))
 
     def again(self, components: ParameterComponents | None, examples: slice) -> "WatchedPass":
         """The same pass on some examples, with components in the place of the weights (None: as it was)."""
@@ -336,21 +336,23 @@ def watched_in_pieces(
 ) -> WatchedPass:
     """`watched_pass`; where its graph does not fit into the `memory`, of some examples at a time, and without it."""
     inputs, hidden = target.read(batch), list(hidden)
-    n = inputs.n_examples
-    some = at_once(n, GRAPH * _bytes_per_example(target, names, inputs))
+    n, (graph, kept) = inputs.n_examples, _bytes_per_example(target, names, inputs)
+    some = at_once(n, graph, n * kept)
     if some >= n:
         return watched_pass(target, names, inputs, output, hidden, compares=compares)
-    parts = [
-        watched_pass(target, names, inputs.some(examples), output, hidden, compares=compares).without_graph()
-        for examples in slices(n, some)
-    ]
+    parts, picked = list[WatchedPass](), list[Tensor]()
+    for examples in slices(n, some):
+        part = watched_pass(target, names, inputs.some(examples), output, hidden, compares=compares).without_graph()
+        picked = picked or [part.output.new_empty(n, *part.output.shape[1:])]
+        picked[0][examples] = part.output
+        parts.append(part.without_output())
     calls = [
         Call(of_use[0].use, x, x, _nan(of_use[0].y, n))
         for of_use in zip(*(part.calls for part in parts), strict=True)
         for x in [torch.cat([call.x for call in of_use])]
     ]
     return WatchedPass(
-        output=torch.cat([part.output for part in parts]),
+        output=picked[0],
         valid=inputs.valid,
         calls=calls,
         before_others=[],
@@ -360,14 +362,16 @@ def watched_in_pieces(
     )
 
 
-def _bytes_per_example(target: TargetModel, names: Sequence[str], inputs: Inputs) -> int:
-    """What `WatchedPass.bytes_per_example` will be, as far as the shapes of the matrices say it."""
+def _bytes_per_example(target: TargetModel, names: Sequence[str], inputs: Inputs) -> tuple[int, int]:
+    """What a pass with a graph takes for an example, and what is kept of it, as far as shapes of matrices say it."""
     main, weights = inputs.main, list(target.weights.values())
     shape = torch.Size() if main is None else main.shape[1:-1] if main.is_floating_point() else main.shape[1:]
     first = next(place for place, matrix in enumerate(weights) if matrix.name in names)
+    bytes_each = shape.numel() * weights[first].parameter.element_size()
+    n_outputs = max(max(matrix.d_in, matrix.d_out) for matrix in weights)  # a language model's, which are the most
     numbers = sum(len(matrix.uses) * (matrix.d_in + matrix.d_out) for matrix in weights[first:])
-    numbers += 3 * max(max(matrix.d_in, matrix.d_out) for matrix in weights)  # logits, as a rule
-    return shape.numel() * numbers * weights[first].parameter.element_size()
+    kept = sum(len(matrix.uses) * matrix.d_in for matrix in weights if matrix.name in names)
+    return _GRAPH * bytes_each * (numbers + 3 * n_outputs), bytes_each * (kept + n_outputs)
 
 
 def _stand_in(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 import apd_lens as apd
 from apd_lens.data._inputs import joined_inputs
+from apd_lens.host._fingerprints import mark_of_model
 from apd_lens.passes import _prefix
 from apd_lens.passes._output import default_output
 from apd_lens.passes._replace import Mixture
@@ -95,14 +96,14 @@ def test_few_tensors_are_stored():
     assert sum(tensor[0].numel() * len(tensor) for tensor in prefix.tensors()) <= 3 * 5 * (8 + 8 + 8 + 4) + 2 * 5 * 4
 
 
-def test_other_examples_are_run_whole():
+def test_a_pass_on_some_examples_is_that_on_all():
     target = apd.wrap(llama())
     names = target.match("model.layers.3.self_attn.[vo]_proj*")
     batch = torch.randint(12, (3, 5))
     inputs = target.read(batch)
     watched = watched_pass(target, names, inputs, default_output)
     assert inputs.kept
-    assert not inputs.some(slice(0, 2)).kept
+    assert inputs.some(slice(0, 2)).kept
     some = watched.again(None, slice(0, 2))
     torch.testing.assert_close(some.output, watched.output[:2])
 
@@ -117,7 +118,8 @@ def test_a_model_that_was_changed_in_front_is_run_whole():
         target.weights["model.layers.0.mlp.up_proj.weight"].parameter.mul_(2)
     output, _ = replaced_pass(target, names, as_it_is, inputs, default_output)
     assert torch.equal(output, target.model(inputs.batch).logits)
-    assert not inputs.kept
+    (prefix,) = inputs.kept.values()
+    assert prefix.mark == mark_of_model(target.model)  # kept anew
 
 
 class ReadsWhatAll(nn.Module):

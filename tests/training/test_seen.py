@@ -15,10 +15,12 @@ from apd_lens.training import _seen
 def passes(monkeypatch) -> list[str]:
     """Which passes of the target were run."""
     found = []
-    for name in ("watched_pass", "replaced_pass"):
-        original = getattr(_seen, name)
+    for name, attribute in (("watched_pass", "watched_in_pieces"), ("replaced_pass", "replaced_pass")):
+        original = getattr(_seen, attribute)
         monkeypatch.setattr(
-            _seen, name, lambda *args, name=name, original=original, **kw: found.append(name) or original(*args, **kw)
+            _seen,
+            attribute,
+            lambda *args, name=name, original=original, **kw: found.append(name) or original(*args, **kw),
         )
     return found
 
