@@ -118,9 +118,9 @@ def test_fresh_projections_watch_again():
     passes = []
     attribution = apd.GradientAttribution(projections=2)
     some, x = state(attribution=attribution), torch.randn(3, 4)
-    original = _seen.watched_pass
+    original = _seen.watched_in_pieces
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_seen, "watched_pass", lambda *args, **kw: passes.append(1) or original(*args, **kw))
+        patch.setattr(_seen, "watched_in_pieces", lambda *args, **kw: passes.append(1) or original(*args, **kw))
         run(some, (x,), (x,))
     assert len(passes) == 2
 
