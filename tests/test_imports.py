@@ -43,7 +43,7 @@ def test_nnsight_may_be_imported_first():
 
 
 def test_the_check_above_can_fail():
-    assert "transformer_lens" in outside.fresh(f"import apd_lens, transformer_lens; {PRINT_HOSTS}")
+    assert "matplotlib" in outside.fresh(f"import apd_lens, matplotlib; {PRINT_HOSTS}")
 
 
 @pytest.mark.parametrize(

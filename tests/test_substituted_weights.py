@@ -30,8 +30,9 @@ from torch.testing import assert_close
 
 import apd_lens as apd
 
-# How many times as many examples as usual; for a search over night.
+# How many times as many examples as usual; `make test-thorough` takes more, and a search over night many more.
 TIMES = float(os.environ.get("HYPOTHESIS_TIMES", "1"))
+pytestmark = pytest.mark.searched
 EPSILON = 1e-5  # of finite differences
 
 
@@ -388,7 +389,7 @@ def path_of(parts: Parts, W: dict[str, Tensor], P: dict[str, Tensor]) -> list[di
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_contexts_and_edits(kind: str):
-    @examples(8)
+    @examples(3)
     @given(spec=KINDS[kind], parts=PARTS_OF.get(kind, PARTS))
     def check(spec: Spec, parts: Parts) -> None:
         check_contexts(spec, parts)
@@ -398,7 +399,7 @@ def test_contexts_and_edits(kind: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_attributions(kind: str):
-    @examples(7)
+    @examples(3)
     @given(spec=KINDS[kind], parts=PARTS_OF.get(kind, PARTS))
     def check(spec: Spec, parts: Parts) -> None:
         check_attributions(spec, parts)
@@ -406,7 +407,7 @@ def test_attributions(kind: str):
     check()
 
 
-@examples(12)
+@examples(5)
 @given(spec=texts(outputs=st.sampled_from(["mean", "last", "prefix"])), parts=PARTS)
 def test_positions_that_matrices_do_not_share_are_refused(spec: Texts, parts: Parts):
     model, arguments = spec.model(), spec.arguments()
@@ -418,7 +419,7 @@ def test_positions_that_matrices_do_not_share_are_refused(spec: Texts, parts: Pa
         call(model, batch)
 
 
-@examples(12)
+@examples(5)
 @given(spec=chains(bare=BARE), parts=PARTS)
 def test_bare_reads_of_a_decomposed_matrix_are_refused(spec: Chain, parts: Parts):
     """The error names the matrix, and the model is as it was."""
@@ -434,7 +435,7 @@ def test_bare_reads_of_a_decomposed_matrix_are_refused(spec: Chain, parts: Parts
     before.assert_unchanged(model)
 
 
-@examples(12)
+@examples(5)
 @given(
     spec=st.one_of(chains(), texts(outputs=st.just("each position"))),
     parts=PARTS,
@@ -459,7 +460,7 @@ def test_masks_of_another_batch_are_refused(spec: Chain | Texts, parts: Parts, c
             call(model, batch_of(spec, arguments))
 
 
-@examples(10)
+@examples(4)
 @given(spec=texts(inputs=st.just("tokens"), lengths=st.sampled_from([(3,), (4,)]), form=st.just("tensor")), parts=PARTS)
 def test_a_prompt_without_a_batch_axis_is_refused(spec: Texts, parts: Parts):
     class OneOrMany(nn.Module):

@@ -120,7 +120,7 @@ class _Term:
     """
 
     calls: Sequence[int]
-    B: Float[Tensor, "C m d"] | Float[Tensor, "v *pos C m"]
+    B: Float[Tensor, "C m d"] | Float[Tensor, "gradients *places C m"]  # not v: the first may be taken for the second
     values: Float[Tensor, "v examples *pos d"] | None
 
     def __call__(

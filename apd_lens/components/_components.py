@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from apd_lens._block import full_precision
 from apd_lens._errors import ApdWarning, InvalidSetting
 from apd_lens.components._factors import sum_of_components
+from apd_lens.components._learned import Learned
 from apd_lens.host._matrix import Use, WeightMatrix
 
 
@@ -20,10 +21,19 @@ class ParameterComponents(nn.Module):
     A matrix that is tied has one pair of factors, and all its uses share it. Factors are float32, or float64 where
     the matrix is. The parameters are A_cᵀ and B_c: where a column of A_c is in one piece of memory, as a row of B_c is,
     those of all components are one matrix, `(C m) d`, without a copy.
+
+    Attributes:
+        gates: the network that says which are needed, where one was trained with them; its parameters are among theirs.
     """
 
-    def __init__(self, A: Mapping[str, Float[Tensor, "..."]], B: Mapping[str, Float[Tensor, "..."]]):
+    def __init__(
+        self,
+        A: Mapping[str, Float[Tensor, "..."]],
+        B: Mapping[str, Float[Tensor, "..."]],
+        gates: Learned | None = None,
+    ):
         super().__init__()
+        self.gates: Learned | None = gates
         self.names: list[str] = list(A)
         # Lists, since the names of parameters must not hold a dot.
         self._A_transposed = nn.ParameterList(factor.mT.contiguous() for factor in A.values())
@@ -38,6 +48,11 @@ class ParameterComponents(nn.Module):
     def B(self) -> dict[str, Tensor]:
         """Name -> `C m d_out`, the side that writes y."""
         return dict(zip(self.names, self._B, strict=True))
+
+    @property
+    def factors_of_all(self) -> list[Tensor]:
+        """The parameters that are factors, `C m d` each."""
+        return [*self._A_transposed, *self._B]
 
     @property
     def n_components(self) -> int:
@@ -78,6 +93,10 @@ class ParameterComponents(nn.Module):
             A, B = B.mT, A.mT
         B = B[:, :, use.columns]
         return A[:, use.rows], B if use.scale == 1 else use.scale * B
+
+    def state_of_gates(self) -> dict[str, Tensor]:
+        """The numbers of the gates, by name; of none, none."""
+        return {} if self.gates is None else {name: values.detach() for name, values in self.gates.named_parameters()}
 
     def extra_repr(self) -> str:
         return f"n_components={self.n_components}, matrices={self.names}"

@@ -300,6 +300,7 @@ class Decomposition(Printed):
         card = card or Card()
         told = about(self) | {"base_model": base_of(self.target.model, card)}
         factors = {f"A.{name}": factor for name, factor in A.items()} | {f"B.{name}": f for name, f in B.items()}
+        factors |= {f"gates.{name}": values for name, values in self.components.state_of_gates().items()}
         try:
             rest = self.residuals()
         except WeightsChanged:
@@ -446,6 +447,7 @@ def about(decomposition: Decomposition) -> dict[str, Any]:
             name: matrix | {"rounded": _rounded(target.weights[name], matrix["fingerprint"])}
             for name, matrix in about_matrices(decomposition).items()
         },
+        "gates": {name: list(values.shape) for name, values in components.state_of_gates().items()},
         "settings": encode_settings(decomposition.settings),
         **_about_output(decomposition.output),
         "others": digests_of_others(target, components.names),

@@ -1,7 +1,7 @@
 """What stands in the place of x W: a mixture of components and of the rest."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +13,7 @@ from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import Mask, MatrixInput
 from apd_lens.components._pairs import ActivePairs, active_pairs
 from apd_lens.components._products import masked_product
+from apd_lens.host._adapter import Intercept
 from apd_lens.host._matrix import Use
 
 
@@ -89,6 +90,16 @@ class Mixture:
         mask = ~self.on if self.rest else self.on
         n_active = self.on.numel() - self.n_active if self.rest and self.n_active is not None else self.n_active
         return mask, active_pairs(mask, n_active)
+
+
+def by_matrix(mixtures: Mapping[str, Mixture]) -> Intercept:
+    """A mixture of its own in the place of each matrix."""
+    return lambda use, x, original, bias: mixtures[use.matrix](use, x, original, bias)
+
+
+def added(one: Intercept, other: Intercept) -> Intercept:
+    """The sum of what two give, with the bias once."""
+    return lambda use, x, original, bias: one(use, x, original, bias) + other(use, x, original, None)
 
 
 def all_but_one(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apd_lens._checks import checked
 from apd_lens._errors import InvalidSetting, ShapeMismatch
-from apd_lens.plots._draw import NULL, PALETTE, POSITIVE, SIGNED, axes, finished, plain, whole_numbers
+from apd_lens.plots._draw import NULL, PALETTE, axes, finished, image, plain, whole_numbers
 
 
 @checked
@@ -43,16 +43,7 @@ def match_matrix(
     columns = partner[rows]
     rows, columns = (_and_the_rest(some, n) for some, n in zip((rows, columns), similarity.shape, strict=True))
     signed = bool((similarity < -1e-6).any())
-    shown = ax.imshow(
-        similarity[rows][:, columns].nan_to_num(0).numpy(),
-        cmap=SIGNED if signed else POSITIVE,
-        vmin=-1 if signed else 0,
-        vmax=1,
-        interpolation="nearest",
-        aspect="auto",
-    )
-    whole_numbers(ax.xaxis, ax.yaxis)
-    ax.figure.colorbar(shown, ax=ax, label=label, fraction=0.04, pad=0.02, aspect=40)
+    image(ax, similarity[rows][:, columns].nan_to_num(0), label, signed=signed, largest=1.0)
     ax.set(xlabel="latent (its component's place)", ylabel="component (best matched first)", title="Who matches whom")
     return ax.figure
 

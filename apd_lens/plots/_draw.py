@@ -83,9 +83,11 @@ def colours(n: int) -> list[str]:
     return [to_hex(colormaps["viridis"](0.92 * i / (n - 1))) for i in range(n)]
 
 
-def image(ax: Axes, values: Float[Tensor, "down across"], label: str, *, signed: bool = False) -> AxesImage:
-    """Values as an image with a colour bar: from 0 up, or around 0."""
-    largest = max(values.abs().max().item(), torch.finfo(values.dtype).tiny)
+def image(
+    ax: Axes, values: Float[Tensor, "down across"], label: str, *, signed: bool = False, largest: float | None = None
+) -> AxesImage:
+    """Values as an image with a colour bar: from 0 up, or around 0, to the largest that there is or that is given."""
+    largest = largest or max(values.abs().max().item(), torch.finfo(values.dtype).tiny)
     shown = ax.imshow(
         values.numpy(),
         cmap=SIGNED if signed else POSITIVE,

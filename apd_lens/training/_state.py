@@ -35,6 +35,7 @@ from apd_lens.moves._moves import Moves
 from apd_lens.moves._start import start_with_matrices
 from apd_lens.passes._output import OutputFn, default_output
 from apd_lens.start._data import fit_to_data
+from apd_lens.training._attack import Attack
 from apd_lens.training._optimizer import adam
 from apd_lens.training._seen import Seen, before_training
 from apd_lens.training._streams import Stream, first_stream, stream_of_others
@@ -63,6 +64,7 @@ class State:
         late: on a GPU, checks for NaN and infinity that are looked at a step later; None where they are made at once.
         seen: batches that may come again, and what the target made of them.
         others: streams beside that of the settings.
+        attack: of the first stream, once it has begun.
         returning: names of streams whose batches come again; of others only the last one is kept.
         memory: bytes that a step may take; None for no limit.
     """
@@ -80,6 +82,7 @@ class State:
     step: int = 0
     seen: tuple[Seen, ...] = ()
     others: tuple[Stream, ...] = ()
+    attack: Attack | None = None
     returning: frozenset[str] = frozenset()
     memory: int | None = None
 
@@ -106,6 +109,10 @@ class State:
             for name, factor in named.items()
             for key, value in self.optimizer.state.get(factor, {}).items()
         }
+        if self.attack is not None:
+            shares = self.attack.shares
+            moments |= {f"attack.{key}": value.clone() for key, value in self.attack.optimizer.state[shares].items()}
+            moments["attack.shares"] = shares.detach().clone()
         factors = {f"components.{name}": factor.detach().clone() for name, factor in named.items()}
         maskings = json.dumps([encode_settings(stream.masking) for stream in self.streams]).encode()  # `Needed` changes
         text = torch.tensor(list(maskings), dtype=torch.uint8, device="cpu")
@@ -132,7 +139,15 @@ class State:
         settings = self.settings.with_masking(maskings[0])
         last_active = tensors["last_active"].to(self.last_active).clone()
         step = int(tensors["step"])
-        return replace(self, settings=settings, others=others, last_active=last_active, step=step, seen=())
+        attack, kept = None, {key: value for key, value in tensors.items() if key.startswith("attack.")}
+        if kept:
+            attack = Attack.starting(kept.pop("attack.shares").to(last_active.device))
+            attack.optimizer.state[attack.shares] = {
+                key.removeprefix("attack."): value.clone() for key, value in kept.items()
+            }
+        return replace(
+            self, settings=settings, others=others, last_active=last_active, step=step, seen=(), attack=attack
+        )
 
     def is_whole(self) -> bool:
         """Whether the factors and moments are those of this step, and no later step has begun to change them."""
@@ -148,7 +163,7 @@ class State:
             self.late.read()
         A = {name: factor.detach().clone() for name, factor in self.components.A.items()}
         B = {name: factor.detach().clone() for name, factor in self.components.B.items()}
-        components = ParameterComponents(A, B).requires_grad_(False)
+        components = ParameterComponents(A, B, copy.deepcopy(self.components.gates)).requires_grad_(False)
         return Decomposition(self.target, components, self.settings, self.output, self.fingerprints)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "State":
@@ -286,6 +301,10 @@ def init(
             "model of the same weights: load it, or seed it, torch.manual_seed(0), in all."
         ),
     )
+    uses = [use for name in names for use in target.weights[name].uses]
+    gates = settings.masking.learned(components, uses, draws(seed, 0, "gates"))
+    if gates is not None:
+        components.gates = gates.to(next(components.parameters()))
     _processes.copy_from_first(components.parameters())  # processes may round otherwise
     device = next(iter(originals.values())).device
     optimizer = adam(components, settings.optimization)
@@ -308,7 +327,7 @@ def init(
             name for name, some in (("", batches), ("others", others)) if _come_again(some, settings.optimization.steps)
         ),
         memory=None if memory is None else n_bytes(memory),
-        others=() if elsewhere is None else (stream_of_others(settings, elsewhere, output),),
+        others=() if elsewhere is None else (stream_of_others(settings, elsewhere, output, gates is not None),),
     )
 
 

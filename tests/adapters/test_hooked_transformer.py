@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.adapter_contract import SAME, AdapterContract, CoreContract
+from support.adapter_contract import ALONE, SAME, AdapterContract, CoreContract
 from support.hooked import MIXTURE, check_effects, hooked_transformer, tokens
 from support.toy_models import Snapshot, decomposition_of, keep_in_float64, substituted
 from torch import Tensor, nn
@@ -169,10 +169,11 @@ class TestLikeGptOss(HookedTransformerContract):
     options = {**MIXTURE, "original_architecture": "GptOssForCausalLM", "use_attention_sinks": True}  # noqa: RUF012
     names = names_of(*ATTN, "mlp.W_gate", *EXPERTS)
 
-    def test_attributions_equal_finite_differences(self, monkeypatch):
+    @pytest.mark.parametrize("alone", ALONE)
+    def test_attributions_equal_finite_differences(self, monkeypatch, alone: bool):
         zeros_like = torch.zeros_like  # of routing weights, in float32 even for a float64 model
         monkeypatch.setattr(torch, "zeros_like", lambda x, dtype=None: zeros_like(x))
-        super().test_attributions_equal_finite_differences(monkeypatch)
+        super().test_attributions_equal_finite_differences(monkeypatch, alone)
 
 
 class TestTied(CoreContract, HookedTransformerContract):

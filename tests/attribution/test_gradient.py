@@ -301,7 +301,7 @@ def test_chunks_change_nothing(name, projections, memory, granularity):
     assert_close(chunked.attributions(x), decomposition.attributions(x), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["rademacher", "normal"])
+@pytest.mark.parametrize("kind", ["rademacher", pytest.param("normal", marks=pytest.mark.thorough)])
 def test_estimates_are_unbiased_and_better_with_more_projections(kind):
     """Squares, averaged over 150 independent estimates: within 4 standard errors; the spread falls as 1 / √K."""
     decomposition, x = decomposition_of(TMS(7, 3)), torch.rand(6, 7)

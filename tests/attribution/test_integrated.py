@@ -263,6 +263,7 @@ def test_ablations_run_as_few_passes():
     assert passes == [5, 15, 15, 5]
 
 
+@pytest.mark.thorough
 def test_the_example_compares_methods():
     printed = run("attribution_methods.py", "--steps", "20", "--prompts", "8")
     assert printed.count("integrated gradients, 8 points") == printed.count("null: gradient, shuffled") == 5

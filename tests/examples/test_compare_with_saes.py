@@ -4,6 +4,7 @@ import pytest
 from support.examples import run
 
 
+@pytest.mark.thorough
 def test_compare_with_saes(tmp_path):
     pytest.importorskip("sae_lens", reason="needs sae-lens, which works with transformer-lens 3 only")
     few = ["--steps", "20", "--target-steps", "50", "--sae-steps", "20"]

@@ -3,11 +3,13 @@
 import json
 import re
 
+import pytest
 from support.examples import EXAMPLES, run
 
 import apd_lens as apd
 
 
+@pytest.mark.thorough
 def test_facts_in_an_mlp(tmp_path):
     printed = run("facts/facts_in_an_mlp.py", "--steps", "20", "--out", str(tmp_path))
     assert "seed 0: 100.0% of 64 facts known, 0.0% without the MLP" in printed
@@ -49,6 +51,7 @@ def test_a_part_of_toys():
     assert "facts with a component of their own: 8" in printed
 
 
+@pytest.mark.thorough
 def test_bigrams_for_several_seeds():
     printed = run("facts/bigrams.py", "--steps", "20", "--seeds", "2")
     assert "seed 1: 100.0% of 40 bigrams known" in printed
@@ -60,19 +63,25 @@ def test_bigrams_for_one_seed():
     assert run("facts/bigrams.py", "--steps", "20").count(" → ") == 40
 
 
-def test_the_papers_systems(tmp_path):
+SYSTEMS = {"tms-5-2": "TMS 5-2", "residual-mlp-1": "residual MLP, 1 layer", "gated": "gated functions"}
+
+
+@pytest.mark.parametrize("keys", [["tms-5-2"], pytest.param(list(SYSTEMS), marks=pytest.mark.thorough)], ids=len)
+def test_the_papers_systems(tmp_path, keys: list[str]):
     """A run that is there already is not made again; the table and the figures come from what the runs left."""
     folders = ["--results", str(tmp_path / "results"), "--out", str(tmp_path / "out")]
-    systems = ["--systems", "tms-5-2", "gated", "residual-mlp-1"]
+    systems = ["--systems", *keys]
     few = ["--seeds", "1", "--steps", "20", "--target-steps", "20"]
     printed = run("paper/paper.py", *systems, *few, *folders)
-    assert printed.count("does not meet the goal") == 3
+    assert printed.count("does not meet the goal") == len(keys)
     again = run("paper/paper.py", *systems, *few, *folders).splitlines()
     assert again == printed.splitlines()[-len(again) :]
-    assert [line.split(" | ")[0] for line in again[2:]] == ["| TMS 5-2", "| residual MLP, 1 layer", "| gated functions"]
+    assert [line.split(" | ")[0] for line in again[2:]] == [f"| {SYSTEMS[key]}" for key in keys]
     result = json.loads((tmp_path / "results" / "tms-5-2-0.json").read_text())
     assert result["settings"]["losses"]["simplicity"]["value"] == 0.1
     assert result["numbers"]["of"] == 5
+    if len(keys) < len(SYSTEMS):
+        return
     drawn = run("paper/figures.py", *systems, *folders, "--figures", str(tmp_path / "figures"), "--target-steps", "20")
     valley = run("paper/valley.py", "--seeds", "2", "--steps", "5", *folders[:2], "--figures", str(tmp_path / "valley"))
     assert "best cosine between seeds" in valley
@@ -90,6 +99,7 @@ def test_directions_by_hand(tmp_path):
     assert sum(raised) > 2
 
 
+@pytest.mark.thorough
 def test_the_report(tmp_path):
     printed = run(
         "report.py", "--saved", str(tmp_path / "none"), "--steps", "5", "--out", str(tmp_path / "report.html")

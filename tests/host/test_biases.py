@@ -237,6 +237,7 @@ for components in (decomposition.components, apd.random_components(decomposition
 """
 
 
+@pytest.mark.thorough
 def test_the_bias_goes_to_the_component_that_needs_it():
     """relu(x_0 − 0.5) and relu(x_1), one feature at a time: the bias serves the first feature alone. Random components
     of the same size hold it anywhere."""

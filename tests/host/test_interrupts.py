@@ -44,7 +44,8 @@ def test_at_lines(host: str, use: Callable[[faults.Host], None]):
     assert counts["interrupted"] >= lines // 2  # the first run, which is counted, may have more lines than others
 
 
-def test_at_every_line_of_what_enters_and_leaves_a_context():
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.thorough)])
+def test_at_lines_of_what_enters_and_leaves_a_context(every: int):
     model = dropout_mlp()
     decomposition = decomposition_of(model)
     before = Snapshot.of(model)
@@ -62,7 +63,7 @@ def test_at_every_line_of_what_enters_and_leaves_a_context():
         other.start()
         other.join(timeout=60)
         assert not other.is_alive()  # no lock is left held
-        line += 1
+        line += every
     assert line > 100
 
 

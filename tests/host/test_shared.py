@@ -17,7 +17,8 @@ from transformers import DebertaV2Config, DebertaV2ForMaskedLM, T5Config, T5ForC
 import apd_lens as apd
 
 C = 3
-SIZES = [(3, 3), (3, 2), (1, 3)]  # examples, positions
+# Examples, positions.
+SIZES = [(3, 3), *(pytest.param(sizes, marks=pytest.mark.thorough) for sizes in [(3, 2), (1, 3)])]
 
 
 class Host(nn.Module):
@@ -209,7 +210,7 @@ def test_each_position_has_its_own(way: str, sizes: tuple[int, int]):
         assert_close(model(ids), torch.stack(expected))
 
 
-@pytest.mark.parametrize("sizes", [*SIZES, (3, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [*SIZES, pytest.param((3, 1), marks=pytest.mark.thorough)], ids=str)
 @pytest.mark.parametrize("way", ONE_FOR_ALL)
 def test_one_for_all_examples(way: str, sizes: tuple[int, int]):
     model, ids = Host(ONE_FOR_ALL[way]), ids_of(*sizes)

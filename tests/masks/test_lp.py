@@ -219,6 +219,7 @@ for seed in (0, 1, 2):
 """
 
 
+@pytest.mark.thorough
 def test_tms_5_2_comes_apart_and_random_components_do_not():
     """Of the 15 features of three models most have a component of their own, of random twins none."""
     results = [[float(value) for value in line.split()] for line in outside.run(TMS_5_2).splitlines()]

@@ -193,6 +193,7 @@ for components in (decomposition.components, apd.random_components(decomposition
 """
 
 
+@pytest.mark.thorough
 def test_tms_5_2_and_its_null_control():
     """Five features in two dimensions have five components of their own, in full size; random twins do not."""
     (mmcs, ml2r, distinct), (random_mmcs, _, _) = [

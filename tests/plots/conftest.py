@@ -1,7 +1,10 @@
 """Every figure of these tests is really drawn."""
 
+import matplotlib as mpl
 import pytest
 from matplotlib import pyplot as plt
+
+mpl.use("Agg")
 
 
 @pytest.fixture(autouse=True)

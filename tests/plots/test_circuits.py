@@ -1,14 +1,10 @@
-import matplotlib as mpl
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from support.figures import legend_of, lines, shown
 from torch.testing import assert_close
 
 import apd_lens as apd
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-
 from apd_lens import plots
 
 SHARES = torch.tensor([[0.0, 0.9, 0.1], [1.0, 0.0, 0.0], [0.2, 0.5, 0.3]])

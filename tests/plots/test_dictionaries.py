@@ -1,34 +1,10 @@
-import math
-
-import matplotlib as mpl
 import pytest
 import torch
+from support.figures import legend_of, shown
 from torch.testing import assert_close
 
 import apd_lens as apd
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-
 from apd_lens import plots
-
-
-@pytest.fixture(autouse=True)
-def _draw_and_close():
-    """Everything is really drawn, so that what only drawing finds is found."""
-    yield
-    for number in plt.get_fignums():
-        plt.figure(number).canvas.draw()
-    plt.close("all")
-
-
-def shown(ax) -> torch.Tensor:
-    return torch.from_numpy(ax.images[0].get_array().filled(math.nan)).float()
-
-
-def legend_of(ax) -> list[str]:
-    return [text.get_text() for text in ax.get_legend().get_texts()]
-
 
 SIMILARITY = torch.tensor([[0.1, 0.2, 0.9, 0.0], [1.0, 0.0, 0.1, 0.0], [0.0, 0.0, 0.8, 0.3]])
 

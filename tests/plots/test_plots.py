@@ -1,16 +1,13 @@
 import inspect
 import math
-from dataclasses import replace
 
 import drawing
-import matplotlib as mpl
 import pytest
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 from support.figures import dots, legend_of, lines, shown
-from support.toy_models import linear_of_known_parts
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -58,9 +55,6 @@ EVERY_FIGURE = {
 }
 
 
-mpl.use("Agg")
-
-
 def vectors_of(arrows) -> Tensor:
     return torch.stack([torch.from_numpy(arrows.U), torch.from_numpy(arrows.V)], 1)
 
@@ -84,13 +78,6 @@ def test_nothing_is_said_of_components_that_are_never_the_largest_if_there_is_no
     ax, _ = plots.attribution_matrix(torch.eye(3)).axes
     assert ax.get_xlabel() == "component (sorted)"
     assert len(ax.get_lines()) == 0
-
-
-def test_unit_shares_are_drawn_in_the_given_order_and_place():
-    share = torch.rand(4, 6)
-    figure, ax = plt.subplots()
-    assert plots.unit_share(share, order=[2, 0, 3, 1], ax=ax, unit_name="neuron") is figure
-    assert_close(shown(ax), share[[2, 0, 3, 1]].T, check_dtype=False)
 
 
 def test_every_figure_takes_axes():
@@ -215,14 +202,6 @@ def test_neurons_of_the_graph_are_sorted_and_coloured_by_their_owner():
     assert [text.get_text() for text in ax.texts] == ["layer 0", "0", "1", "2"]  # entry 2 is not read
 
 
-def test_ranks_are_drawn_where_the_weight_is_and_shares_are_stacked():
-    rank, share = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.25, 0.75]])
-    above, below = plots.rank_and_share(rank, share, names=["W_in", "W_out"], order=[1, 0]).axes
-    assert dots(above) == {"W_in": [[0, 3], [1, 1]], "W_out": [[0, 4]]}
-    assert [(bar.get_y(), bar.get_height()) for bar in below.patches] == [(0, 0.25), (0, 1), (0.25, 0.75), (1, 0)]
-    assert below.get_xlabel() == "component (sorted)"
-
-
 def test_single_feature_responses_have_a_panel_for_each_feature():
     target, sparse, label = torch.randn(4, 5), torch.randn(4, 5), torch.randn(4, 5)
     figure = drawing.single_feature_responses(target, sparse, label, features=[3, 1])
@@ -329,95 +308,6 @@ def test_an_audit_has_a_dot_for_each_row_and_a_line_for_each_attack():
     assert lines(right)["a random part of the others"][1] == pytest.approx([0.1, 0.1])
     with pytest.raises(apd.InvalidSetting, match="above zero"):
         plots.audit(small_audit(torch.zeros(8), torch.zeros(8), torch.zeros(8)))
-
-
-def history_of_a_run(steps: int) -> list[apd.StepInfo]:
-    model, _ = linear_of_known_parts()
-    history: list[apd.StepInfo] = []
-    apd.decompose(
-        model,
-        lambda step: torch.eye(4)[torch.randint(4, (32,), generator=torch.Generator().manual_seed(step))],
-        n_components=6,
-        losses=apd.Losses(path=0.5, simplicity=apd.HoldThenDecay(0.7)),
-        moves=apd.SplitMoves(every=4),
-        optimization=apd.Optimization(steps=steps),
-        on_step=lambda step, info: history.append(info),
-        progress=False,
-    )
-    return history
-
-
-def test_where_shows_the_rows_with_an_effect_in_the_order_of_the_model():
-    effects = torch.tensor([[0.0, 2.0], [0.01, 0.0], [-1.0, torch.nan], [0.5, 0.5]])
-    found = apd.Where.from_effects(effects, [f"m.{name}.weight" for name in "abcd"], ["subject", "last"], unit="nats")
-    found = replace(found, estimated=torch.full((4, 2), 0.25))
-    ax, bar = plots.where(found, top=3).axes
-    assert_close(shown(ax), torch.tensor([[0.0, 2.0], [-1.0, 0.25], [0.5, 0.5]]), check_dtype=False)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "c", "d"]
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["subject", "last"]
-    assert [text.get_text() for text in ax.texts] == ["0.00", "2.00", "-1.00", "0.50", "0.50"]  # those measured
-    assert "nats" in bar.get_ylabel()
-    with pytest.raises(apd.InvalidSetting, match="No effect can be drawn"):
-        plots.where(replace(found, measured=torch.zeros(4, 2), estimated=torch.zeros(4, 2)))
-
-
-def test_losses_of_a_run_are_drawn_without_coefficients():
-    history = history_of_a_run(20)
-    (ax,) = plots.loss_curves(history).axes
-    assert ax.get_yscale() == "log"
-    assert list(lines(ax)) == ["faithfulness", "minimality", "simplicity", "path"]
-    for name, (steps, values) in lines(ax).items():
-        assert steps == list(range(20))
-        assert values == pytest.approx([info.terms[name].item() for info in history])
-
-
-def test_long_histories_are_averaged_and_gaps_left_out():
-    history = [{"step": 10 * i, "loss": 1.0 + i % 2, "alive": 3} for i in range(200)]
-    history += [{"step": 2000 + 10 * i, "loss": 0.0} for i in range(2)]
-    (ax,) = plots.loss_curves(history).axes
-    steps, values = lines(ax)["loss"]
-    assert steps[:2] == [10, 40]  # of 3 entries each
-    assert values[:2] == pytest.approx([4 / 3, 5 / 3])
-    faint = ax.get_lines()[0].get_ydata()
-    assert faint[:2].tolist() == [1, 2]
-    assert all(math.isnan(value) for value in faint[-2:])
-    assert list(lines(ax)) == ["loss"]
-
-
-def test_alive_components_and_moves_are_those_of_the_run():
-    history = history_of_a_run(20)
-    (ax,) = plots.alive_components(history).axes
-    assert lines(ax)["alive"] == (list(range(20)), [info.alive for info in history])
-    assert lines(ax)["all 6"][1] == [6, 6]
-    (ax,) = plots.alive_components([replace(info, moves=info.step == 7) for info in history]).axes
-    assert [segment[0][0] for segment in ax.collections[0].get_segments()] == [7]
-    (ax,) = plots.alive_components([{"alive": 5, "moves": 0}, {"alive": 4, "moves": 2}, {"alive": 3}]).axes
-    assert [segment[0][0] for segment in ax.collections[0].get_segments()] == [1]
-    assert ax.collections[0].get_label() == "moves, 2 in all"
-    assert lines(ax) == {"alive": ([0, 1, 2], [5, 4, 3])}
-
-
-@pytest.mark.parametrize("draw", [plots.loss_curves, plots.alive_components])
-def test_an_empty_history_is_refused(draw):
-    with pytest.raises(apd.InvalidSetting, match=r"decompose\(..., on_step=...\)"):
-        draw([])
-    with pytest.raises(apd.InvalidSetting, match=r"alive|no loss term"):
-        draw([{"moves": 1}])
-
-
-def test_seed_stability_has_the_null_below():
-    similarity, null = torch.rand(2, 3, 3), torch.rand(2, 3)
-    figure = plots.seed_stability(similarity, null, names=["W", "whole"])
-    for ax, name, values, random in zip(figure.axes, ("W", "whole"), similarity, null, strict=False):
-        assert ax.get_title() == name
-        assert_close(shown(ax)[:3], values, check_dtype=False)
-        assert shown(ax)[3].isnan().all()
-        assert_close(shown(ax)[4], random, check_dtype=False)
-        assert ax.get_yticklabels()[-1].get_text() == "null"
-        assert ax.texts[0].get_text() == f"{values[0, 0]:.2f}"
-        assert len(ax.texts) == 12
-    with pytest.raises(apd.InvalidSetting, match="2 names, one for each matrix"):
-        plots.seed_stability(similarity, null, names=["W"])
 
 
 def test_the_coefficient_valley_has_a_line_for_each_coefficient():

@@ -268,6 +268,7 @@ def test_figures_are_drawn(driver, features_page: Path, tokens_page: Path):
     assert driver.find_elements("css selector", "figure a") == []
 
 
+@pytest.mark.thorough
 def test_two_thousand_components_open_in_three_seconds(driver, tmp_path: Path):
     decomposition = decomposition_of(
         TinyGPT(d_vocab=100, n_ctx=16), n_components=2000, rank=1, selection=apd.TopK(40, granularity="position")

@@ -7,6 +7,7 @@ The right answers come from the model itself, with other weights put into its pa
 import copy
 import pickle
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from apd_lens.passes._watch import watched_pass
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}  # float32, the same sums in another order
 EQUAL = {"rtol": 1e-10, "atol": 1e-10}  # float64
+ALONE = [False, pytest.param(True, marks=pytest.mark.thorough)]  # each matrix by itself
 FINITE_DIFFERENCES = {"rtol": 1e-5, "atol": 1e-7}  # float64, central differences of step 1e-5
 
 
@@ -53,6 +55,10 @@ class AdapterContract:
         if isinstance(batch, dict):
             return {key: value[index : index + 1] for key, value in batch.items()}
         return tuple(value[index : index + 1] for value in batch)
+
+    def together(self, target: apd.TargetModel) -> list[str | list[str]]:
+        """Matrices that are decomposed together: all, and every second one, between which some stay as they are."""
+        return ["*", list(target.weights)[::2]]
 
     output: Callable[[Any], Tensor] = staticmethod(default_output)
 
@@ -123,12 +129,12 @@ class AdapterContract:
             if matrix.uses[0].site == matrix.uses[-1].site:  # a tied matrix changes its own inputs
                 assert_close(call_.y.detach() - without.y.detach(), product, **SAME)
 
-    @pytest.mark.parametrize("fractional", [False, True], ids=["bool", "float"])
-    def test_sparse_is_weight_substitution_for_each_data_point(self, fractional: bool):
+    @pytest.mark.parametrize("alone", ALONE)
+    def test_sparse_is_weight_substitution_for_each_data_point(self, alone: bool):
         """In float64: in float32 a layer norm of few dimensions can make either side's roundings large."""
         torch.manual_seed(0)
         target = apd.wrap(self.double_model())
-        for weights in [*target.weights, "*"]:
+        for weights, fractional in product(target.weights if alone else self.together(target), (False, True)):
             decomposition = self._decomposition(target, weights)
             batch, n_examples = self._double(self.batch(4)), 4
             mask = torch.rand(n_examples, 5)
@@ -203,13 +209,14 @@ class AdapterContract:
             assert_close(self._run(target, batch), expected, **SAME)
         assert max(decomposition.residuals().values()) < 1e-6
 
-    def test_attributions_equal_finite_differences(self, monkeypatch):
+    @pytest.mark.parametrize("alone", ALONE)
+    def test_attributions_equal_finite_differences(self, monkeypatch, alone: bool):
         """∂/∂ε of every output, with W + ε P_c in the place of W, is Σ_uses <∂f_o/∂y, x P_c>."""
         keep_in_float64(monkeypatch)
         torch.manual_seed(0)
         target = apd.wrap(self.double_model())
         batch = self._double(self.batch(2))
-        for weights in [*target.weights, "*"]:
+        for weights in target.weights if alone else self.together(target):
             decomposition = self._decomposition(target, weights, n_components=2)
             components = decomposition.components
             expected, signed, step = [], [], 1e-5

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def shown(ax) -> Tensor:
-    return torch.from_numpy(ax.images[0].get_array().filled(math.nan))
+    return torch.from_numpy(ax.images[0].get_array().filled(math.nan)).float()
 
 
 def lines(ax) -> dict[str, tuple[list[float], list[float]]]:

@@ -17,14 +17,35 @@ if TYPE_CHECKING:  # seconds of imports, so only where a test makes one
     from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 
+def conv1d(d_out: int, d_in: int) -> nn.Module:
+    """transformers' Conv1D; without transformers a stand-in that apd_lens takes for it, by its name."""
+    try:
+        from transformers.pytorch_utils import Conv1D
+    except ModuleNotFoundError:
+        Conv1D = _Conv1D
+    return Conv1D(d_out, d_in)
+
+
+class _Conv1D(nn.Module):
+    __module__ = "transformers.pytorch_utils"
+
+    def __init__(self, d_out: int, d_in: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(0.02 * torch.randn(d_in, d_out)), nn.Parameter(torch.zeros(d_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+_Conv1D.__name__ = "Conv1D"
+
+
 class TMS(nn.Module):
     """Toy model of superposition: relu((x @ W) @ Wᵀ + b), with one W in two layers."""
 
     def __init__(self, n_features: int, d_hidden: int):
-        from transformers.pytorch_utils import Conv1D
-
         super().__init__()
-        self.linear1 = Conv1D(d_hidden, n_features)
+        self.linear1 = conv1d(d_hidden, n_features)
         self.linear2 = nn.Linear(d_hidden, n_features)
         self.linear2.weight = self.linear1.weight
 
@@ -55,13 +76,11 @@ class TinyGPT(nn.Module):
     """Token and position embeddings (looked up by arange, without a batch axis), causal averaging, a tied head."""
 
     def __init__(self, d_vocab: int = 11, d_model: int = 6, n_ctx: int = 7):
-        from transformers.pytorch_utils import Conv1D
-
         super().__init__()
         self.wte = nn.Embedding(d_vocab, d_model)
         self.wpe = nn.Embedding(n_ctx, d_model)
         self.fc = nn.Linear(d_model, 2 * d_model)
-        self.proj = Conv1D(d_model, 2 * d_model)
+        self.proj = conv1d(d_model, 2 * d_model)
         self.head = nn.Linear(d_model, d_vocab, bias=False)
         self.head.weight = self.wte.weight
 
