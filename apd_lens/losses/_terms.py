@@ -56,13 +56,9 @@ def output_distance(
         examples: those that the output is of, one of several pieces; then it is what they add to the distance of all.
     """
     some = slice(None) if examples is None else examples
-    target_output, valid = (
-        at_least_float32((watched.output[some] if wanted is None else wanted).detach()),
-        watched.valid,
-    )
-    mean, count = mean_distance(
-        target_output, at_least_float32(output), losses.distance, None if valid is None else valid[some]
-    )
+    target_output = at_least_float32((watched.output[some] if wanted is None else wanted).detach())
+    valid = None if watched.valid is None else watched.valid[some]
+    mean, count = mean_distance(target_output, at_least_float32(output), losses.distance, valid)
     if examples is None:
         return _processes.mean(mean, count) / scale
     n_points = without_padding(watched.output[..., :1], watched.valid).numel()
