@@ -5,10 +5,11 @@
 # make test-tl4        runs the tests of TransformerBridge with transformer-lens 4, in an environment of its own
 # make coverage-table  makes docs/coverage.md anew
 # make docs    builds the documentation under build/site
-# make bench   measures speed: twenty minutes, on a machine that does nothing else
+# make bench   measures speed: an hour, and 8 GB of memory, on a machine that does nothing else
 # make paper   the paper's systems: trains, decomposes, measures and draws (hours; may be stopped and started again)
 # make truths  systems whose mechanisms are known and that nobody tuned for, with one set of defaults (hours; as above)
 # make lm      what components of a public language model are worth, task by task (hours; may be stopped and started again)
+# make gpu     on a machine with a CUDA GPU: all tests, those that need one too, and a language model in bfloat16
 # make check   ruff and pyright
 # make test-oldest      runs the quick tests with the oldest versions that pyproject.toml allows, hosts and torch apart
 # make release builds sdist and wheel under dist, and checks them
@@ -19,7 +20,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo demo-toy paper truths lm test test-thorough test-tl4 test-oldest coverage-table docs bench check wheel release clean
+.PHONY: demo demo-toy paper truths lm gpu test test-thorough test-tl4 test-oldest coverage-table docs bench check wheel release clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -88,11 +89,16 @@ docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The overhead of interception, a training step beside the textbook's, its parts beside their floor, growth, ways to
-# compute a sparse product, a language model, how well training with estimated attributions ends, and
-# torch.compile.
-BENCHMARKS := overhead training_step parts growth sparse_product language_model targeted estimated_quality compiled
+# compute a sparse product, a language model, from four of its matrices to all, how well training with estimated
+# attributions ends, and torch.compile.
+BENCHMARKS := overhead training_step parts growth sparse_product language_model targeted scale estimated_quality compiled
 bench: .venv/installed
 	set -e; for name in $(BENCHMARKS); do echo; echo "== $$name"; $(BIN)/python benchmarks/$$name.py $(ARGS); done
+
+gpu: .venv/installed
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a CUDA device'"
+	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python benchmarks/language_model.py --batch 8 512
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ from apd_lens._errors import SiteNotCalled as SiteNotCalled
 from apd_lens._errors import UnknownWeight as UnknownWeight
 from apd_lens._errors import UnsupportedModel as UnsupportedModel
 from apd_lens._errors import WeightsChanged as WeightsChanged
+from apd_lens._memory import memory as memory
 from apd_lens._schedules import HoldThenDecay as HoldThenDecay
 from apd_lens._schedules import Ramp as Ramp
 from apd_lens._settings import Elsewhere as Elsewhere

@@ -187,7 +187,7 @@ def _elsewhere(
             inputs = decomposition.read(batch)
             off = own[torch.arange(turn, turn := turn + inputs.n_examples, device=own.device) % len(own)]
             others_on = ~F.one_hot(off, components.n_components).bool()
-            whole, _ = replaced_pass(target, components.names, as_it_is, inputs, output, keep=True)
+            whole, _ = replaced_pass(target, components.names, as_it_is, inputs, output)
             for shares, kls in zip((others_on, 0.0), found, strict=True):
                 mixture = Mixture(components, shares, 1.0)
                 kl = kl_divergence(whole, replaced_pass(target, components.names, mixture, inputs, output)[0])

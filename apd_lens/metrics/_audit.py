@@ -328,7 +328,7 @@ def _read(
             inputs, explained = ready(decomposition, batch, "audit")
             with torch.no_grad(), evaluating(decomposition.target.model):
                 names = decomposition.components.names
-                output, _ = replaced_pass(decomposition.target, names, as_it_is, inputs, explained, keep=True)
+                output, _ = replaced_pass(decomposition.target, names, as_it_is, inputs, explained)
             check_finite_output(output, "audit")
             mask = _checked(masks(inputs.batch), inputs.n_examples, decomposition.components.n_components)
         output = output.to(torch.promote_types(output.dtype, factor.dtype))

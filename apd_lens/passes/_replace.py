@@ -53,6 +53,16 @@ class Mixture:
         scaled = r * (y if bias is None else y - bias) + (0 if bias is None else bias)
         return (scaled + self._product(use, x)).to(y.dtype)
 
+    def some(self, examples: slice) -> "Mixture":
+        """For some of the examples."""
+        on, rest = (share[examples] if isinstance(share, Tensor) else share for share in (self.on, self.rest))
+        return Mixture(self.components, on, rest)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether what is on is learned itself."""
+        return any(isinstance(share, Tensor) and share.requires_grad for share in (self.on, self.rest))
+
     def _product(self, use: Use, x: MatrixInput) -> Float[Tensor, "examples *pos d_out"]:
         """Σ_c (s_c − r) · x P_c."""
         return freed_after(lambda: self._product_now(use, x))

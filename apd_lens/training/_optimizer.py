@@ -1,5 +1,7 @@
 """Adam on the factors."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
@@ -39,22 +41,16 @@ def update(
     model: nn.Module,
     attack: Attack | None = None,
 ) -> float:
-    """One step of the optimizer down the gradient of the loss, which came through passes of the model; returns its
+    """One step of the optimizer down the gradient of the loss, added to what was pulled back before; returns its
     learning rate."""
     rate = learning_rate(optimization, step)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
-    optimizer.zero_grad()
     attacked = [] if attack is None else [attack.shares]
     for shares in attacked:
         shares.grad = None
-    try:
-        loss.backward(inputs=[*components.parameters(), *attacked])
-    except CheckpointError as error:
-        raise UnsupportedModel(
-            f"step {step}: this {type(model).__name__} uses torch.utils.checkpoint in eval mode too, and parts of "
-            "it would be run again without the components. Switch it off while decomposing."
-        ) from error
+    if loss.requires_grad:
+        pull_back(loss, [*components.parameters(), *attacked], step, model)
     whole = [parameter for parameter in components.parameters() if not is_sharded(parameter)]
     average_gradients([*whole, *attacked])  # the others' are averaged as they come
     if optimization.unit_norm:
@@ -65,3 +61,14 @@ def update(
     if optimization.unit_norm:
         normalize_columns(components, keep_products=False, unless=getattr(optimizer, "found_inf", None))
     return rate
+
+
+def pull_back(loss: Tensor, parameters: Iterable[Tensor], step: int, model: nn.Module) -> None:
+    """Adds the gradient of a loss, which came through passes of the model, to those of the parameters."""
+    try:
+        loss.backward(inputs=list(parameters))
+    except CheckpointError as error:
+        raise UnsupportedModel(
+            f"step {step}: this {type(model).__name__} uses torch.utils.checkpoint in eval mode too, and parts of "
+            "it would be run again without the components. Switch it off while decomposing."
+        ) from error

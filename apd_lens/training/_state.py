@@ -16,6 +16,7 @@ from apd_lens._block import no_inference_mode
 from apd_lens._codec import encode_settings, updated
 from apd_lens._draws import draws
 from apd_lens._errors import InvalidSetting, NonFinite
+from apd_lens._memory import n_bytes
 from apd_lens._settings import DEFAULTS, RANK, TARGETED, Elsewhere, Optimization, Settings
 from apd_lens.attribution._attribution import Attribution
 from apd_lens.components._components import ParameterComponents, initial_components, warn_of_too_few
@@ -65,6 +66,7 @@ class State:
         others: streams beside that of the settings.
         attack: of the first stream, once it has begun.
         returning: names of streams whose batches come again; of others only the last one is kept.
+        memory: bytes that a step may take; None for no limit.
     """
 
     target: TargetModel
@@ -82,6 +84,7 @@ class State:
     others: tuple[Stream, ...] = ()
     attack: Attack | None = None
     returning: frozenset[str] = frozenset()
+    memory: int | None = None
 
     @property
     def streams(self) -> tuple[Stream, ...]:
@@ -231,6 +234,7 @@ def init(
     batches: Batches | None = None,
     others: Batches | None = None,
     sharded: bool = False,
+    memory: int | str | None = None,
 ) -> State:
     """A fresh training state: components and an optimizer. Arguments as in `decompose`. Runs forward passes only where
     the start is fitted to data.
@@ -328,6 +332,7 @@ def init(
         returning=frozenset(
             name for name, some in (("", batches), ("others", others)) if _come_again(some, settings.optimization.steps)
         ),
+        memory=None if memory is None else n_bytes(memory),
         others=() if elsewhere is None else (stream_of_others(settings, elsewhere, output, gates is not None),),
     )
 
