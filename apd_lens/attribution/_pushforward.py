@@ -110,8 +110,9 @@ def squared_effects(
     ):
         where = places if granularity == "position" else None
         tangents = [
-            _written(call, *(factor[chosen] for factor in components.factors(call.use)), where).to(call.y.dtype)
+            _written(call, A[chosen], B[chosen], where).to(call.y.dtype)
             for call in J.calls
+            for A, B in [components.factors(call.use)]
         ]
         here = squares[:, places, chosen]
         effects = J(tangents).to(squares.dtype).square_().flatten(2).sum(-1)

@@ -42,7 +42,7 @@ class ActivePairs:
         """The same pairs on the device of a matrix."""
         if self.ends.device == device:
             return self
-        return ActivePairs(*(one.to(device) for one in (self.data_points, self.components, self.ends)), self.most)
+        return ActivePairs(self.data_points.to(device), self.components.to(device), self.ends.to(device), self.most)
 
     @cached_property
     def places(self) -> Int[Tensor, " pairs"]:
