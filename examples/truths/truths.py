@@ -289,7 +289,11 @@ def main() -> None:
         file = arguments.results / f"{name}.{form}.{kind}{seed}.json"
         if file.exists():
             continue
-        result = run(name, form, seed, arguments.steps, 0 if kind else arguments.target_steps)
+        try:
+            result = run(name, form, seed, arguments.steps, 0 if kind else arguments.target_steps)
+        except apd.NonFinite as error:  # a decomposition that diverges is not the end of the others
+            print(f"{name} {form} {kind}{seed} failed: {error}", flush=True)
+            continue
         unfinished = file.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(result, indent=1))
         unfinished.replace(file)
