@@ -38,11 +38,11 @@ class ParameterComponents(nn.Module):
         gates: Learned | None = None,
     ):
         super().__init__()
-        self.gates: Learned | None = gates
         self.names: list[str] = list(A)
         # Lists, since the names of parameters must not hold a dot.
         self._A_transposed = nn.ParameterList(factor.mT.contiguous() for factor in A.values())
         self._B = nn.ParameterList(B[name].contiguous() for name in self.names)
+        self.gates: Learned | None = gates  # behind the factors, in the order of parameters
 
     @property
     def A(self) -> Mapping[str, Tensor]:

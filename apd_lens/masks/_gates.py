@@ -13,7 +13,7 @@ from apd_lens._block import no_grad
 from apd_lens._checks import check_fields
 from apd_lens._codec import saved
 from apd_lens._errors import InvalidSetting, ShapeMismatch
-from apd_lens._processes import gathered
+from apd_lens._processes import gathered, with_own
 from apd_lens._schedules import Ramp, Schedule, value_at
 from apd_lens.attribution._gradient import GradientAttribution
 from apd_lens.components._components import ParameterComponents
@@ -316,14 +316,15 @@ class Gates:
         generator: torch.Generator | None = None,
     ) -> Masks:
         whole = watched.run.inputs.of_all
-        r = gathered(gates_of(components)(watched, self.granularity), whole.n_examples)
-        r = zero_at_padding(r, whole.valid)
+        own = gates_of(components)(watched, self.granularity)
+        of_all = gathered(own, whole.n_examples)
+        r = zero_at_padding(of_all, whole.valid)
         if self._is_taught:
             assert self.teacher is not None
             taught = self.teacher.masks(watched, components, progress, scale, generator)
             errors = without_padding(r - taught.at_least.to(r.dtype), whole.valid).square()
             return replace(taught, sparsity=errors.sum(-1).mean())
-        g = lower(r)
+        g = lower(zero_at_padding(with_own(of_all, own), whole.valid))  # of which each process runs its part
         counted = without_padding(upper(r), whole.valid).flatten(0, -2)
         f = smooth_l0(counted, value_at(self.gamma, progress)).mean(0)
         if self.frequency:
