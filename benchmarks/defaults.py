@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,51 +65,6 @@ class System:
     least: float = 1.0
 
 
-@dataclass(frozen=True, eq=False)
-class Circuit:
-    """A two-layer network that computes gates of two bits each, with too few neurons to keep them apart.
-
-    Attributes:
-        tables: `gate 4`, the output of each gate for the bits 00, 01, 10 and 11.
-    """
-
-    model: nn.Module
-    tables: Tensor
-
-    def batches(self, batch_size: int, seed: int) -> Callable[[int], Tensor]:
-        """Bits of data points, by step."""
-        return lambda step: gate_bits(len(self.tables), batch_size, seed * 1_000_003 + step)
-
-
-GATES, AWAKE = 20, 0.05
-AND, OR, XOR = (0, 0, 0, 1), (0, 1, 1, 1), (0, 1, 1, 0)
-
-
-def gate_bits(n_gates: int, batch_size: int, seed: int) -> Tensor:
-    """`batch (gates 2)`: each gate is asked with a small probability, and then one of its bits is on or both are."""
-    generator = torch.Generator().manual_seed(seed)
-    pattern = torch.randint(1, 4, (batch_size, n_gates), generator=generator)
-    pattern *= torch.rand(batch_size, n_gates, generator=generator) < AWAKE
-    return torch.stack([pattern // 2, pattern % 2], -1).flatten(1).float()
-
-
-def gate_values(bits: Tensor, tables: Tensor) -> Tensor:
-    """`batch gate`: what the gates make of the bits."""
-    pattern = (bits.unflatten(1, (-1, 2)) * torch.tensor([2.0, 1.0])).sum(-1).long()
-    return tables.expand(len(bits), -1, -1).gather(2, pattern[..., None])[..., 0]
-
-
-def train_circuit(seed: int, share: float) -> Circuit:
-    """Random gates in as many neurons; most need two."""
-    torch.manual_seed(seed)
-    tables = torch.tensor([AND, OR, XOR]).float()[torch.randint(3, (GATES,))]
-    model = nn.Sequential(nn.Linear(2 * GATES, GATES), nn.ReLU(), nn.Linear(GATES, GATES))
-    circuit = Circuit(model, tables)
-    batches = circuit.batches(1024, seed + 10**6)
-    train(model, lambda step: F.mse_loss(model(x := batches(step)), gate_values(x, tables)), int(share * 6000))
-    return circuit
-
-
 def train(model: nn.Module, loss_at: Callable[[int], Tensor], steps: int, weight_decay: float = 0.0) -> None:
     """AdamW with a learning rate that falls to 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=weight_decay)
@@ -121,31 +75,6 @@ def train(model: nn.Module, loss_at: Callable[[int], Tensor], steps: int, weight
         optimizer.step()
         schedule.step()
     model.requires_grad_(False)
-
-
-def measure_circuit(target: Circuit, decomposition: apd.Decomposition) -> Numbers:
-    """A gate is found if it has a component of its own: the one that matters most where this gate alone is asked,
-    beyond what it matters where any gate is, and that is no other gate's. (Neurons whose bias turns them on serve all.)
-    """
-    n_gates = len(target.tables)
-    bits = torch.stack([torch.eye(n_gates)[:, :, None] * torch.tensor(on) for on in ((0, 1.0), (1.0, 0), (1.0, 1.0))])
-    attributions = decomposition.attributions(bits.flatten(2).flatten(0, 1)).unflatten(0, (3, n_gates))
-    squares = attributions.square().sum(0)
-    owner = (squares - squares.mean(0)).argmax(1)
-    alone = owner.bincount(minlength=attributions.shape[2])[owner] == 1
-    x = target.batches(4096, seed=10**6 + 1)(0)
-    asked = x.unflatten(1, (-1, 2)).any(-1)
-    right = (gate_values(x, target.tables) > 0.5)[asked]
-
-    def accuracy() -> float:
-        return ((target.model(x) > 0.5)[asked] == right).float().mean().item()
-
-    return {
-        "found": float(alone.sum()),
-        "of": float(n_gates),
-        "target's accuracy": accuracy(),
-        **sparse_accuracies(decomposition, x, accuracy),
-    }
 
 
 def sparse_accuracies(decomposition: apd.Decomposition, x: Any, accuracy: Callable[[], float]) -> Numbers:
@@ -206,19 +135,19 @@ def measure_facts(target: toys.FactsTarget, decomposition: apd.Decomposition) ->
     }
 
 
-def measure_induction(model: nn.Module, decomposition: apd.Decomposition) -> Numbers:
+def measure_induction(target: toys.InductionTarget, decomposition: apd.Decomposition) -> Numbers:
     """Found is the share of next tokens that are right on the active components, in per cent of the target's; and where
     the components lie that matter for the right logit."""
-    batch = induction.sequences(64, seed=2)
-    accuracy = lambda: induction.known_loss_and_accuracy(model, batch)[1]  # noqa: E731
-    located = induction.located(decomposition, batch, ["a0.1", "a1.2"])
+    batch = toys.sequences(64, seed=2)
+    accuracy = lambda: induction.known_loss_and_accuracy(target.model, batch)[1]  # noqa: E731
+    located = induction.located(decomposition, batch, target.heads)
     accuracies = sparse_accuracies(decomposition, batch.tokens, accuracy)
     return {
         "found": round(100 * accuracies["sparse accuracy"] / accuracy()),
         "of": 100.0,
         "target's accuracy": accuracy(),
         **accuracies,
-        "weight in the two heads": located.weight_share,
+        "weight in the two heads": located.shares()[0],
     }
 
 
@@ -269,22 +198,13 @@ SYSTEMS = {
     ),
     "induction": System(
         "induction transformer",
-        lambda seed, share: trained_for_induction(share),
-        lambda target, seed: lambda step: induction.sequences(24, seed=10**5 * seed + step).tokens,
-        lambda target: ["blocks.*.attn.W_*"],
+        lambda seed, share: toys.train_induction(seed=seed, steps=max(1, int(share * 1500))),
+        lambda target, seed: lambda step: toys.sequences(24, seed=10**5 * seed + step).tokens,
+        lambda target: target.weights,
         60,
         measure_induction,
         induction.centred,
         least=0.9,
-    ),
-    "circuit": System(
-        "Boolean circuit, new",
-        train_circuit,
-        lambda target, seed: target.batches(512, seed=1000 + seed),
-        lambda target: ["*.weight"],
-        30,
-        measure_circuit,
-        least=0.95,
     ),
     "addition": System(
         "addition modulo 7, new",
@@ -297,12 +217,6 @@ SYSTEMS = {
     ),
     "facts-40": with_facts("96 facts in 40 neurons, new", 140, n_subjects=96, d_model=128, n_neurons=40),
 }
-
-
-@cache
-def trained_for_induction(share: float) -> nn.Module:
-    """Of target seed 0, the only one of the first three that learns induction."""
-    return induction.train_target(0, steps=max(1, int(share * 1500)))
 
 
 def run(name: str, seed: int, settings: dict[str, Any], share: float = 1.0) -> dict[str, Any]:

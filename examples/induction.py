@@ -7,99 +7,32 @@ layers are decomposed together, with a mask for each position, and nothing tells
 
     python examples/induction.py
 
-A minute to train the target, eight on one core for each decomposition, of the target and of an untrained model. Not
-every seed of the target learns the circuit: of 0, 1 and 2 only 0 does.
+A minute to train the target, eight on one core for each decomposition, of the target and of an untrained model. With
+--all-tokens the target is trained on every next token, also those that cannot be known. Then not every seed learns the
+circuit: of 0, 1 and 2 only 0 does.
 """
 
 import argparse
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from matplotlib import pyplot as plt
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig, head_detector
+from transformer_lens import HookedTransformer, head_detector
 
 import apd_lens as apd
 from apd_lens import compare, plots
+from apd_lens.toys import Sequences, next_token_losses, sequences, train_induction
 
 warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 
-N_TOKENS, N_CTX, N_LAYERS, N_HEADS = 24, 24, 2, 4
-TRAINED = (1, 2)  # the head of each layer
-
-
-@dataclass(frozen=True, eq=False)
-class Sequences:
-    """Random sequences that repeat from place `period` on, behind a token that begins them.
-
-    Attributes:
-        tokens: what the model reads.
-        next: what comes after each.
-        known: where the next token can be known, since the present one came before.
-    """
-
-    tokens: Int[Tensor, "batch pos"]
-    next: Int[Tensor, "batch pos"]
-    known: Bool[Tensor, "batch pos"]
-
-
-def sequences(n: int, seed: int) -> Sequences:
-    generator = torch.Generator().manual_seed(seed)
-    period = torch.randint(6, 13, (n, 1), generator=generator)
-    places = torch.arange(N_CTX)[None]
-    repeating = torch.randint(N_TOKENS, (n, N_CTX), generator=generator).gather(1, places % period)
-    start = torch.full((n, 1), N_TOKENS)
-    return Sequences(torch.cat([start, repeating[:, :-1]], 1), repeating, places > period)
-
-
-def untrained_target(seed: int) -> HookedTransformer:
-    cfg = HookedTransformerConfig(
-        n_layers=N_LAYERS,
-        d_model=64,
-        n_ctx=N_CTX,
-        d_head=32,
-        n_heads=N_HEADS,
-        d_vocab=N_TOKENS + 1,
-        attn_only=True,
-        normalization_type=None,
-        positional_embedding_type="shortformer",  # queries and keys see positions, values do not
-        seed=seed,
-        device="cpu",
-    )
-    return HookedTransformer(cfg).requires_grad_(False)
-
-
-def train_target(seed: int, steps: int = 1500) -> HookedTransformer:
-    """All but six heads are trained; those stay as they were, to the bit."""
-    model = untrained_target(seed).requires_grad_(True)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 100) * max(0.01, 1 - step / steps)
-    )
-    for step in range(steps):
-        batch = sequences(64, seed=10**6 * (seed + 1) + step)
-        loss = next_token_losses(model(batch.tokens), batch).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        for block, head in zip(model.blocks, TRAINED, strict=True):
-            others = torch.arange(N_HEADS) != head
-            for parameter in block.attn.parameters():
-                if len(parameter) == N_HEADS:
-                    parameter.grad[others] = 0  # Adam then leaves them where they are
-        optimizer.step()
-        schedule.step()
-    return model.requires_grad_(False)
-
-
-def next_token_losses(logits: Float[Tensor, "batch pos d_vocab"], batch: Sequences) -> Float[Tensor, "batch pos"]:
-    return F.cross_entropy(logits.mT, batch.next, reduction="none")
+N_LAYERS, N_HEADS = 2, 4
 
 
 def detected_heads(model: HookedTransformer, n: int = 32) -> dict[str, Float[Tensor, "layer head"]]:
@@ -265,11 +198,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000, help="training steps of a decomposition")
     parser.add_argument("--target-steps", type=int, default=1500)
+    parser.add_argument("--all-tokens", action="store_true", help="train the target on every next token")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the decomposition and the figure")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    model = train_target(arguments.seed, arguments.target_steps)
+    model = train_induction(steps=arguments.target_steps, all_tokens=arguments.all_tokens, seed=arguments.seed).model
     batch = sequences(64, seed=2)
     loss, accuracy = known_loss_and_accuracy(model, batch)
     print(f"target: {accuracy:.1%} right where the next token can be known, loss {loss:.3f}; ", end="")
@@ -295,7 +229,7 @@ def main() -> None:
         print(f"\nshare of the right logit that comes back with so many {unit}s\n{curve}")
     draw(decomposition, of_each.index.tolist(), curves["component"], nodes, arguments.out / "induction.png")
 
-    null = decompose(untrained_target(arguments.seed), arguments.steps, arguments.seed)
+    null = decompose(train_induction(steps=0, seed=arguments.seed).model, arguments.steps, arguments.seed)
     print("\nThe same of an untrained model, whose heads do nothing in particular:\n")
     print(located(null, batch, nodes).nulls().round(3))
     print(f"\nwrote {arguments.out / 'induction'} and {arguments.out / 'induction.png'}")

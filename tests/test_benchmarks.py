@@ -55,10 +55,10 @@ def test_what_is_timed_is_the_same_work(case):
 @pytest.mark.thorough
 def test_the_defaults_are_measured_beside_random_components(tmp_path):
     """A few steps; what is there is not run again."""
-    few = ["--quick", "--systems", "circuit", "addition", "--seeds", "0", "1", "--out", str(tmp_path)]
+    few = ["--quick", "--systems", "gated", "addition", "--seeds", "0", "1", "--out", str(tmp_path)]
     printed = run("../benchmarks/defaults.py", *few)
     assert printed.count(" seed ") == 4
-    assert "| Boolean circuit, new | 0 of 2 |" in printed
+    assert "| gated functions | 0 of 2 |" in printed
     assert " of 49 |" in printed
     again = run("../benchmarks/defaults.py", *few)
     assert " seed " not in again

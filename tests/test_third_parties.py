@@ -67,6 +67,8 @@ class FirstHalf:
 
     def check(self, n_components: int, losses: apd.Losses) -> None: ...
 
+    def learned(self, components, uses, generator) -> None: ...
+
     def after(self, minimality: Tensor, progress: float, steps: int) -> "FirstHalf":
         return self
 

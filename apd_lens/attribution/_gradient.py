@@ -23,6 +23,7 @@ from apd_lens.attribution._over_outputs import mean_over_outputs, root_mean, sum
 from apd_lens.attribution._projections import AUTO_PROJECTIONS, are_exact, check_projections, cotangents_for
 from apd_lens.attribution._pullback import jacobians_in_parts
 from apd_lens.attribution._pushforward import Pushforward, pushforward, squared_effects
+from apd_lens.attribution._sketch import sketched, unembedding
 from apd_lens.components._components import ParameterComponents
 from apd_lens.data._points import Granularity
 from apd_lens.passes._cotangents import Cotangents
@@ -80,8 +81,29 @@ class GradientAttribution:
 
     def seen(self, watched: WatchedPass) -> WatchedPass:
         """The pass with its outputs in the metric of these attributions."""
-        is_fisher = self.metric == "fisher" or (self.metric == "auto" and watched.run.compares == "distributions")
-        return watched.in_fisher_metric() if is_fisher and not watched.run.in_fisher_metric else watched
+        return watched.in_fisher_metric() if self._is_fisher(watched) and not watched.run.in_fisher_metric else watched
+
+    def _is_fisher(self, watched: WatchedPass) -> bool:
+        return self.metric == "fisher" or (self.metric == "auto" and watched.run.compares == "distributions")
+
+    def _sketch(
+        self, watched: WatchedPass, components: ParameterComponents, generator: torch.Generator | None
+    ) -> Cotangents | None:
+        """Projections in the metric of the output's distribution, at the input of the unembedding; None without one."""
+        are_few = components.n_components * CLEARLY_FEWER <= AUTO_PROJECTIONS  # then exact ones are as cheap
+        if not self._is_fisher(watched) or are_exact(watched.output, self.projections) or are_few:
+            return None
+        K = AUTO_PROJECTIONS if isinstance(self.projections, str) else self.projections
+        found, at_x = unembedding(watched), None
+        if watched.jacobians is not None and watched.jacobians.of == ("fisher", K):
+            at_x = (0, watched.output)  # they were kept
+        elif found is not None:
+            draws = torch.Generator(watched.output.device).manual_seed(0) if self.fixed else generator
+            gradients = sketched(watched, found, K, self.kind, draws)
+            at_x = None if gradients is None else (found.place, gradients)
+        if at_x is None:
+            return None
+        return Cotangents(K, lambda first, last: watched.output, K, exact=False, lasting=self.fixed, at_input=at_x)
 
     def __call__(
         self,
@@ -102,11 +124,16 @@ class GradientAttribution:
     ) -> Float[Tensor, "batch *pos C"]:
         """A_c(x)². Where gradients are enabled, in a graph that leads to the factors and keeps v · batch · C numbers
         for each use of a matrix; the target's gradients are constants in it."""
-        watched = self.seen(watched)
-        J = None if torch.is_grad_enabled() else self.pushforward(watched, components, granularity)
-        if J is not None:
-            return mean_over_outputs(squared_effects(J, watched, components, granularity, self.memory), watched)
-        cotangents = self.cotangents(watched.output, generator)
+        if watched.graph_freed and not watched.can_be_attributed:
+            again = (watched.again(None, examples) for examples in watched.pieces())
+            return torch.cat([self.squares(some, components, granularity, generator) for some in again])
+        sketch = self._sketch(watched, components, generator)
+        if sketch is None:
+            watched = self.seen(watched)
+            J = None if torch.is_grad_enabled() else self.pushforward(watched, components, granularity)
+            if J is not None:
+                return mean_over_outputs(squared_effects(J, watched, components, granularity, self.memory), watched)
+        cotangents = sketch or self.cotangents(watched.output, generator)
         squares = []
         for part, chunks in jacobians_in_parts(watched, cotangents, self.memory):
             total = None
@@ -126,8 +153,12 @@ class GradientAttribution:
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "K batch *pos C"]:
         """What each projection alone estimates; the root of the mean of their squares is the estimate."""
-        watched = self.seen(watched)
-        cotangents = self.cotangents(watched.output, generator)
+        if watched.graph_freed and not watched.can_be_attributed:
+            again = (watched.again(None, examples) for examples in watched.pieces())
+            return torch.cat([self.samples(some, components, granularity, generator) for some in again], 1)
+        sketch = self._sketch(watched, components, generator)
+        watched = watched if sketch else self.seen(watched)
+        cotangents = sketch or self.cotangents(watched.output, generator)
         effects = effects_on_outputs(watched, cotangents, components, granularity, self.memory)
         squares = effects.square() * (cotangents.count / cotangents.scale)
         return torch.stack([root_mean(some, watched) for some in squares])

@@ -82,7 +82,7 @@ def unknown_readout(watched: WatchedPass) -> Readout:
 
 def inputs(watched: WatchedPass) -> list[Tensor]:
     """Every x that a matrix multiplies and that depends on a decomposed one, in the order of the calls."""
-    xs = [call.x_in_graph for call in watched.calls] + watched.before_others
+    xs = [call.x_in_graph for call in watched.calls] + [x for _, x in watched.before_others]
     return [x for x in xs if x.requires_grad and len(x) == len(watched.output)]
 
 
@@ -231,54 +231,57 @@ def readout_of_graph(watched: WatchedPass, root: Tensor | GradientEdge) -> Reado
     ∂f/∂y is the same for all examples if only additions, products with constant matrices, and what moves numbers are
     on all ways from y to the output. What is not known to be one of these counts as not linear.
     """
-    ys, xs = [_edge(call.y) for call in watched.calls], [_edge(x) for x in inputs(watched)]
-    linear, others = _reached(_edge(root), set(ys))
+    ys, xs = [edge(call.y) for call in watched.calls], [edge(x) for x in inputs(watched)]
+    linear, others = reached(edge(root), set(ys))
     is_shared = linear - others
     affine = {call: {} for call, y in enumerate(ys) if y in is_shared}
     own = tuple(call for call, y in enumerate(ys) if y in others)
     if not own:
         return Readout(affine, ())
     for index, x in enumerate(xs):
-        if x in is_shared and not {ys[call] for call in own} & set().union(*_reached(_edge(root), set(ys), without=x)):
+        if x in is_shared and not {ys[call] for call in own} & set().union(*reached(edge(root), set(ys), without=x)):
             return Readout(affine, (Stage(own, index),))
     return Readout(affine, (Stage(own),))
 
 
-_Edge = tuple[Node, int]
+Edge = tuple[Node, int]
 
 
-def _edge(place: Tensor | GradientEdge) -> _Edge:
+def edge(place: Tensor | GradientEdge) -> Edge:
     """Where autograd takes the gradient of a tensor from: an operation, and which of its results."""
-    edge = get_gradient_edge(place) if isinstance(place, Tensor) else place
-    return edge.node, edge.output_nr
+    found = get_gradient_edge(place) if isinstance(place, Tensor) else place
+    return found.node, found.output_nr
 
 
-def _reached(root: _Edge, ys: set[_Edge], without: _Edge | None = None) -> tuple[set[_Edge], set[_Edge]]:
+def reached(
+    root: Edge, ys: set[Edge], without: Edge | None = None, also: frozenset[str] = frozenset()
+) -> tuple[set[Edge], set[Edge]]:
     """All edges of the graph behind the root that are reached on linear ways, and those reached on others.
 
     Args:
         without: the edge that no way may go through.
+        also: other operations that count as linear.
     """
-    reached: tuple[set[_Edge], set[_Edge]] = (set(), set())
+    found: tuple[set[Edge], set[Edge]] = (set(), set())
     todo = [(root, False)]
     while todo:
-        edge, is_other = todo.pop()
-        if edge == without or edge in reached[is_other]:
+        here, is_other = todo.pop()
+        if here == without or here in found[is_other]:
             continue
-        reached[is_other].add(edge)
-        is_other = is_other or not _is_linear(edge[0], ys)
-        todo += [((node, number), is_other) for node, number in edge[0].next_functions if node is not None]
-    return reached
+        found[is_other].add(here)
+        is_other = is_other or not (here[0].name() in also or _is_linear(here[0], ys))
+        todo += [((node, number), is_other) for node, number in here[0].next_functions if node is not None]
+    return found
 
 
-def _is_linear(node: Node, ys: set[_Edge]) -> bool:
+def _is_linear(node: Node, ys: set[Edge]) -> bool:
     if node.name() not in _PRODUCTS:
         return node.name() in _MOVES or node.name() in _SUMS
     # The right factor: a constant on the left would mix examples, or differ between them.
     return _is_constant(node.next_functions[-1][0], ys)
 
 
-def _is_constant(node: Node | None, ys: set[_Edge]) -> bool:
+def _is_constant(node: Node | None, ys: set[Edge]) -> bool:
     """Whether nothing is behind a node but one tensor that is no y."""
     while node is not None and node.name() in _MOVES:
         node = node.next_functions[0][0]

@@ -5,7 +5,7 @@ examples is computed once.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -32,6 +32,8 @@ from apd_lens.passes._watch import WatchedPass
 # values are the same for all.
 Part = tuple[Tensor, Tensor | None]
 
+Of = int | Literal["outputs"] | tuple[Literal["fisher"], int]
+
 
 @dataclass(frozen=True, eq=False)
 class Jacobians:
@@ -40,12 +42,12 @@ class Jacobians:
     Attributes:
         of_calls: for each call the parts that add up to it; none where the output does not depend on y.
         slopes: `v examples`, what all of them are multiplied with; None for 1.
-        of: what v are: one for each of the "outputs", or so many projections.
+        of: what v are: one for each of the "outputs", or so many projections, perhaps in the metric of "fisher".
     """
 
     of_calls: Sequence[Sequence[Part]]
     slopes: Tensor | None = None
-    of: int | Literal["outputs"] = "outputs"
+    of: Of = "outputs"
 
     @classmethod
     def whole(cls, gradients: Sequence[Tensor | None]) -> "Jacobians":
@@ -85,7 +87,9 @@ def jacobians_in_parts(
         return
     root, slopes = _root(watched, cotangents)
     readout = unknown_readout(watched)
-    if cotangents.count > 2 and len(watched.output) > 1:
+    if cotangents.at_input is not None:
+        readout = Readout({}, (replace(readout.stages[0], start=cotangents.at_input[0]),))
+    elif cotangents.count > 2 and len(watched.output) > 1:
         find = readout_of_graph if on_gpu(watched.output.device) else find_readout
         readout = find(watched, root)
     n_examples = len(watched.output)
@@ -93,13 +97,15 @@ def jacobians_in_parts(
     if len(parts) == 1:
         yield watched, _chunks(watched, root, slopes, readout, cotangents, memory)
         return
-    watched.graph_freed = True  # what is left of its graph is not worth keeping
+    watched.free_graph()
     for examples in parts:
         part = watched.again(None, examples)
-        yield part, _chunks(part, *_root(part, cotangents), readout, cotangents, memory)
+        yield part, _chunks(part, *_root(part, cotangents), readout, cotangents.of_examples(examples), memory)
 
 
-def _of(cotangents: Cotangents) -> int | Literal["outputs"]:
+def _of(cotangents: Cotangents) -> Of:
+    if cotangents.at_input is not None:
+        return "fisher", cotangents.count
     return "outputs" if cotangents.exact else cotangents.count
 
 
@@ -119,8 +125,13 @@ def _chunks(
 ) -> Iterator[Jacobians]:
     ys, xs, output = [call.y for call in watched.calls], inputs(watched), watched.output
     for some in chunks(cotangents.count, _bytes_per_cotangent(watched, readout), memory):
-        vs, known, is_last = cotangents.rows(some.start, some.stop), dict[int, Tensor](), some.stop == cotangents.count
-        direct = _direct(readout, root, output, vs, ys, xs)
+        known, is_last = dict[int, Tensor](), some.stop == cotangents.count
+        if cotangents.at_input is None:
+            vs = cotangents.rows(some.start, some.stop)
+            direct = _direct(readout, root, output, vs, ys, xs)
+        else:
+            place, at_input = cotangents.at_input
+            vs, direct = at_input[some], {xs[place]: at_input[some]}
         for number, stage in enumerate(readout.stages):
             own = [ys[call] for call in stage.calls]
             if stage.start is None:

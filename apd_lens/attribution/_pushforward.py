@@ -109,10 +109,11 @@ def squared_effects(
         slices(positions.numel(), places_at_once), slices(components.n_components, at_once // places_at_once)
     ):
         where = places if granularity == "position" else None
-        tangents = []
-        for call in J.calls:
-            A, B = components.factors(call.use)
-            tangents.append(_written(call, A[chosen], B[chosen], where).to(call.y.dtype))
+        tangents = [
+            _written(call, A[chosen], B[chosen], where).to(call.y.dtype)
+            for call in J.calls
+            for A, B in [components.factors(call.use)]
+        ]
         here = squares[:, places, chosen]
         effects = J(tangents).to(squares.dtype).square_().flatten(2).sum(-1)
         here.copy_(rearrange(effects, "(C place) example -> example place C", place=here.shape[1]))

@@ -1,5 +1,6 @@
 """Parameter components: vectors in parameter space that span all decomposed matrices, stored as low-rank factors."""
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from apd_lens._block import full_precision
 from apd_lens._errors import ApdWarning, InvalidSetting
 from apd_lens._shards import is_sharded, put, sharded, whole
 from apd_lens.components._factors import sum_of_components
+from apd_lens.components._learned import Learned
 from apd_lens.host._matrix import Use, WeightMatrix
 
 
@@ -24,14 +26,23 @@ class ParameterComponents(nn.Module):
 
     Sharded components are divided over processes. A and B of a matrix are gathered when they are asked for, which all
     processes must do together, and are copies.
+
+    Attributes:
+        gates: the network that says which are needed, where one was trained with them; its parameters are among theirs.
     """
 
-    def __init__(self, A: Mapping[str, Float[Tensor, "..."]], B: Mapping[str, Float[Tensor, "..."]]):
+    def __init__(
+        self,
+        A: Mapping[str, Float[Tensor, "..."]],
+        B: Mapping[str, Float[Tensor, "..."]],
+        gates: Learned | None = None,
+    ):
         super().__init__()
         self.names: list[str] = list(A)
         # Lists, since the names of parameters must not hold a dot.
         self._A_transposed = nn.ParameterList(factor.mT.contiguous() for factor in A.values())
         self._B = nn.ParameterList(B[name].contiguous() for name in self.names)
+        self.gates: Learned | None = gates  # behind the factors, in the order of parameters
 
     @property
     def A(self) -> Mapping[str, Tensor]:
@@ -62,12 +73,17 @@ class ParameterComponents(nn.Module):
 
     def whole(self) -> "ParameterComponents":
         """Itself; of sharded components a copy that each process has whole."""
-        return ParameterComponents(self.A, self.B) if self.is_sharded else self
+        return ParameterComponents(self.A, self.B, copy.deepcopy(self.gates)) if self.is_sharded else self
 
     def take(self, other: "ParameterComponents") -> None:
         """Takes over the numbers of whole components, in place."""
         for ours, theirs in zip(self.parameters(), other.parameters(), strict=True):
             put(theirs, ours)
+
+    @property
+    def factors_of_all(self) -> list[Tensor]:
+        """The parameters that are factors, `C m d` each."""
+        return [*self._A_transposed, *self._B]
 
     @property
     def n_components(self) -> int:
@@ -108,6 +124,10 @@ class ParameterComponents(nn.Module):
             A, B = B.mT, A.mT
         B = B[:, :, use.columns]
         return A[:, use.rows], B if use.scale == 1 else use.scale * B
+
+    def state_of_gates(self) -> dict[str, Tensor]:
+        """The numbers of the gates, by name; of none, none."""
+        return {} if self.gates is None else {name: values.detach() for name, values in self.gates.named_parameters()}
 
     def extra_repr(self) -> str:
         return f"n_components={self.n_components}, matrices={self.names}"

@@ -1,5 +1,6 @@
 """What components are: spectra, effective ranks, shares of heads and neurons, and random twins."""
 
+import copy
 from typing import cast
 
 import torch
@@ -29,7 +30,7 @@ def random_components(components: ParameterComponents, seed: int = 0) -> Paramet
     for name in components.names:
         A[name] = random_orthonormal(components.A[name]) * singular_values(components, name)[:, None, :]
         B[name] = random_orthonormal(components.B[name].mT).mT
-    return ParameterComponents(A, B).requires_grad_(False)
+    return ParameterComponents(A, B, copy.deepcopy(components.gates)).requires_grad_(False)
 
 
 @no_grad()

@@ -12,6 +12,9 @@ from torch import Tensor
 from apd_lens._errors import ApdError, NonFinite
 from apd_lens._processes import summed
 
+# Numbers that are looked at at once.
+_AT_ONCE = 2**22
+
 
 @dataclass(frozen=True, eq=False)
 class Reading:
@@ -29,7 +32,8 @@ def on_gpu(device: torch.device) -> bool:
 
 def count_not_finite(values: Tensor) -> Int[Tensor, ""]:
     """How many values are NaN or infinite."""
-    return (~values.isfinite()).sum()
+    # Of some at a time: torch makes the absolute values of all.
+    return torch.stack([(~some.isfinite()).sum() for some in values.reshape(-1).split(_AT_ONCE)]).sum()
 
 
 def reading_of_attributions(attributions: Tensor, where: str) -> Reading:

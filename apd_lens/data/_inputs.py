@@ -134,7 +134,7 @@ class Inputs:
             attends=of_mask(self.attends),
             sure=of_examples,
             doubtful=frozenset(),
-            kept={},
+            kept={names: prefix.changed(self.n_examples, n, change) for names, prefix in self.kept.items()},
         )
 
     @functools.cached_property
@@ -221,6 +221,11 @@ def joined_inputs(some: Sequence[Inputs]) -> Inputs:
         given = [mask for mask in masks if mask is not None]
         return torch.cat(given) if given else None
 
+    prefixes = {
+        names: prefix.joined([inputs.kept[names] for inputs in some])
+        for names, prefix in some[0].kept.items()
+        if all(names in inputs.kept for inputs in some)
+    }
     return replace(
         some[0],
         batch=joined([inputs.batch for inputs in some], some[0].of_examples),
@@ -228,7 +233,7 @@ def joined_inputs(some: Sequence[Inputs]) -> Inputs:
         valid=of_masks([inputs.valid for inputs in some]),
         encoder_valid=of_masks([inputs.encoder_valid for inputs in some]),
         attends=of_masks([inputs.attends for inputs in some]),
-        kept={},
+        kept={names: prefix for names, prefix in prefixes.items() if prefix is not None},
     )
 
 

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -132,7 +133,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     numbers = sum(
         about["n_components"] * matrix["rank"] * (matrix["d_in"] + matrix["d_out"])
         for matrix in about["matrices"].values()
-    )
+    ) + sum(map(math.prod, about.get("gates", {}).values()))
     problem = f"{folder / TENSOR_FILE} is missing"
     for place in (folder / TENSOR_FILE, folder / _named_by_digest(about["tensors_sha256"])):
         if not os.path.isfile(place):
@@ -191,6 +192,11 @@ def _check_about(about: dict[str, Any], file: Path) -> None:
         if type(matrix) is not dict:
             raise ArtifactError(f"{file}: expected what is known of {name!r} as a mapping, got {matrix!r:.80}.")
         _check_types(matrix, _TYPES_OF_MATRIX, f"{file}, matrix {name!r}")
+    gates = about.get("gates", {})
+    if type(gates) is not dict or not all(
+        type(shape) is list and all(type(n) is int and n > 0 for n in shape) for shape in gates.values()
+    ):
+        raise ArtifactError(f"{file}: expected the shapes of gates by name, got {gates!r:.80}. Save again.")
     if not about["matrices"] or about["output"] not in ("default", "given by the user"):
         raise ArtifactError(
             f"{file}: expected at least one matrix, and an output that is the default or given by the user; got "
@@ -211,7 +217,8 @@ def _check_types(about: dict[str, Any], types: dict[str, type], where: str) -> N
 
 def _check_factors(factors: dict[str, Tensor], about: dict[str, Any], problem: str) -> None:
     """Raises ArtifactError where factors are not those of the matrices: other names, shapes, dtypes, or not finite."""
-    n_components, shapes = about["n_components"], {}
+    n_components = about["n_components"]
+    shapes = {f"gates.{name}": tuple(shape) for name, shape in about.get("gates", {}).items()}
     for name, matrix in about["matrices"].items():
         shapes[f"A.{name}"] = (n_components, matrix["d_in"], matrix["rank"])
         shapes[f"B.{name}"] = (n_components, matrix["rank"], matrix["d_out"])
@@ -219,7 +226,8 @@ def _check_factors(factors: dict[str, Tensor], about: dict[str, Any], problem: s
         missing, extra = sorted(shapes.keys() - factors.keys()), sorted(factors.keys() - shapes.keys())
         raise ArtifactError(f"{problem}: missing are the factors {missing[:5]}, and too many {extra[:5]}.")
     for name, shape in shapes.items():
-        factor, partner = factors[name], factors[("B" if name[0] == "A" else "A") + name[1:]]
+        of_partner = {"A": "B", "B": "A"}.get(name[0], name[0]) + name[1:]
+        factor, partner = factors[name], factors[of_partner]
         if tuple(factor.shape) != shape:
             raise ArtifactError(f"{problem}: expected {name} of shape {shape}, got {tuple(factor.shape)}.")
         if factor.dtype not in (torch.float32, torch.float64) or factor.dtype != partner.dtype:

@@ -43,7 +43,7 @@ from apd_lens.masks._error import AttributionError, attribution_error
 from apd_lens.masks._selection import K
 from apd_lens.passes._output import OutputFn, default_output
 from apd_lens.passes._replace import Mixture
-from apd_lens.passes._watch import WatchedPass, check_finite_output, replaced_pass, watched_pass
+from apd_lens.passes._watch import WatchedPass, check_finite_output, replaced_pass, watched_in_pieces, watched_pass
 
 # Dtypes that the weights of a model may be rounded to.
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -97,19 +97,22 @@ class Decomposition(Printed):
             NonFinite: the batch, or the output, holds NaN or infinity.
         """
         with evaluating(self.target.model):  # which an attribution may run again
-            return observed(self.watch(batch), self.components, self.settings, k)
+            return observed(self.watch(batch, make=watched_in_pieces), self.components, self.settings, k)
 
-    def watch(self, batch: Batch | Inputs, where: str = "attributions") -> WatchedPass:
+    def watch(
+        self, batch: Batch | Inputs, where: str = "attributions", make: Callable[..., WatchedPass] = watched_pass
+    ) -> WatchedPass:
         """A pass of the target that keeps what attributions need. To be called with the model in eval mode.
 
         Args:
             where: what asks for it, for messages.
+            make: runs it.
 
         Raises as `observe` does.
         """
         inputs, output = ready(self, batch, where)
         compares = self.settings.losses.compares
-        watched = watched_pass(self.target, self.components.names, inputs, output, compares=compares)
+        watched = make(self.target, self.components.names, inputs, output, compares=compares)
         check_finite_output(watched.output, where, watched)
         return watched
 
@@ -298,6 +301,8 @@ class Decomposition(Printed):
         sides = {"A": self.components.A, "B": self.components.B}
         found = ((f"{side}.{name}", factor) for side, factors in sides.items() for name, factor in factors.items())
         factors = {name: factor.detach().cpu() for name, factor in found if writes}  # one at a time is gathered
+        if writes:
+            factors |= {f"gates.{name}": values for name, values in self.components.state_of_gates().items()}
         try:
             rest = self.residuals()
         except WeightsChanged:
@@ -445,6 +450,7 @@ def about(decomposition: Decomposition) -> dict[str, Any]:
             name: matrix | {"rounded": _rounded(target.weights[name], matrix["fingerprint"])}
             for name, matrix in about_matrices(decomposition).items()
         },
+        "gates": {name: list(values.shape) for name, values in components.state_of_gates().items()},
         "settings": encode_settings(decomposition.settings),
         **_about_output(decomposition.output),
         "others": digests_of_others(target, components.names),

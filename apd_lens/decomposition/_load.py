@@ -1,6 +1,7 @@
 """Decompositions that are there already: saved ones, and factors of another method."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apd_lens._codec import decode_settings
-from apd_lens._errors import ArtifactError, InvalidSetting, ShapeMismatch, UnsupportedModel
+from apd_lens._errors import ApdWarning, ArtifactError, InvalidSetting, ShapeMismatch, UnsupportedModel
 from apd_lens._files import user_path
 from apd_lens._settings import DEFAULTS, Settings
 from apd_lens.components._components import ParameterComponents
@@ -89,6 +90,7 @@ def load(
         A={name: on_model("A", saved) for saved, name in here.items()},
         B={name: on_model("B", saved) for saved, name in here.items()},
     )
+    _give_gates(components, settings, target, {name: factors[f"gates.{name}"] for name in about.get("gates", {})})
     return Decomposition(
         target=target if valid is None else target.with_valid(valid),
         components=components.requires_grad_(False),
@@ -145,7 +147,7 @@ def from_factors(
             side[name] = factor.detach().to(matrix.parameter.device, dtype).clone()
     return Decomposition(
         target=target,
-        components=ParameterComponents(*factors).requires_grad_(False),
+        components=ParameterComponents(factors[0], factors[1]).requires_grad_(False),
         settings=settings,
         output=output,
         fingerprints={name: target.fingerprints.of(target.weights[name]) for name in factors[0]},
@@ -204,6 +206,7 @@ def on(decomposition: Decomposition, model: Any, *, output: OutputFn | None = No
         A={name: A[of].detach().clone().to(device) for of, name in here.items()},
         B={name: B[of].detach().clone().to(device) for of, name in here.items()},
     )
+    _give_gates(components, decomposition.settings, target, decomposition.components.state_of_gates())
     return Decomposition(
         target=target if decomposition.target.valid is None else target.with_valid(decomposition.target.valid),
         components=components.requires_grad_(False),
@@ -211,6 +214,27 @@ def on(decomposition: Decomposition, model: Any, *, output: OutputFn | None = No
         output=decomposition.output if output is None else output,
         fingerprints={name: decomposition.fingerprints[of] for of, name in here.items()},
     )
+
+
+def _give_gates(
+    components: ParameterComponents, settings: Settings, target: TargetModel, state: Mapping[str, Tensor]
+) -> None:
+    """Gives components the gates that were trained with them; with none, warns where there were some, of a host that
+    uses the matrices in another way."""
+    uses = [use for name in components.names for use in target.weights[name].uses]
+    gates = settings.masking.learned(components, uses, torch.Generator()) if state else None
+    if gates is None:
+        return
+    if {name: values.shape for name, values in gates.named_parameters()} != {n: v.shape for n, v in state.items()}:
+        warnings.warn(
+            "The gates of these components read the matrices as another host uses them, and not as this "
+            f"{type(target.model).__name__} does, so they cannot say here which are active. What takes a mask works.",
+            ApdWarning,
+            stacklevel=3,
+        )
+        return
+    gates.load_state_dict(dict(state))
+    components.gates = gates.to(next(components.parameters()))
 
 
 Decomposition.on = on  # here, since it stands on what knows other models

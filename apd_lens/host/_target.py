@@ -85,6 +85,7 @@ class TargetModel(Printed):
         self._untied = tuple(untied)
         self._looked_at: dict[Any, SharedUses] = {}
         self.prefixes: dict[Any, bool] = {}  # shape of a `Prefix` -> whether passes with it are as those without
+        self.changes_inputs = False  # what a matrix multiplies, in place, as far as a pass has shown
         matrices = list(adapter.matrices(model))
         if not biases:
             matrices = [replace(matrix, bias=None) for matrix in matrices]

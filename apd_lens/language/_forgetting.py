@@ -1,10 +1,11 @@
 """What a language model no longer says when a prompt's own component is taken out."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -43,8 +44,8 @@ class Forgetting(Printed):
         changed: whether the answer is another one there.
         changed_by_twin: whether the answer to each prompt changes without a random component of the same size and
             singular values in the place of its own, the null control.
-        kl_elsewhere: of the model without the own component of some prompt, at each position of other texts; None
-            without texts.
+        kl_elsewhere: at each position of other texts, of which each runs without the own component of one prompt, in
+            turn; None without texts.
         kl_all_off: at each position of other texts, without all components.
     """
 
@@ -54,7 +55,7 @@ class Forgetting(Printed):
     kl_off: Float[Tensor, "n n"]
     changed: Bool[Tensor, "n n"]
     changed_by_twin: Bool[Tensor, " n"]
-    kl_elsewhere: Float[Tensor, "some positions"] | None = None
+    kl_elsewhere: Float[Tensor, " positions"] | None = None
     kl_all_off: Float[Tensor, " positions"] | None = None
 
     @property
@@ -104,9 +105,9 @@ class Forgetting(Printed):
             ("  answers to other prompts changed; KL there", f"{self.others_changed:.2%}; {self.kl_others:.1e}"),
         ]
         if self.kl_elsewhere is not None and self.kl_all_off is not None:
-            far = self.kl_elsewhere.flatten()
+            far, most = self.kl_elsewhere.mean(), self.kl_elsewhere.quantile(0.99)
             rows += [
-                ("  other texts: KL, mean; 99th percentile", f"{far.mean():.1e}; {far.quantile(0.99):.1e}"),
+                ("  other texts: KL, mean; 99th percentile", f"{far:.1e}; {most:.1e}"),
                 ("all components off, other texts: KL, mean", f"{self.kl_all_off.mean():.1e}"),
             ]
         return [table((f"{n} prompts", ""), rows)]
@@ -119,7 +120,6 @@ def forgetting(
     others: Iterable[Batch] | None = None,
     *,
     output: OutputFn | None = None,
-    most: int = 10,
     progress: bool = True,
 ) -> Forgetting:
     """What the model answers on the active components alone, and without each prompt's own component.
@@ -128,7 +128,6 @@ def forgetting(
         prompts: one batch; the decomposition's output is that of their last position.
         others: texts on which components should not matter.
         output: what is compared there; default the decomposition's output at all positions.
-        most: so many own components are tried on the other texts.
         progress: whether to show a bar.
 
     Raises:
@@ -147,10 +146,9 @@ def forgetting(
     own = torch.where(active, beside_mean, -1.0).argmax(1)
     sparse = output_with(decomposition, inputs, Mixture(components, active))
     distinct, numbers = own.unique(return_inverse=True)
-    some = distinct[torch.linspace(0, len(distinct) - 1, min(most, len(distinct))).long()]
     at_all = output or everywhere(decomposition.output or default_output)
     texts = [] if others is None else list(one_pass(others))
-    n_steps = 2 * len(distinct) + len(texts) * (len(some) + 1)
+    n_steps = 2 * (len(distinct) + len(texts))
     with tqdm(total=n_steps, desc="forgetting", disable=not progress, mininterval=0.5, dynamic_ncols=True) as bar:
 
         def off(of: ParameterComponents, component: int) -> tuple[Tensor, Tensor]:
@@ -161,11 +159,7 @@ def forgetting(
         twins = random_components(components, seed=0)
         kl_off, changed = map(torch.stack, zip(*(off(components, c) for c in distinct.tolist()), strict=True))
         changed_by_twin = torch.stack([off(twins, c)[1] for c in distinct.tolist()])[numbers].diagonal()
-        far, all_off = None, None
-        if texts:
-            chosen = [[component] for component in some.tolist()] + [list(range(components.n_components))]
-            of_chosen = _elsewhere(decomposition, chosen, texts, at_all, bar.update)
-            far, all_off = torch.stack(of_chosen[:-1]), of_chosen[-1]
+        far, all_off = _elsewhere(decomposition, distinct, texts, at_all, bar.update) if texts else (None, None)
     return Forgetting(
         own=own.cpu(),
         kl_sparse=kl_divergence(seen.output, sparse).cpu(),
@@ -180,22 +174,23 @@ def forgetting(
 
 def _elsewhere(
     decomposition: Decomposition,
-    chosen: Sequence[list[int]],
+    own: Int[Tensor, " some"],
     others: Iterable[Batch],
     output: OutputFn,
     done: Callable[[], Any],
-) -> list[Float[Tensor, " positions"]]:
-    """KL at each position of other texts, without some of the components, for each choice of them."""
-    target, components = decomposition.target, decomposition.components
-    found: list[list[Tensor]] = [[] for _ in chosen]
+) -> tuple[Float[Tensor, " positions"], Float[Tensor, " positions"]]:
+    """KL at each position of other texts, of each text without one of the components, in turn, and without all."""
+    target, components, turn = decomposition.target, decomposition.components, 0
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
     with evaluating(target.model):
         for batch in others:
             inputs = decomposition.read(batch)
-            whole, _ = replaced_pass(target, components.names, as_it_is, inputs, output, keep=True)
-            for place, off in enumerate(chosen):
-                mixture = Mixture(components.picked(off), 0.0, 1.0)
-                other, _ = replaced_pass(target, components.names, mixture, inputs, output)
-                kl = kl_divergence(whole, other)
-                found[place].append(without_padding(kl[..., None], inputs.valid).flatten().cpu())
+            off = own[torch.arange(turn, turn := turn + inputs.n_examples, device=own.device) % len(own)]
+            others_on = ~F.one_hot(off, components.n_components).bool()
+            whole, _ = replaced_pass(target, components.names, as_it_is, inputs, output)
+            for shares, kls in zip((others_on, 0.0), found, strict=True):
+                mixture = Mixture(components, shares, 1.0)
+                kl = kl_divergence(whole, replaced_pass(target, components.names, mixture, inputs, output)[0])
+                kls.append(without_padding(kl[..., None], inputs.valid).flatten().cpu())
                 done()
-    return [torch.cat(of_one) for of_one in found]
+    return torch.cat(found[0]), torch.cat(found[1])

@@ -28,6 +28,14 @@ class Losses:
             mean over components. So components that are never active shrink too.
         path: like minimality, but each inactive component stays on by a random amount between 0 and 1. So inactive
             components must not matter in any partial combination (the paper's appendix on "inactive").
+        parts: what each inactive component is in the path loss. "uniform": on by an amount drawn from [0, 1].
+            "matrices": the same in a random subset of the matrices of each example; the others are the model's own.
+            "noise": random factors, as components are at the start, stand in its place.
+        completeness: the inactive components change nothing where the active ones are off, either: a random part of
+            them gives what no component gives. So a copy of an active mechanism belongs to its component.
+        attack: like path, with the amounts where they do most harm: found by gradient ascent that goes on from step to
+            step beside the training.
+        sparsity: few components are needed, as the masking counts it; of `Gates` alone.
         hidden: like minimality, on the activations of `hidden_at`.
         hidden_at: names of submodules whose outputs are compared, such as "blocks.0.mlp.hook_post".
         distance: between outputs: "mse", "kl" (outputs are logits), or a function
@@ -47,6 +55,10 @@ class Losses:
     schatten_p: float = 0.9
     simplicity_floor: float = 0.5
     path: Schedule = 2.0
+    parts: Literal["uniform", "matrices", "noise"] = "uniform"
+    completeness: Schedule = 0.0
+    attack: Schedule = 0.0
+    sparsity: Schedule = 0.1
     hidden: Schedule = 0.0
     hidden_at: tuple[str, ...] = ()
     distance: Distance = "mse"

@@ -1,13 +1,15 @@
 """Distances between outputs, and between hidden activations."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from apd_lens._errors import ShapeMismatch
+from apd_lens._memory import BUDGET, chunks
 from apd_lens.data._points import Valid, without_padding
 
 # A name, or a function (target output, sparse output) -> one scalar a data point.
@@ -82,9 +84,46 @@ def distance_of_each(
 def kl_divergence(
     target_logits: Float[Tensor, "*data_points n_outputs"], logits: Float[Tensor, "*data_points n_outputs"]
 ) -> Float[Tensor, "*data_points"]:
-    """KL(softmax(target) ‖ softmax(other)) of each data point, in nats."""
-    target_log_probs, log_probs = target_logits.log_softmax(-1), logits.log_softmax(-1)
-    return (target_log_probs.exp() * (target_log_probs - log_probs)).sum(-1)
+    """KL(softmax(target) ‖ softmax(other)) of each data point, in nats. The target's logits are constants."""
+    return _KLDivergence.apply(target_logits.detach(), logits)
+
+
+class _KLDivergence(torch.autograd.Function):
+    """Of some data points at a time. Nothing is kept but the logits, and no gradient but that of the logits is made:
+    with a large vocabulary autograd's own would be the largest tensors of a step."""
+
+    @staticmethod
+    def forward(target_logits: Tensor, logits: Tensor) -> Tensor:
+        values = []
+        for target, other in _some_data_points(target_logits, logits):
+            target_log_probs, log_probs = target.log_softmax(-1), other.log_softmax(-1)
+            values.append((target_log_probs.exp() * (target_log_probs - log_probs)).sum(-1))
+        return torch.cat(values).view(logits.shape[:-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        target_logits, logits = ctx.saved_tensors
+        at_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        into, at_values = at_logits.view(-1, logits.shape[-1]).split, gradient.reshape(-1, 1).split
+        some = list(_some_data_points(target_logits, logits))
+        sizes = [len(target) for target, _ in some]
+        for (target, other), rows, at_value in zip(some, into(sizes), at_values(sizes), strict=True):
+            dtype = torch.promote_types(other.dtype, torch.float32)
+            change = other.softmax(-1, dtype=dtype).sub_(target.softmax(-1, dtype=dtype))
+            rows.copy_(change.mul_(at_value))
+        return None, at_logits
+
+
+def _some_data_points(target_logits: Tensor, logits: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Both, `data n_outputs`, in pieces whose temporaries fit into a part of the budget."""
+    n_outputs = logits.shape[-1]
+    flat = [one.expand(logits.shape).reshape(-1, n_outputs) for one in (target_logits, logits)]
+    pieces = chunks(len(flat[0]), 4 * n_outputs * 8, BUDGET // 8) or [slice(None)]
+    return [(flat[0][some], flat[1][some]) for some in pieces]
 
 
 def hidden_activation_loss(

@@ -20,7 +20,7 @@ from apd_lens.losses._weights import weight_losses
 from apd_lens.passes._watch import WatchedPass
 
 # In the order in which they are added up.
-LOSS_TERMS = ("faithfulness", "minimality", "simplicity", "path", "hidden")
+LOSS_TERMS = ("faithfulness", "minimality", "simplicity", "path", "completeness", "hidden", "attack", "sparsity")
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,28 @@ def distance_scale(watched: WatchedPass, losses: Losses) -> Tensor | float:
     return torch.where(variance > 0, variance, 1.0)  # 1 where there is none
 
 
-def output_distance(watched: WatchedPass, output: Tensor, losses: Losses, scale: Tensor | float) -> Tensor:
-    """The distance of an output from the target's."""
-    target_output = at_least_float32(watched.output.detach())
-    return (
-        _processes.mean(*mean_distance(target_output, at_least_float32(output), losses.distance, watched.valid)) / scale
-    )
+def output_distance(
+    watched: WatchedPass,
+    output: Tensor,
+    losses: Losses,
+    scale: Tensor | float,
+    wanted: Tensor | None = None,
+    examples: slice | None = None,
+) -> Tensor:
+    """The distance of an output from the target's, or from the one that is wanted.
+
+    Args:
+        examples: those that the output is of, one of several pieces; then it is what they add to the distance of all.
+    """
+    some = slice(None) if examples is None else examples
+    target_output = at_least_float32((watched.output[some] if wanted is None else wanted).detach())
+    valid = None if watched.valid is None else watched.valid[some]
+    mean, count = mean_distance(target_output, at_least_float32(output), losses.distance, valid)
+    if examples is None:
+        return _processes.mean(mean, count) / scale
+    n_points = without_padding(watched.output[..., :1], watched.valid).numel()
+    n_here = without_padding(target_output[..., :1], valid).numel()
+    return mean * (n_here / n_points) / scale
 
 
 def weight_terms(

@@ -1,5 +1,6 @@
 """The Lp form: no selection in the training, but a power of the attributions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,6 +17,7 @@ from apd_lens.attribution._gradient import GradientAttribution
 from apd_lens.components._components import ParameterComponents
 from apd_lens.data._batch import Batch
 from apd_lens.data._points import Granularity, Valid, without_padding, zero_at_padding
+from apd_lens.host._matrix import Use
 from apd_lens.losses._losses import Losses
 from apd_lens.losses._weights import lp_of_squares
 from apd_lens.masks._masking import Masks
@@ -71,6 +73,9 @@ class Lp:
     def at(self, progress: float, batch: Batch) -> "Lp":
         return replace(self, p=value_at(self.p, progress))
 
+    def learned(self, components: ParameterComponents, uses: Sequence[Use], generator: torch.Generator) -> None:
+        return None
+
     def after(self, minimality: Tensor, progress: float, steps: int) -> "Lp":
         return self
 
@@ -121,9 +126,13 @@ class Lp:
             raise InvalidSetting(
                 f"Lp needs attributions that it can take gradients of, GradientAttribution; got {self.attribution}."
             )
-        if losses is not None and (losses.path or losses.hidden or losses.distance != "mse"):
+        passes = ("path", "completeness", "attack", "hidden")
+        asked = (
+            [] if losses is None else [f"{name}={getattr(losses, name)}" for name in passes if getattr(losses, name)]
+        )
+        if losses is not None and (asked or losses.distance != "mse"):
             raise InvalidSetting(
                 "Lp has no mask and no sparse pass, so its losses are faithfulness, minimality and simplicity alone; "
-                f"got Losses(path={losses.path}, hidden={losses.hidden}, distance={losses.distance!r}). Give "
-                "Losses(path=0), or use BatchTopK or TopK."
+                f"got Losses({', '.join([*asked, f'distance={losses.distance!r}'])}). Give Losses(path=0), or use "
+                "BatchTopK or TopK."
             )

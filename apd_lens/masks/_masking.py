@@ -1,5 +1,6 @@
 """Who says what is active: the protocol of maskings, and the one by attributions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -14,7 +15,9 @@ from apd_lens.attribution._attribution import Attribution
 from apd_lens.attribution._gradient import GradientAttribution
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import Mask
+from apd_lens.components._learned import Learned
 from apd_lens.data._points import padded
+from apd_lens.host._matrix import Use
 from apd_lens.losses._losses import Losses
 from apd_lens.masks._selection import BatchTopK, Selection
 from apd_lens.passes._watch import WatchedPass
@@ -29,6 +32,8 @@ class Masks:
         importance: has the place of the mask s_c in simplicity; in a graph where the masking learns through it.
         active: which components a sparse pass runs on; None where nothing says it.
         n_active: number of True in `active`, where it is known without asking the device.
+        on: how much of each component a sparse pass runs on at least, in a graph, where that is no matter of yes or no.
+        sparsity: what `Losses.sparsity` is the coefficient of; None where the masking has no such loss.
         minimality: the masking's own minimality loss, in the place of that of a sparse pass; None for a sparse pass.
     """
 
@@ -37,6 +42,15 @@ class Masks:
     active: Bool[Tensor, "batch *pos C"] | None
     n_active: int | None = None
     minimality: Float[Tensor, ""] | None = None
+    on: Float[Tensor, "batch *pos C"] | None = None
+    sparsity: Float[Tensor, ""] | None = None
+
+    @property
+    def at_least(self) -> Mask:
+        """How much of each component a sparse pass runs on; of the others, any part may be on."""
+        on = self.active if self.on is None else self.on
+        assert on is not None
+        return on
 
 
 @runtime_checkable
@@ -68,6 +82,17 @@ class Masking(Protocol):
 
     def check(self, n_components: int, losses: Losses) -> None:
         """Raises InvalidSetting for what cannot work with so many components, or with these losses."""
+        ...
+
+    def learned(
+        self, components: ParameterComponents, uses: Sequence[Use], generator: torch.Generator
+    ) -> Learned | None:
+        """What is trained with the components, `ParameterComponents.gates`; None where nothing is.
+
+        Args:
+            uses: of the decomposed matrices.
+            generator: on the CPU.
+        """
         ...
 
     def after(self, minimality: Tensor, progress: float, steps: int) -> "Masking":
@@ -125,6 +150,9 @@ class Attributed:
     def check(self, n_components: int, losses: Losses) -> None:
         self.selection.check(n_components)
 
+    def learned(self, components: ParameterComponents, uses: Sequence[Use], generator: torch.Generator) -> None:
+        return None
+
     def after(self, minimality: Tensor, progress: float, steps: int) -> "Attributed":
         selection = self.selection.after(minimality, progress, steps)
         return self if selection is self.selection else replace(self, selection=selection)
@@ -167,6 +195,9 @@ class NoneActive:
         return True
 
     def check(self, n_components: int, losses: Losses) -> None: ...
+
+    def learned(self, components: ParameterComponents, uses: Sequence[Use], generator: torch.Generator) -> None:
+        return None
 
     def after(self, minimality: Tensor, progress: float, steps: int) -> "NoneActive":
         return self

@@ -26,12 +26,11 @@ from apd_lens.data._points import Valid, one_row, padded, without_padding
 from apd_lens.data._stream import one_pass
 from apd_lens.decomposition._decomposition import Decomposition, ready
 from apd_lens.host._adapter import Intercept
-from apd_lens.host._matrix import Use
 from apd_lens.host._target import evaluating
 from apd_lens.losses._outputs import distance_of_each
 from apd_lens.masks._adversary import ascend, harder, with_gradient
 from apd_lens.masks._sampling import usage_matched
-from apd_lens.passes._replace import Mixture
+from apd_lens.passes._replace import Mixture, added, by_matrix
 from apd_lens.passes._watch import as_it_is, check_finite_output, replaced_pass
 
 if TYPE_CHECKING:
@@ -329,7 +328,7 @@ def _read(
             inputs, explained = ready(decomposition, batch, "audit")
             with torch.no_grad(), evaluating(decomposition.target.model):
                 names = decomposition.components.names
-                output, _ = replaced_pass(decomposition.target, names, as_it_is, inputs, explained, keep=True)
+                output, _ = replaced_pass(decomposition.target, names, as_it_is, inputs, explained)
             check_finite_output(output, "audit")
             mask = _checked(masks(inputs.batch), inputs.n_examples, decomposition.components.n_components)
         output = output.to(torch.promote_types(output.dtype, factor.dtype))
@@ -381,11 +380,7 @@ def _with_noise(runs: _Runs, own: _Masked, null: _Masked) -> _Row:
     def replaced(shares: Tensor) -> Intercept:
         """A component by its share, its random twin by what is left of that, and noise in the place of the rest."""
         kept, twins = Mixture(runs.components, shares[..., :-1]), Mixture(runs.twins, 1 - shares[..., :-1])
-
-        def replaced(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-            return kept(use, x, original, bias) + twins(use, x, original, None) + rest(use, x, original, None)
-
-        return replaced
+        return added(added(kept, twins), rest)
 
     return _Row("noise for the others", None, *(runs.mean(runs(replaced, some.mask)) for some in (own, null)))
 
@@ -422,8 +417,7 @@ def _mixture(components: ParameterComponents, shares: Float[Tensor, "examples *p
 
 def _by_matrix(components: ParameterComponents, *shares: Tensor) -> Intercept:
     """Shares of its own for each matrix."""
-    mixtures = {name: _mixture(components, of) for name, of in zip(components.names, shares, strict=True)}
-    return lambda use, x, original, bias: mixtures[use.matrix](use, x, original, bias)
+    return by_matrix({name: _mixture(components, of) for name, of in zip(components.names, shares, strict=True)})
 
 
 @torch.no_grad()

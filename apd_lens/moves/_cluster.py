@@ -114,6 +114,8 @@ class ClusterMoves:
             smallest = free[int(norms.argmin())]
             for name, weight in weights.items():
                 _add(components, name, smallest, weight - components.summed(name))
+            if components.gates is not None:
+                components.gates.reset(smallest)
             touched.add(smallest)
             n_moves += 1
         settle(components, context.optimizer, sorted(touched), self.noise, context.generator)
@@ -212,6 +214,8 @@ def _merge(components: ParameterComponents, larger: int, smaller: int) -> None:
         A, B = components.A[name], components.B[name]
         refactor(A, B, larger, torch.cat([A[larger], A[smaller]], 1), torch.cat([B[larger], B[smaller]]))
         A[smaller], B[smaller] = 0.0, 0.0
+    if components.gates is not None:
+        components.gates.join(larger, smaller)
 
 
 def _add(components: ParameterComponents, name: str, component: int, matrix: Float[Tensor, "d_in d_out"]) -> None:

@@ -30,7 +30,7 @@ def start_as_a_whole(components: ParameterComponents, weights: Mapping[str, Floa
 def start_with_matrices(components: ParameterComponents, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> None:
     """Component l becomes the whole l-th matrix, or its best approximation of its rank, and nothing in the others."""
     for number, (name, weight) in enumerate(weights.items()):
-        for factor in components.parameters():
+        for factor in components.factors_of_all:
             factor[number] = 0.0
         refactor(
             components.A[name],

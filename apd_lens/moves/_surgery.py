@@ -46,10 +46,12 @@ def settle(
     """After moves: the touched components' moments start from zero, and noise lets their spare rank grow."""
     if not touched:
         return
-    for factor in components.parameters():
+    for factor in components.factors_of_all:
         _forget_moments(optimizer.state.get(factor, {}), touched)
         drawn = torch.randn(len(touched), *factor.shape[1:], generator=generator, dtype=factor.dtype, device="cpu")
         factor[touched] += noise * drawn.to(factor.device)
+    for parameter in () if components.gates is None else components.gates.of_components:
+        _forget_moments(optimizer.state.get(parameter, {}), touched)
 
 
 def inputs_of_data_points(
@@ -114,6 +116,8 @@ def split_component(
         rest = A[split.old] - part
         refactor(A, B, split.new, torch.cat([part, A[split.new]], 1), torch.cat([B[split.old], B[split.new]]))
         refactor(A, B, split.old, rest, B[split.old])
+    if components.gates is not None:
+        components.gates.copy_to(split.new, split.old)
     return True
 
 
@@ -182,6 +186,6 @@ def refactor(
 def _forget_moments(state: Mapping[str, Any], touched: list[int]) -> None:
     for value in state.values():
         if isinstance(value, Tensor) and value.ndim > 0:
-            forgotten = torch.zeros(len(value), 1, 1, dtype=torch.bool, device=value.device)
+            forgotten = torch.zeros(len(value), *[1] * (value.ndim - 1), dtype=torch.bool, device=value.device)
             forgotten[touched] = True
             value.masked_fill_(like(forgotten, value), 0.0)

@@ -1,7 +1,7 @@
 """Directions in output space that are pulled back."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -20,6 +20,8 @@ class Cotangents:
         scale: number of cotangents that bring as much as one output each.
         exact: not only on average.
         lasting: whether another pass over the same batch gets the same ones.
+        at_input: where they are given there and not by rows, the place of a matrix's x among the pass's `inputs`, and
+            the gradients at it, `v batch *pos d`.
     """
 
     count: int
@@ -27,12 +29,19 @@ class Cotangents:
     scale: int = 1
     exact: bool = True
     lasting: bool = True
+    at_input: tuple[int, Tensor] | None = None
 
     def some(self, first: int, last: int) -> "Cotangents":
         """The ones from first to last."""
         return Cotangents(
             last - first, lambda start, end: self.rows(first + start, first + end), self.scale, False, False
         )
+
+    def of_examples(self, examples: slice) -> "Cotangents":
+        """The same for some of the batch."""
+        if self.at_input is None:
+            return self
+        return replace(self, at_input=(self.at_input[0], self.at_input[1][:, examples]))
 
 
 def one_hot_cotangents(output: Float[Tensor, "batch *pos n_outputs"]) -> Cotangents:

@@ -30,17 +30,60 @@ class Prefix:
 
     Attributes:
         mark: of the model that gave them.
+        derived_of: numbers of examples of the batches that it was made of, one of the other; none if it was recorded.
     """
 
     kept: Sequence[tuple[nn.Module, Any]]
     mark: tuple[Any, ...]
+    derived_of: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """Equal for batches in which the same modules are kept, and the same of their outputs are stand-ins."""
-        return tuple(
-            (id(module), tuple(_is_stand_in(leaf) for leaf in tree_leaves(output))) for module, output in self.kept
+        """Equal for batches in which the same modules are kept, and the same of their outputs are stand-ins; where they
+        are derived, in the same way."""
+
+        def of_leaf(leaf: Any) -> Any:
+            return _is_stand_in(leaf), leaf.shape[1:] if self.derived_of and isinstance(leaf, Tensor) else None
+
+        return self.derived_of, *((id(module), *map(of_leaf, tree_leaves(output))) for module, output in self.kept)
+
+    def changed(self, n_examples: int, n: int, change: Callable[[Tensor], Tensor]) -> "Prefix":
+        """With change(tensor) in the place of each tensor that has an entry for each of so many examples, n then."""
+
+        def of_leaf(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != n_examples:
+                return leaf
+            return leaf[:1].expand(n, *leaf.shape[1:]) if _is_stand_in(leaf) else change(leaf)
+
+        return Prefix(
+            [(module, tree_map(of_leaf, output)) for module, output in self.kept],
+            self.mark,
+            (*self.derived_of, n_examples),
         )
+
+    @staticmethod
+    def joined(some: Sequence["Prefix"]) -> "Prefix | None":
+        """Those of several batches of one example, as of one batch; None where other modules are kept, or shapes."""
+
+        def of_leaf(leaf: Any, *others: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not leaf.ndim:
+                return leaf
+            if _is_stand_in(leaf):
+                return leaf[:1].expand(len(some), *leaf.shape[1:])
+            return torch.cat([leaf, *others])
+
+        first, *others = some
+        alike = (first.mark, [module for module, _ in first.kept])
+        if any((one.mark, [module for module, _ in one.kept]) != alike for one in others):
+            return None
+        try:
+            kept = [
+                (module, tree_map(of_leaf, output, *(one.kept[place][1] for one in others)))
+                for place, (module, output) in enumerate(first.kept)
+            ]
+        except (RuntimeError, ValueError):  # they do not fit each other
+            return None
+        return Prefix(kept, first.mark, (*first.derived_of, 1))
 
     def tensors(self) -> list[Tensor]:
         """Those that take memory."""

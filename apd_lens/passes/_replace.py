@@ -1,7 +1,7 @@
 """What stands in the place of x W: a mixture of components and of the rest."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +14,7 @@ from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import Mask, MatrixInput
 from apd_lens.components._pairs import ActivePairs, active_pairs
 from apd_lens.components._products import masked_product
+from apd_lens.host._adapter import Intercept
 from apd_lens.host._matrix import Use
 
 
@@ -52,6 +53,16 @@ class Mixture:
         scaled = r * (y if bias is None else y - bias) + (0 if bias is None else bias)
         return (scaled + self._product(use, x)).to(y.dtype)
 
+    def some(self, examples: slice) -> "Mixture":
+        """For some of the examples."""
+        on, rest = (share[examples] if isinstance(share, Tensor) else share for share in (self.on, self.rest))
+        return Mixture(self.components, on, rest)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether what is on is learned itself."""
+        return any(isinstance(share, Tensor) and share.requires_grad for share in (self.on, self.rest))
+
     def _product(self, use: Use, x: MatrixInput) -> Float[Tensor, "examples *pos d_out"]:
         """Σ_c (s_c − r) · x P_c."""
         return freed_after(lambda: self._product_now(use, x))
@@ -83,6 +94,16 @@ class Mixture:
         mask = ~self.on if self.rest else self.on
         n_active = self.on.numel() - self.n_active if self.rest and self.n_active is not None else self.n_active
         return mask, active_pairs(mask, n_active)
+
+
+def by_matrix(mixtures: Mapping[str, Mixture]) -> Intercept:
+    """A mixture of its own in the place of each matrix."""
+    return lambda use, x, original, bias: mixtures[use.matrix](use, x, original, bias)
+
+
+def added(one: Intercept, other: Intercept) -> Intercept:
+    """The sum of what two give, with the bias once."""
+    return lambda use, x, original, bias: one(use, x, original, bias) + other(use, x, original, None)
 
 
 def all_but_one(

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from apd_lens._errors import InvalidOutput, ShapeMismatch, SiteNotCalled, UnsupportedModel
+from apd_lens._memory import at_once, slices
 from apd_lens._processes import gathered
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import Mask
@@ -29,6 +30,10 @@ from apd_lens.passes._replace import Mixture
 
 # How outputs are compared: as numbers, or as the distributions whose logits they are.
 Compares = Literal["numbers", "distributions"]
+
+
+# What a pass with a graph takes, in bytes of `WatchedPass.bytes_per_example`: between matrices there is as much again.
+_GRAPH = 2
 
 
 def fisher_coordinates(logits: Float[Tensor, "batch *pos n_outputs"]) -> Float[Tensor, "batch *pos n_outputs"]:
@@ -65,7 +70,8 @@ def check_finite_output(output: Tensor, where: str, watched: "WatchedPass | None
 class Call:
     """One call of a use in a watched forward: x `batch *pos d_in` (or rows `batch *pos`), y `batch *pos d_out`.
 
-    x is a copy without a graph, x_in_graph the model's own; y is in the graph of the output.
+    x is without a graph, and a copy where the model changes its inputs in place. x_in_graph is the model's own. y is in
+    the graph of the output.
     """
 
     use: Use
@@ -106,7 +112,7 @@ class WatchedPass:
         output: `batch *pos n_outputs`, with the graph from the calls' y to it; zero at padding.
         valid: False at padding.
         calls: in the order of the forward; a module that is used twice has two.
-        before_others: x of the uses of all other matrices, in the graph.
+        before_others: the uses of all other matrices, and their x in the graph.
         hidden: activations of the named submodules, without a graph.
         run: what was run.
         jacobians: ∂output/∂y of every call (`Jacobians`), once computed and if few enough to keep.
@@ -116,7 +122,7 @@ class WatchedPass:
     output: Tensor
     valid: Valid
     calls: list[Call]
-    before_others: list[Tensor]
+    before_others: list[tuple[Use, Tensor]]
     hidden: dict[str, Tensor]
     run: Run
     jacobians: Any = None
@@ -161,6 +167,14 @@ class WatchedPass:
         jacobians = [part for one in self._metrics if one.jacobians is not None for part in one.jacobians.tensors()]
         return [self.output, *(call.x for call in self.calls), *self.hidden.values(), *jacobians]
 
+    def free_graph(self) -> None:
+        """Gives up the graph, and what is in it, of a pass whose gradients are no longer asked for."""
+        for one in self._metrics:
+            one.graph_freed = True
+            one.before_others = []
+            one.output = one.output.detach() if one is self else _stand_in(one.output)
+            one.calls = [Call(call.use, call.x, call.x, _stand_in(call.y)) for call in one.calls]
+
     def of_all(self) -> "WatchedPass":
         """The pass over the batch of all processes, of which x alone is there. Its outputs are NaN: for them run it
         `again`."""
@@ -204,9 +218,14 @@ class WatchedPass:
 
     def bytes_per_example(self) -> int:
         """About what a forward pass takes, without a graph: x and y of every use, and the output three times."""
-        kept = [tensor for call in self.calls for tensor in (call.x, call.y)] + self.before_others
+        kept = [tensor for call in self.calls for tensor in (call.x, call.y)] + [x for _, x in self.before_others]
         numbers = sum(tensor[0].numel() for tensor in kept) + 3 * self.output[0].numel()
         return numbers * self.output.element_size()
+
+    def pieces(self) -> list[slice]:
+        """Examples whose pass with a graph fits into the `memory`."""
+        n, kept = self.run.inputs.n_examples, sum(tensor.nbytes for tensor in self.tensors())
+        return slices(n, at_once(n, _GRAPH * self.bytes_per_example(), kept))
 
     def again(self, components: ParameterComponents | None, examples: slice) -> "WatchedPass":
         """The same pass on some examples, with components in the place of the weights (None: as it was)."""
@@ -253,12 +272,13 @@ def watched_pass(
     inputs = target.read(batch)
     examples = inputs.n_examples
     calls: list[Call] = []
-    before_others: list[Tensor] = []
+    before_others: list[tuple[Use, Tensor]] = []
+    versions: list[int] = []  # autograd counts in-place changes
     observed = [name for name in target.weights if name not in names]
 
     def watch(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
         if use.matrix not in names:
-            before_others.append(x)
+            before_others.append((use, x))
             return original()
         y = original() if replaced is None else replaced(use, x, original, bias)
         if inputs.main_axes == 1 and (len(y) != examples or y.ndim < 2):
@@ -272,17 +292,22 @@ def watched_pass(
             )
         if not y.requires_grad:
             y = y.detach().requires_grad_()
-        calls.append(Call(use, x.detach().clone(), x, y))
+        calls.append(Call(use, x.detach().clone() if target.changes_inputs else x.detach(), x, y))
+        versions.append(x._version)
         return y.clone()  # the model may change it in place
 
     def start() -> None:
         calls.clear()
         before_others.clear()
+        versions.clear()
 
     with torch.enable_grad():
         picked, has_nan, kept = _run(
             target, names, watch, inputs, output, hidden, observed, start, keep=replaced is None
         )
+    if [call.x._version for call in calls] != versions and not target.changes_inputs:
+        target.changes_inputs = True
+        return watched_pass(target, names, inputs, output, hidden, replaced, compares)
     if has_nan:
         calls[:] = [replace(call, x=without_nan(call.x)) for call in calls]
     if not picked.requires_grad:
@@ -299,6 +324,54 @@ def watched_pass(
         hidden={name: activation.detach() for name, activation in kept.items()},
         run=Run(target, names, inputs, output, replaced, compares),
     )
+
+
+def watched_in_pieces(
+    target: TargetModel,
+    names: Sequence[str],
+    batch: Batch | Inputs,
+    output: OutputFn,
+    hidden: Iterable[str] = (),
+    compares: Compares = "numbers",
+) -> WatchedPass:
+    """`watched_pass`; where its graph does not fit into the `memory`, of some examples at a time, and without it."""
+    inputs, hidden = target.read(batch), list(hidden)
+    n, (graph, kept) = inputs.n_examples, _bytes_per_example(target, names, inputs)
+    some = at_once(n, graph, n * kept)
+    if some >= n:
+        return watched_pass(target, names, inputs, output, hidden, compares=compares)
+    parts, picked = list[WatchedPass](), list[Tensor]()
+    for examples in slices(n, some):
+        part = watched_pass(target, names, inputs.some(examples), output, hidden, compares=compares).without_graph()
+        picked = picked or [part.output.new_empty(n, *part.output.shape[1:])]
+        picked[0][examples] = part.output
+        parts.append(part.without_output())
+    calls = [
+        Call(of_use[0].use, x, x, _nan(of_use[0].y, n))
+        for of_use in zip(*(part.calls for part in parts), strict=True)
+        for x in [torch.cat([call.x for call in of_use])]
+    ]
+    return WatchedPass(
+        output=picked[0],
+        valid=inputs.valid,
+        calls=calls,
+        before_others=[],
+        hidden={name: torch.cat([part.hidden[name] for part in parts]) for name in hidden},
+        run=Run(target, names, inputs, output, None, compares),
+        graph_freed=True,
+    )
+
+
+def _bytes_per_example(target: TargetModel, names: Sequence[str], inputs: Inputs) -> tuple[int, int]:
+    """What a pass with a graph takes for an example, and what is kept of it, as far as shapes of matrices say it."""
+    main, weights = inputs.main, list(target.weights.values())
+    shape = torch.Size() if main is None else main.shape[1:-1] if main.is_floating_point() else main.shape[1:]
+    first = next(place for place, matrix in enumerate(weights) if matrix.name in names)
+    bytes_each = shape.numel() * weights[first].parameter.element_size()
+    n_outputs = max(max(matrix.d_in, matrix.d_out) for matrix in weights)  # a language model's, which are the most
+    numbers = sum(len(matrix.uses) * (matrix.d_in + matrix.d_out) for matrix in weights[first:])
+    kept = sum(len(matrix.uses) * matrix.d_in for matrix in weights if matrix.name in names)
+    return _GRAPH * bytes_each * (numbers + 3 * n_outputs), bytes_each * (kept + n_outputs)
 
 
 def _stand_in(tensor: Tensor) -> Tensor:
@@ -368,13 +441,12 @@ def replaced_pass(
     batch: Batch | Inputs,
     output: OutputFn,
     hidden: Iterable[str] = (),
-    keep: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The explained output, and named hidden activations, with `replaced` in the place of the named weights.
 
-    Args:
-        keep: keeps with the inputs what need not be run again in other passes over them.
+    With inputs that were read before, what need not be run again in other passes over them is kept.
     """
+    keep = isinstance(batch, Inputs)
     picked, _, kept = _run(target, names, replaced, target.read(batch), output, hidden, keep=keep)
     return picked, kept
 
@@ -399,7 +471,7 @@ def _run(
         keep: keeps it, if that is worth it.
     """
     hidden, key = list(hidden), tuple(names)
-    prefix = None if hidden else _kept(inputs, key, target.model)
+    prefix = None if hidden else _kept(target, names, inputs, output)
     keep = keep and not hidden and prefix is None and is_worth_it(names, target.weights)
     recorder, replay = Recorder(target.model), Replay(prefix)
     beside: Recorder | Replay = recorder if keep else replay
@@ -424,36 +496,47 @@ def _run(
         del inputs.kept[key]
         return _run(target, names, intercept, inputs, output, hidden, observed, start)
     if keep:
-        _keep(target, names, inputs, output, recorder.prefix(), picked)
+        _keep(target, names, inputs, output, recorder.prefix())
     return picked, has_nan, kept
 
 
-def _kept(inputs: Inputs, key: tuple[str, ...], model: nn.Module) -> Prefix | None:
+def _kept(target: TargetModel, names: Sequence[str], inputs: Inputs, output: OutputFn) -> Prefix | None:
     """What is kept in front of these matrices, if the model is still what it was."""
+    key = tuple(names)
     prefix = inputs.kept.get(key)
-    if prefix is not None and prefix.mark != mark_of_model(model):
+    if prefix is None:
+        return None
+    if prefix.mark != mark_of_model(target.model):
         del inputs.kept[key]
         return None
-    return prefix
+    if prefix.derived_of:
+        del inputs.kept[key]
+        _keep(target, names, inputs, output, prefix)
+    return inputs.kept.get(key)
 
 
-def _keep(
-    target: TargetModel, names: Sequence[str], inputs: Inputs, output: OutputFn, prefix: Prefix, picked: Tensor
-) -> None:
+def _keep(target: TargetModel, names: Sequence[str], inputs: Inputs, output: OutputFn, prefix: Prefix) -> None:
     """Keeps a prefix with the inputs, if passes with such a one are as those without; the first one is looked at."""
-    key, shape = tuple(names), (tuple(names), prefix.shape)
-    if not prefix.kept or not target.prefixes.get(shape, True):
+    key, shape = tuple(names), prefix.shape
+    if not prefix.kept:
         return
-    inputs.kept[key] = prefix
-    if shape not in target.prefixes:
+    if (key, shape) not in target.prefixes:
         try:
             with torch.no_grad():
-                again, _, _ = _run(target, names, as_it_is, inputs, output)
-            target.prefixes[shape] = key in inputs.kept and torch.equal(again, picked)
+                without = _run(target, names, as_it_is, inputs, output)[0]
+                inputs.kept[key] = replace(prefix, derived_of=())
+                again = _run(target, names, as_it_is, inputs, output)[0]
+            is_right = key in inputs.kept and torch.equal(again, without)
+            if prefix.derived_of:  # a product of fewer rows may be rounded otherwise
+                apart = torch.finfo(again.dtype).eps ** 0.5 * without.norm()
+                is_right = key in inputs.kept and bool((again - without).norm() <= apart)
+            target.prefixes[key, shape] = is_right
         except Exception:  # whatever a host raises that reads what was not kept
-            target.prefixes[shape] = False
-        if not target.prefixes[shape]:
-            inputs.kept.pop(key, None)
+            target.prefixes[key, shape] = False
+    if target.prefixes[key, shape]:
+        inputs.kept[key] = replace(prefix, derived_of=())
+    else:
+        inputs.kept.pop(key, None)
 
 
 def _check_kept(names: Iterable[str], kept: dict[str, Tensor]) -> None:

@@ -302,7 +302,7 @@ def other_inputs(
     for batch in batches:
         calls.clear()
         inputs = target.read(batch)
-        picked, _ = replaced_pass(target, names, watch, inputs, output, keep=True)
+        picked, _ = replaced_pass(target, names, watch, inputs, output)
         run = Run(target, names, inputs, output, None)
         part = WatchedPass(picked, inputs.valid, list(calls), [], {}, run)
         for side, places, x in _at_known_places(target, part, rows):

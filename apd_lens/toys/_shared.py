@@ -22,7 +22,7 @@ class MLP(nn.Module):
         self.act = nn.ReLU()
         self.mlp_out = nn.Linear(n_neurons, d_resid, bias=False)
 
-    def forward(self, r: Float[Tensor, "batch d_resid"]) -> Float[Tensor, "batch d_resid"]:
+    def forward(self, r: Float[Tensor, "*batch d_resid"]) -> Float[Tensor, "*batch d_resid"]:
         return self.mlp_out(self.act(self.mlp_in(r)))
 
 

@@ -45,6 +45,7 @@ def decompose(
     valid: ValidFn | None = None,
     seed: int = 0,
     sharded: bool = False,
+    memory: int | str | None = None,
     on_step: Callable[[int, StepInfo], Any] | None = None,
     progress: bool = True,
     checkpoint: Checkpoint | None = None,
@@ -89,6 +90,8 @@ def decompose(
         sharded: of several processes, each keeps a part of the components, of their gradients and of Adam's moments,
             so that more components fit. The factors of a matrix are gathered where it is used. The result is sharded
             too: what looks at its components, `save` too, is then called in all processes.
+        memory: bytes, or a text such as "4 GB", that a step may take beside the model, factors, gradients and moments:
+            see `apd_lens.memory`. Default: no limit.
         on_step: called as on_step(step, info) after every step. On a GPU also after one that failed: NaN and infinity
             are looked at a step late there, see `step`.
         progress: whether to show a bar with k, the components alive, the losses and the time left. Minimality
@@ -126,6 +129,7 @@ def decompose(
         output=output,
         valid=valid,
         seed=seed,
+        memory=memory,
         batches=batches,
         others=others,
         sharded=sharded,

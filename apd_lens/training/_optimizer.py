@@ -1,5 +1,7 @@
 """Adam on the factors."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
@@ -7,19 +9,22 @@ from torch.utils.checkpoint import CheckpointError
 from apd_lens._errors import UnsupportedModel
 from apd_lens._processes import average_gradients
 from apd_lens._settings import Optimization, learning_rate
+from apd_lens._shards import is_sharded
 from apd_lens.components._components import ParameterComponents, xavier_std
+from apd_lens.training._attack import Attack
 from apd_lens.training._unit_norm import normalize_columns, remove_parallel_gradients
 
 
 def adam(components: ParameterComponents, optimization: Optimization) -> torch.optim.Optimizer:
-    """Adam for the factors; those of one scale are one group."""
+    """Adam for the factors; those of one scale are one group, and gates, with a learning rate of their own, another."""
     groups: dict[float, list[Tensor]] = {}
-    for factor in components.parameters():
+    for factor in components.factors_of_all:
         scale = xavier_std(factor.shape[-2], factor.shape[-1]) if optimization.scaled else 1.0
         groups.setdefault(scale, []).append(factor)
-    return torch.optim.Adam(
-        [{"params": factors, "scale": scale} for scale, factors in groups.items()], lr=optimization.lr, fused=True
-    )
+    of_all = [{"params": factors, "scale": scale} for scale, factors in groups.items()]
+    if components.gates is not None:
+        of_all.append({"params": list(components.gates.parameters()), "scale": components.gates.lr / optimization.lr})
+    return torch.optim.Adam(of_all, lr=optimization.lr, fused=True)
 
 
 def moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -34,25 +39,36 @@ def update(
     optimization: Optimization,
     step: int,
     model: nn.Module,
+    attack: Attack | None = None,
 ) -> float:
-    """One step of the optimizer down the gradient of the loss, which came through passes of the model; returns its
+    """One step of the optimizer down the gradient of the loss, added to what was pulled back before; returns its
     learning rate."""
     rate = learning_rate(optimization, step)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
-    optimizer.zero_grad()
+    attacked = [] if attack is None else [attack.shares]
+    for shares in attacked:
+        shares.grad = None
+    if loss.requires_grad:
+        pull_back(loss, [*components.parameters(), *attacked], step, model)
+    whole = [parameter for parameter in components.parameters() if not is_sharded(parameter)]
+    average_gradients([*whole, *attacked])  # the others' are averaged as they come
+    if optimization.unit_norm:
+        remove_parallel_gradients(components)
+    optimizer.step()
+    if attack is not None:
+        attack.ascend()
+    if optimization.unit_norm:
+        normalize_columns(components, keep_products=False, unless=getattr(optimizer, "found_inf", None))
+    return rate
+
+
+def pull_back(loss: Tensor, parameters: Iterable[Tensor], step: int, model: nn.Module) -> None:
+    """Adds the gradient of a loss, which came through passes of the model, to those of the parameters."""
     try:
-        loss.backward(inputs=list(components.parameters()))
+        loss.backward(inputs=list(parameters))
     except CheckpointError as error:
         raise UnsupportedModel(
             f"step {step}: this {type(model).__name__} uses torch.utils.checkpoint in eval mode too, and parts of "
             "it would be run again without the components. Switch it off while decomposing."
         ) from error
-    if not components.is_sharded:  # whose gradients are averaged as they come
-        average_gradients(components.parameters())
-    if optimization.unit_norm:
-        remove_parallel_gradients(components)
-    optimizer.step()
-    if optimization.unit_norm:
-        normalize_columns(components, keep_products=False, unless=getattr(optimizer, "found_inf", None))
-    return rate

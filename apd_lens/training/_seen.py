@@ -19,7 +19,7 @@ from apd_lens.data._finite import LateChecks, Reading, raise_first
 from apd_lens.data._inputs import Inputs, readings_of_inputs
 from apd_lens.host._fingerprints import mark_of_model
 from apd_lens.host._target import TargetModel
-from apd_lens.passes._watch import WatchedPass, as_it_is, reading_of_output, replaced_pass, watched_pass
+from apd_lens.passes._watch import WatchedPass, as_it_is, reading_of_output, replaced_pass, watched_in_pieces
 from apd_lens.training._streams import Stream
 
 # Bytes that all batches together may take.
@@ -94,7 +94,7 @@ def watch(
     readings = readings_of_inputs(inputs, where)
     if late is None:
         raise_first(readings)
-    watched = watched_pass(target, names, inputs, stream.output, hidden=losses.hidden_at, compares=losses.compares)
+    watched = watched_in_pieces(target, names, inputs, stream.output, hidden=losses.hidden_at, compares=losses.compares)
     readings.append(reading_of_output(watched.output, where, watched))
     if late is None:
         raise_first(readings[-1:])
@@ -143,8 +143,11 @@ def remembered(
     for one in now:
         if not one.kept.copies:
             continue
-        kept = one if late is not None or _needs_its_graph(one, of_name[one.stream]) else _without_graph(one)
-        if kept.n_bytes > left and before:
+        needs_graph = _needs_its_graph(one, of_name[one.stream])
+        kept = one if late is not None or needs_graph else _without_graph(one)
+        if needs_graph and late is None and one.pass_.graph_freed:  # the pass is of no use any more
+            kept = replace(one, watched=None, has_output=False)
+        elif kept.n_bytes > left and before:
             kept = replace(kept, watched=kept.pass_.without_output(), has_output=False)
         if kept.n_bytes > left and before:
             continue

@@ -16,6 +16,7 @@ from apd_lens._block import no_inference_mode
 from apd_lens._codec import encode_settings, updated
 from apd_lens._draws import draws
 from apd_lens._errors import InvalidSetting, NonFinite
+from apd_lens._memory import n_bytes
 from apd_lens._settings import DEFAULTS, RANK, TARGETED, Elsewhere, Optimization, Settings
 from apd_lens.attribution._attribution import Attribution
 from apd_lens.components._components import ParameterComponents, initial_components, warn_of_too_few
@@ -34,6 +35,7 @@ from apd_lens.moves._moves import Moves
 from apd_lens.moves._start import start_with_matrices
 from apd_lens.passes._output import OutputFn, default_output
 from apd_lens.start._data import fit_to_data
+from apd_lens.training._attack import Attack
 from apd_lens.training._optimizer import adam
 from apd_lens.training._seen import Seen, before_training
 from apd_lens.training._streams import Stream, first_stream, stream_of_others
@@ -62,7 +64,9 @@ class State:
         late: on a GPU, checks for NaN and infinity that are looked at a step later; None where they are made at once.
         seen: batches that may come again, and what the target made of them.
         others: streams beside that of the settings.
+        attack: of the first stream, once it has begun.
         returning: names of streams whose batches come again; of others only the last one is kept.
+        memory: bytes that a step may take; None for no limit.
     """
 
     target: TargetModel
@@ -78,7 +82,9 @@ class State:
     step: int = 0
     seen: tuple[Seen, ...] = ()
     others: tuple[Stream, ...] = ()
+    attack: Attack | None = None
     returning: frozenset[str] = frozenset()
+    memory: int | None = None
 
     @property
     def streams(self) -> tuple[Stream, ...]:
@@ -102,6 +108,10 @@ class State:
             for name, factor in named.items()
             for key, value in self.optimizer.state.get(factor, {}).items()
         }
+        if self.attack is not None:
+            shares = self.attack.shares
+            moments |= {f"attack.{key}": value.clone() for key, value in self.attack.optimizer.state[shares].items()}
+            moments["attack.shares"] = shares.detach().clone()
         factors = {f"components.{name}": _shards.for_first(factor.detach()) for name, factor in named.items()}
         maskings = json.dumps([encode_settings(stream.masking) for stream in self.streams]).encode()  # `Needed` changes
         text = torch.tensor(list(maskings), dtype=torch.uint8, device="cpu")
@@ -129,7 +139,15 @@ class State:
         settings = self.settings.with_masking(maskings[0])
         last_active = tensors["last_active"].to(self.last_active).clone()
         step = int(tensors["step"])
-        return replace(self, settings=settings, others=others, last_active=last_active, step=step, seen=())
+        attack, kept = None, {key: value for key, value in tensors.items() if key.startswith("attack.")}
+        if kept:
+            attack = Attack.starting(kept.pop("attack.shares").to(last_active.device))
+            attack.optimizer.state[attack.shares] = {
+                key.removeprefix("attack."): value.clone() for key, value in kept.items()
+            }
+        return replace(
+            self, settings=settings, others=others, last_active=last_active, step=step, seen=(), attack=attack
+        )
 
     def is_whole(self) -> bool:
         """Whether the factors and moments are those of this step, and no later step has begun to change them."""
@@ -216,6 +234,7 @@ def init(
     batches: Batches | None = None,
     others: Batches | None = None,
     sharded: bool = False,
+    memory: int | str | None = None,
 ) -> State:
     """A fresh training state: components and an optimizer. Arguments as in `decompose`. Runs forward passes only where
     the start is fitted to data.
@@ -285,6 +304,10 @@ def init(
             "model of the same weights: load it, or seed it, torch.manual_seed(0), in all."
         ),
     )
+    uses = [use for name in names for use in target.weights[name].uses]
+    gates = settings.masking.learned(components, uses, draws(seed, 0, "gates"))
+    if gates is not None:
+        components.gates = gates.to(next(components.parameters()))
     if not components.is_sharded:
         _processes.copy_from_first(components.parameters())  # processes may round otherwise
     if sharded:
@@ -309,7 +332,8 @@ def init(
         returning=frozenset(
             name for name, some in (("", batches), ("others", others)) if _come_again(some, settings.optimization.steps)
         ),
-        others=() if elsewhere is None else (stream_of_others(settings, elsewhere, output),),
+        memory=None if memory is None else n_bytes(memory),
+        others=() if elsewhere is None else (stream_of_others(settings, elsewhere, output, gates is not None),),
     )
 
 

@@ -10,17 +10,21 @@ from torch import Tensor
 
 from apd_lens._block import full_precision, no_inference_mode
 from apd_lens._errors import InvalidBatches, ShapeMismatch
-from apd_lens._processes import copy_from_first, raised_in_all
+from apd_lens._memory import memory
+from apd_lens._processes import copy_from_first, n_processes, raised_in_all
 from apd_lens.data._batch import Batch
 from apd_lens.data._finite import Reading, raise_first, reading_of_attributions
 from apd_lens.data._points import without_padding
 from apd_lens.host._target import evaluating
 from apd_lens.host._unchanged import check_unchanged
+from apd_lens.losses._losses import Losses
 from apd_lens.losses._terms import LOSS_TERMS, distance_scale, hidden_terms, output_distance, weight_terms, weighted_sum
 from apd_lens.masks._masking import Masks
 from apd_lens.moves._moves import MoveContext, are_due
+from apd_lens.passes._replace import Mixture
 from apd_lens.passes._watch import WatchedPass, replaced_pass
-from apd_lens.training._optimizer import moments, update
+from apd_lens.training._attack import Attack
+from apd_lens.training._optimizer import moments, pull_back, update
 from apd_lens.training._seen import remembered, watch
 from apd_lens.training._state import State, StepInfo
 from apd_lens.training._streams import Stream
@@ -47,15 +51,16 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
     progress = min(1.0, state.step / settings.optimization.steps)
     check_unchanged(state.target, state.fingerprints, thorough=False)
 
-    with evaluating(state.target.model):
+    with memory(state.memory), evaluating(state.target.model):
         names, device, where = state.components.names, state.last_active.device, f"step {state.step}"
         seen = [
             watch(state.seen, stream, batch, state.target, names, device, state.late, where)
             for stream, batch in zip(streams, batches, strict=True)
         ]
-        terms, losses, readings, masks = {}, [], [], None
+        terms, losses, readings, masks, attack = {}, [], [], None, state.attack
+        state.optimizer.zero_grad()
         for stream, one in zip(streams, seen, strict=True):
-            of_stream, stream_masks = stream_terms(state, stream, one.pass_, progress)
+            of_stream, stream_masks, attack = stream_terms(state, stream, one.pass_, progress, attack)
             losses.append(weighted_sum(stream.losses, of_stream, progress))
             named = {stream.named(name): term for name, term in of_stream.items()}
             readings += [reading_of_attributions(stream_masks.attributions, where), *readings_of_terms(named, where)]
@@ -68,7 +73,9 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
         else:
             changed = [kept for one, batch in zip(seen, batches, strict=True) for kept in one.kept.changes(batch)]
             state.late.add([*(reading for one in seen for reading in one.readings), *readings, *changed])
-        rate = update(state.optimizer, state.components, loss, settings.optimization, state.step, state.target.model)
+        rate = update(
+            state.optimizer, state.components, loss, settings.optimization, state.step, state.target.model, attack
+        )
 
     last_active, mean_active, watched = state.last_active, None, seen[0].pass_
     if masks.active is not None:
@@ -95,6 +102,7 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
         state,
         settings=settings,
         others=others,
+        attack=attack,
         last_active=last_active,
         step=state.step + 1,
         seen=remembered(state.seen, seen, streams, state.late, state.returning),
@@ -103,9 +111,12 @@ def step(state: State, *batches: Batch) -> tuple[State, StepInfo]:
 
 
 def stream_terms(
-    state: State, stream: Stream, watched: WatchedPass, progress: float
-) -> tuple[dict[str, Tensor], Masks]:
-    """The loss terms of a stream on a batch, without coefficients, and its masks."""
+    state: State, stream: Stream, watched: WatchedPass, progress: float, attack: Attack | None
+) -> tuple[dict[str, Tensor], Masks, Attack | None]:
+    """The loss terms of a stream on a batch, without coefficients, its masks, and the attack, begun where it is to.
+
+    Gradients of sparse passes are pulled back here, one pass after the other; what is returned has a graph to the rest.
+    """
     losses, components, run = stream.losses, state.components, watched.run
     scale = distance_scale(watched, losses)
     device = watched.output.device  # where masks and losses are; factors are where their matrices are
@@ -124,19 +135,52 @@ def stream_terms(
     else:
         if losses.normalization == "relative":
             share = importance.float().mean().clamp_min(1e-12)  # none may be active
-        mixtures = stream.mixtures(
-            components, masks, losses, state.draws(stream.named("path"), masks.importance.device)
-        )
+        path = state.draws(stream.named("path"), masks.importance.device)
+        shares = None
+        if losses.attack:
+            places = masks.at_least.shape[:-1]
+            n_units = components.n_components + 1
+            attack = attack or Attack.drawn(places.numel(), n_units, masks.attributions, state.settings.seed)
+            shares = attack.of(places)
+        mixtures = stream.mixtures(components, masks, losses, path, shares)
         for name, mixture in mixtures.items():
             hidden_at = losses.hidden_at if name == "minimality" else ()
-            output, found = replaced_pass(state.target, components.names, mixture, run.inputs, run.output, hidden_at)
-            terms[name] = output_distance(watched, output, losses, scale)
-            hidden |= found
+            # Nothing but a term needs the graph of a plain mixture's pass, which is large.
+            plain = mixture if isinstance(mixture, Mixture) and not (hidden_at or mixture.requires_grad) else None
+            parts = []
+            for examples in _pieces(watched, losses) if plain else [None]:
+                of_some, inputs = mixture, run.inputs
+                if plain and examples is not None:
+                    of_some, inputs = plain.some(examples), inputs.some(examples)
+                output, found = replaced_pass(state.target, components.names, of_some, inputs, run.output, hidden_at)
+                wanted = None
+                if name == "completeness":
+                    with torch.no_grad():
+                        bare = Mixture(components, on=0.0)
+                        wanted, _ = replaced_pass(state.target, components.names, bare, inputs, run.output)
+                term = output_distance(watched, output, losses, scale, wanted, examples)
+                del output
+                hidden |= found
+                if plain:
+                    weighted = weighted_sum(losses, {name: term}, progress)
+                    pull_back(weighted, components.parameters(), state.step, state.target.model)
+                    term = term.detach()
+                parts.append(term)
+            terms[name] = torch.stack(parts).sum()
     if losses.faithfulness or losses.simplicity:
         of_weights = weight_terms(losses, state.scales, state.weights, components, importance, share)
         terms |= {name: term for name, term in of_weights.items() if getattr(losses, name)}
     terms |= hidden_terms(losses, watched, hidden)
-    return {name: terms[name] for name in LOSS_TERMS if name in terms}, masks
+    if masks.sparsity is not None:
+        terms["sparsity"] = masks.sparsity
+    return {name: terms[name] for name in LOSS_TERMS if name in terms}, masks, attack
+
+
+def _pieces(watched: WatchedPass, losses: Losses) -> list[slice] | list[None]:
+    """Examples whose pass, with its graph, fits into the memory; [None] for all at once."""
+    pieces = watched.pieces()
+    can_be_added = isinstance(losses.distance, str) and n_processes() == 1
+    return pieces if len(pieces) > 1 and can_be_added else [None]
 
 
 @full_precision()

@@ -1,20 +1,24 @@
 """Which change of a model's weights erases one fact with the fewest side effects?
 
-Components of a decomposition, and beside them what a sceptic asks for: random components, those of other facts,
-singular directions, rank-one edits, low-rank unlearning, heads and neurons. Each is a function that makes `Edits`: the
-number of a fact -> what some weights of the model become. `effects` measures all of them in the same way.
+Components of a decomposition that run.py left, and beside them what a sceptic asks for: random components, those of
+other facts, singular directions, rank-one edits, low-rank unlearning, heads and neurons. Each is a function that makes
+`Edits`: the number of a fact -> what some weights of the model become. `effects` measures all of them in the same way.
+The numbers are kept in results/baselines-TASK.json; what is there already is skipped.
 
-    python examples/language_model/baselines.py              # an hour on two cores
-    python examples/language_model/baselines.py --stand-in   # a tiny model, for a look at the code
+    python examples/language_model/baselines.py                      # the capitals: an hour on two cores
+    python examples/language_model/baselines.py --run opposites-0
+    python examples/language_model/baselines.py --stand-in           # a tiny model, for a look at the code
 """
 
 import argparse
 import copy
+import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import tasks
@@ -30,14 +34,7 @@ Weights = Mapping[str, Tensor]  # name in the model's state dict -> value
 Edits = Callable[[int], Weights]
 Goal = Callable[[int], Float[Tensor, " vocabulary"]]  # number of a fact -> what its prompt should be answered with
 
-PHRASE = "The capital of {country} is"
-UNSEEN = (
-    "The capital city of {country} is",
-    "{country}'s capital is",
-    "Q: What is the capital of {again}?\nA: The capital of {country} is",
-    "I visited the capital of {country}, which is called",
-    "The government of {country} sits in its capital,",
-)
+N_TEXTS = 4  # of the held-out ones, on which each edit is tried
 RIDGE = 1e-3  # added to second moments, as a share of their mean diagonal
 
 
@@ -85,6 +82,7 @@ class Task:
         held_out: general text to measure on.
         unseen: the same facts in other phrasings, on which nothing is trained: for each the tokens `n pos`, padded on
             the right, and the position of each prompt's last token.
+        neighbours: other questions about the same words, likewise.
         rank: of edits in each of the matrices.
     """
 
@@ -96,6 +94,7 @@ class Task:
     others: Int[Tensor, "texts length"]
     held_out: Int[Tensor, "some_texts length"]
     unseen: Sequence[tuple[Int[Tensor, "n _"], Int[Tensor, " n"]]] = ()
+    neighbours: Sequence[tuple[Int[Tensor, "n _"], Int[Tensor, " n"]]] = ()
     rank: int = 6
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -104,12 +103,13 @@ class Task:
     ) -> Float[Tensor, "rows *pos vocabulary"]:
         """Log-probabilities of the next token behind some rows of tokens, with other weights in the model.
 
-        What comes before the first changed layer is run once for the same tokens.
+        What comes before the first matrix of the task is run once for the same tokens.
 
         Args:
             at: a position, or one for each row; None for all positions.
         """
-        first = max(0, min(layer_of(name) for name in weights or self.weights))
+        home = min(map(layer_of, self.weights))
+        first = home if home <= min(map(layer_of, weights or self.weights)) else 0
         after = self.once(("tail", first), lambda: tail(self.model, first))
         residual = self.once((id(tokens), first), lambda: self._before(tokens, first))
         places = torch.arange(tokens.shape[1])[torch.as_tensor(0 if at is None else at)]
@@ -146,7 +146,7 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Effects:
-    """What n edits do, each of which should erase, or rewire, a fact of its own.
+    """What edits do, each of which should erase, or rewire, a fact of its own.
 
     KL is KL(model ‖ edited model) of the next token, in nats. An answer is the most likely next token.
 
@@ -155,56 +155,53 @@ class Effects:
         lost: nats of log p that the fact's answer loses.
         changed: whether edit i changes the answer to prompt j, `edit prompt`.
         kl: there.
-        far: KL at each position of held-out text, for some of the edits.
-        unseen: whether some of the edits change the answer to prompt j in other phrasings, `edit phrasing prompt`.
-        known: whether the model answers prompt j in other phrasings.
+        far: KL at each position of some held-out texts, which are others for each fact.
+        unseen: success in other phrasings, and whether the answer about another fact changes, `edit phrasing 2`.
+        kl_unseen: there.
+        known: whether the model answers these rightly.
+        neighbours: whether the answer to other questions about the same word changes.
         rank: of the change, summed over matrices.
         parameters: numbers that say the change: rank × (d_in + d_out), or the changed entries where they are fewer.
         seconds: for each edit, that of what is made once shared among them; CPU time of the process.
         measured: the numbers of the edits.
-        some: those of the edits that were tried on held-out text and other phrasings.
     """
 
     success: Bool[Tensor, " edits"]
     lost: Float[Tensor, " edits"]
     changed: Bool[Tensor, "edits n"]
     kl: Float[Tensor, "edits n"]
-    far: Float[Tensor, "some positions"]
-    unseen: Bool[Tensor, "some phrasings n"]
-    known: Bool[Tensor, "phrasings n"]
+    far: Float[Tensor, "edits positions"]
+    unseen: Bool[Tensor, "edits phrasings 2"]
+    kl_unseen: Float[Tensor, "edits phrasings 2"]
+    known: Bool[Tensor, "edits phrasings 2"]
+    neighbours: Bool[Tensor, "edits neighbours"]
     rank: Float[Tensor, " edits"]
     parameters: Float[Tensor, " edits"]
     seconds: float
     measured: list[int]
-    some: list[int]
 
     def numbers(self, which: Sequence[int] | None = None) -> dict[str, float]:
         """Means over all edits, or over those of some facts."""
-
-        def chosen(edits: list[int]) -> tuple[list[int], Tensor]:
-            rows = [row for row, i in enumerate(edits) if which is None or i in which]
-            return rows, F.one_hot(torch.tensor(edits), self.changed.shape[1]).bool()[rows]
-
-        (rows, own), (tried, mine) = chosen(self.measured), chosen(self.some)
-        unseen, far, known = self.unseen[tried], self.far[tried], self.known.expand(len(tried), -1, -1)
-        mine = mine[:, None].expand_as(known)
-
-        def mean(values: Tensor) -> float:
-            return values.float().mean().item()
-
-        return {
-            "success": mean(self.success[rows]),
-            "nats lost": mean(self.lost[rows]),
-            "others changed": mean(self.changed[rows][~own]),
-            "KL there": mean(self.kl[rows][~own]),
-            "texts: KL": mean(far),
-            "99th": far.flatten().quantile(0.99).item() if tried else float("nan"),
-            "unseen: success": mean(unseen[mine & known]),
-            "strangers changed": mean(unseen[~mine & known]),
-            "rank": mean(self.rank[rows]),
-            "parameters": mean(self.parameters[rows]),
-            "s": self.seconds,
+        rows = [row for row, i in enumerate(self.measured) if which is None or i in which]
+        own = F.one_hot(torch.tensor(self.measured), self.changed.shape[1]).bool()[rows]
+        mine, strangers = self.known[rows].unbind(-1)
+        changed, kl = self.unseen[rows], self.kl_unseen[rows]
+        means = {
+            "facts": torch.tensor(len(rows)),
+            "success": self.success[rows],
+            "nats lost": self.lost[rows],
+            "others changed": self.changed[rows][~own],
+            "KL there": self.kl[rows][~own],
+            "texts: KL": self.far[rows],
+            "99th": self.far[rows].flatten().quantile(0.99) if rows else self.far[rows],
+            "unseen: success": changed[..., 0][mine],
+            "strangers changed": changed[..., 1][strangers],
+            "KL of strangers": kl[..., 1][strangers],
+            "neighbours changed": self.neighbours[rows],
+            "rank": self.rank[rows],
+            "parameters": self.parameters[rows],
         }
+        return {name: values.float().mean().item() for name, values in means.items()} | {"s": self.seconds}
 
 
 @torch.no_grad()
@@ -214,7 +211,6 @@ def effects(
     *,
     wanted: Int[Tensor, " n"] | None = None,
     which: Sequence[int] | None = None,
-    most: int = 10,
     before: float = 0.0,
 ) -> Effects:
     """What edits do to their own facts, to the others, to other phrasings and to held-out text.
@@ -223,42 +219,50 @@ def effects(
         make: makes the edits; its time counts.
         wanted: the answers that the edits should bring; default any other one.
         which: the facts whose edits are tried; default all.
-        most: so many of them are tried on the held-out text and on the other phrasings.
         before: seconds that each edit has cost already.
     """
-    measured = list(range(len(task.prompts))) if which is None else list(which)
+    measured, n = list(range(len(task.prompts)) if which is None else which), len(task.prompts)
     began = time.process_time()
     edits = make()
-    seconds, rows, far, unseen = time.process_time() - began, [], [], []
-    some = [measured[at] for at in torch.linspace(0, len(measured) - 1, min(most, len(measured))).long().tolist()]
-    p, original = task.before(task.prompts), task.run(task.held_out, at=None)
-    answers = [task.before(tokens, last).argmax(-1) for tokens, last in task.unseen]
+    seconds, rows = time.process_time() - began, []
+    p = task.before(task.prompts)
     for i in measured:
         began = time.process_time()
         with torch.enable_grad():
             weights = {name: value.detach() for name, value in edits(i).items()}
         seconds += time.process_time() - began
         q = task.run(task.prompts, weights)
-        answer = q[i].argmax()
+        answer, texts = q[i].argmax(), torch.arange(N_TEXTS * i, N_TEXTS * (i + 1)) % len(task.held_out)
+        original = task.once(("text", i), lambda texts=texts: task.run(task.held_out, rows=texts, at=None))
+        pair = torch.tensor([i, (i + 7) % n])
+        unseen = [torch.zeros(3, 0, 2)]
+        for tokens, last in task.unseen:
+            was, now = task.before(tokens, last)[pair], task.run(tokens, weights, rows=pair, at=last[pair])
+            answers, new = was.argmax(-1), now.argmax(-1)
+            differs = answers != new
+            if wanted is not None:
+                differs[0] = new[0] == wanted[i]
+            unseen.append(torch.stack([differs, kl(was, now), answers == task.answers[pair]])[:, None])
+        changed, divergence, known = torch.cat(unseen, 1)
+        near = [
+            task.before(tokens, last)[i].argmax() != task.run(tokens, weights, rows=[i], at=last[[i]])[0].argmax()
+            for tokens, last in task.neighbours
+        ]
         rows.append(
             (
                 answer != task.answers[i] if wanted is None else answer == wanted[i],
                 (p - q)[i, task.answers[i]],
                 q.argmax(-1) != task.answers,
                 kl(p, q),
-                *_sizes([(value - task.value(name)) for name, value in weights.items()]),
+                kl(original, task.run(task.held_out, weights, rows=texts, at=None)).flatten(),
+                changed.bool(),
+                divergence,
+                known.bool(),
+                torch.tensor(near).bool(),
+                *_sizes([value - task.value(name) for name, value in weights.items()]),
             )
         )
-        if i in some:
-            far.append(kl(original, task.run(task.held_out, weights, at=None)).flatten())
-            now = [task.run(tokens, weights, at=last).argmax(-1) for tokens, last in task.unseen]
-            unseen.append(_differ(now, answers, len(q)))
-    success, lost, changed, divergence, rank, parameters = map(torch.stack, zip(*rows, strict=True))
-    known = ~_differ(answers, [task.answers] * len(answers), len(p))
-    return Effects(
-        success, lost, changed, divergence, torch.stack(far), torch.stack(unseen), known, rank, parameters,
-        before + seconds / len(measured), measured, some,
-    )  # fmt: skip
+    return Effects(*map(torch.stack, zip(*rows, strict=True)), before + seconds / len(measured), measured)
 
 
 def kl(p: Float[Tensor, "*rows vocabulary"], q: Float[Tensor, "*rows vocabulary"]) -> Float[Tensor, "*rows"]:
@@ -266,41 +270,40 @@ def kl(p: Float[Tensor, "*rows vocabulary"], q: Float[Tensor, "*rows vocabulary"
     return (p.exp() * (p - q)).sum(-1)
 
 
-def _differ(tokens: list[Tensor], others: list[Tensor], n: int) -> Bool[Tensor, "phrasings n"]:
-    return torch.stack([t != o for t, o in zip(tokens, others, strict=True)]) if tokens else torch.zeros(0, n).bool()
-
-
 def _sizes(changes: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Rank and number of parameters of a change; singular values below a thousandth of the largest are rounding."""
     ranks, parameters = 0, 0
     for change in changes:
-        values = torch.linalg.svdvals(change)
-        rank = int((values > 1e-3 * values[0]).sum())
+        values = torch.linalg.svdvals(change[:, (change != 0).any(0)])
+        rank = int((values > 1e-3 * values[:1]).sum())
         ranks += rank
         parameters += min(rank * sum(change.shape), int((change != 0).sum()))
     return torch.tensor(float(ranks)), torch.tensor(float(parameters))
 
 
-def table(rows: Mapping[str, Effects], which: Sequence[int] | None = None) -> str:
-    """A Markdown table with a row for each kind of edit, over all facts or some of them."""
-    found = {name: row.numbers(which) for name, row in rows.items()}
-    shown = {"success": "{:.0%}", "nats lost": "{:.1f}", "others changed": "{:.2%}", "unseen: success": "{:.0%}"}
-    shown |= {"strangers changed": "{:.2%}", "rank": "{:.0f}", "parameters": "{:.0f}", "s": "{:.1f}"}
-    columns = list(next(iter(found.values())))
+def table(found: Mapping[str, Mapping[str, float]]) -> str:
+    """A Markdown table with a row for each kind of edit."""
+    shown = dict.fromkeys(("others changed", "strangers changed"), "{:.2%}")
+    shown |= dict.fromkeys(("success", "unseen: success", "neighbours changed"), "{:.0%}")
+    shown |= dict.fromkeys(("nats lost", "s"), "{:.1f}") | dict.fromkeys(("facts", "rank", "parameters"), "{:.0f}")
+    columns = list(max(found.values(), key=len, default=()))
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[name, *(shown.get(c, "{:.1e}").format(row[c]) for c in columns)] for name, row in found.items()]
+    lines += [
+        [name, *(shown.get(c, "{:.1e}").format(row[c]) if c in row else "" for c in columns)]
+        for name, row in found.items()
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 # --- components
 
 
-def of_components(decomposition: apd.Decomposition, own: Sequence[int]) -> Edits:
-    """W − P of each fact's own component."""
+def of_components(decomposition: apd.Decomposition, own: Sequence[int], names: Sequence[str] | None = None) -> Edits:
+    """W − P of each fact's own component, in some matrices or in all."""
 
     def edit(i: int) -> Weights:
         edited = decomposition.edited_state_dict(int(own[i]))
-        return {name: edited[name] for name in decomposition.components.names}
+        return {name: edited[name] for name in names or decomposition.components.names}
 
     return edit
 
@@ -530,25 +533,30 @@ def trained(
 
 
 def of_rank_one(
-    task: Task, name: str, place: int, how: Training, goal: Goal | None = None, prompts: float = 10.0
+    task: Task, names: Sequence[str], place: int, how: Training, goal: Goal | None = None, prompts: float = 10.0
 ) -> Edits:
-    """W + v kᵀ, as of Meng et al. 2022 ("Locating and editing factual associations in GPT"): one matrix, one key.
+    """W + v kᵀ, as of Meng et al. 2022 ("Locating and editing factual associations in GPT"), in one matrix or several.
 
     k = C⁻¹ x / xᵀ C⁻¹ x of the fact's input x at one position, so that v is added there. C: second moments of general
     text, and so many times those of the other prompts. v is optimised, in units of the root mean square of W x.
     """
-    general, x, W = task.once(name, lambda: second_moments(task, name)), watched(task, [name])[name].x, task.value(name)
-    ridge = RIDGE * general.diagonal().mean() * torch.eye(len(general))
-    each = torch.einsum("ntd,nte->de", x, x)
+    old, seen = {name: task.value(name) for name in names}, watched(task, names)
+
+    def key(name: str, i: int) -> Tensor:
+        general, x = task.once(name, lambda: second_moments(task, name)), seen[name].x
+        ridge = RIDGE * general.diagonal().mean() * torch.eye(len(general))
+        others = (torch.einsum("ntd,nte->de", x, x) - x[i].T @ x[i]) / (len(x) - 1) / x.shape[1]
+        k = torch.linalg.solve(general + ridge + prompts * others, x[i, place])
+        return (old[name] @ x[i, place]).square().mean().sqrt() * k / (k @ x[i, place])
 
     def edit(i: int) -> Weights:
-        others = (each - x[i].T @ x[i]) / (len(x) - 1) / x.shape[1]
-        key = torch.linalg.solve(general + ridge + prompts * others, x[i, place])
-        key = (W @ x[i, place]).square().mean().sqrt() * key / (key @ x[i, place])
-        return trained(
-            task, i, goal or forgotten(task), [torch.zeros(len(W))], lambda v: {name: W + torch.outer(v, key)},
-            task.others, how,
-        )  # fmt: skip
+        keys = {name: key(name, i) for name in names}
+
+        def weights_of(*values: Tensor) -> Weights:
+            return {name: old[name] + torch.outer(v, keys[name]) for name, v in zip(names, values, strict=True)}
+
+        start = [torch.zeros(len(W)) for W in old.values()]
+        return trained(task, i, goal or forgotten(task), start, weights_of, task.others, how)
 
     return edit
 
@@ -617,100 +625,133 @@ def steps_until_back(margins: Float[Tensor, " steps_and_one"]) -> int:
 def all_edits(
     task: Task, start: apd.Decomposition, own_of_start: Sequence[int], trained: apd.Decomposition, own: Sequence[int]
 ) -> dict[str, Callable[[], Edits]]:
-    """Every kind of edit that erases a fact. What is chosen was chosen on the facts with even numbers."""
-    values, outputs = task.weights
-    d = task.model.config.hidden_size
+    """Every kind of edit that erases a fact. What is chosen was chosen on the capitals with even numbers."""
+    values, outputs = ([name for name in task.weights if f".{kind}_proj." in name] for kind in "vo")
+    layers, d = len(outputs), task.model.config.hidden_size
     n_neurons = round(sum(task.rank * sum(task.value(name).shape) for name in task.weights) / d)
     down = "model.layers.0.mlp.down_proj.weight"
     return {
         "components": lambda: of_components(trained, own),
+        "components, W_V alone": lambda: of_components(trained, own, values),
+        "components, W_O alone": lambda: of_components(trained, own, outputs),
         "fitted start alone": lambda: of_components(start, own_of_start),
         "random components": lambda: of_random_components(trained, own),
         "usage-matched components": lambda: of_other_components(task, trained, own),
         "singular directions": lambda: of_singular_directions(task),
         "rank one, W_V": lambda: of_rank_one(task, values, task.subject, RANK_ONE),
         "rank one, W_O": lambda: of_rank_one(task, outputs, -1, RANK_ONE),
-        "rank one, MLP 0 (ROME's place)": lambda: of_rank_one(task, down, task.subject, RANK_ONE),
+        f"{n_neurons} neurons": lambda: of_units(task, "neurons", n_neurons),
+        f"{layers} head{'s'[: layers > 1]}": lambda: of_units(task, "heads", layers),
         "low rank, 10 texts": lambda: of_low_rank(task, LOW_RANK, 10),
         f"low rank, {len(task.others)} texts": lambda: of_low_rank(task, LOW_RANK, len(task.others)),
-        f"{n_neurons} neurons": lambda: of_units(task, "neurons", n_neurons),
-        "1 head": lambda: of_units(task, "heads", 1),
+        "rank one, MLP 0 (ROME's place)": lambda: of_rank_one(task, [down], task.subject, RANK_ONE),
     }
 
 
-def main(task: Task, steps: int, which: Sequence[int] | None, most: int) -> dict[str, Effects]:
-    """Prints the tables: all edits on all facts and on those with odd numbers, relearning, rewiring."""
-    batches, others = [{"input_ids": part} for part in task.prompts.split(20)], list(task.others[:256].split(4))
+def main(task: Task, name: str, out: Path, results: Path, which: Sequence[int] | None, kinds: str) -> None:
+    """Erases each fact by some kinds of edits, rewires it, learns it again; keeps the numbers and prints them."""
+    file, cost = results / f"baselines-{name.rpartition('-')[0]}.json", {}
+    found = json.loads(file.read_text()) if file.exists() else {"all": {}, "odd": {}, "rewired": {}, "back": {}}
 
-    def decomposed(steps: int) -> tuple[apd.Decomposition, list[int], float]:
-        began = time.process_time()
-        made = apd.decompose(
-            task.model, batches, list(task.weights), n_components=len(task.prompts) + 8, others=others,
-            **apd.language_model(steps),
-        )  # fmt: skip
-        seconds = (time.process_time() - began) / len(task.prompts)
-        return made, apd.language.forgetting(made, {"input_ids": task.prompts}).own.tolist(), seconds
+    def keep(table: str, kind: str, numbers: Any) -> None:
+        found[table][kind] = numbers
+        file.write_text(json.dumps(found, indent=1))
+        print(table, kind, json.dumps(numbers), flush=True)
 
-    (start, own_of_start, cost_of_start), (made, own, cost) = decomposed(0), decomposed(steps)
-    before = {"components": cost, "fitted start alone": cost_of_start}
-    edits, found = all_edits(task, start, own_of_start, made, own), {}
-    for name, make in edits.items():
-        found[name] = effects(task, make, which=which, most=most, before=before.get(name, 0.0))
-        print(table({name: found[name]}), flush=True)
-    odd = range(1, len(task.prompts), 2)
-    print(f"\nAll facts\n{table(found)}\n\nFacts on which nothing was chosen\n{table(found, odd)}", flush=True)
+    def loaded(stage: str, kind: str) -> tuple[apd.Decomposition, list[int]]:
+        run = json.loads((results / f"{name}.json").read_text())
+        cost[kind] = run[stage]["seconds"] / len(run["words"])
+        decomposition = apd.load(out / f"{name}-{stage}", task.model)
+        return decomposition, apd.language.forgetting(decomposition, {"input_ids": task.prompts}).own.tolist()
 
-    print("\nSteps of fine-tuning until a fact is back (medians), on general text and other facts; on the fact itself")
-    facts = list(which or range(len(task.prompts)))
-    facts = facts[:: max(1, len(facts) // 5)]
-    for name in ("components", "rank one, W_O", "low rank, 10 texts"):
-        made_edits = edits[name]()
-        weights = [made_edits(i) for i in facts]
-        steps_back = [
-            torch.tensor([steps_until_back(relearning(task, of, i, on)) for i, of in zip(facts, weights, strict=True)])
-            for on in ("others", "fact")
-        ]
-        print(f"{name}: {'; '.join(str(int(steps.median())) for steps in steps_back)}", flush=True)
-
+    (start, own_of_start), (made, own) = loaded("start", "fitted start alone"), loaded("trained", "components")
+    edits, odd = all_edits(task, start, own_of_start, made, own), range(1, len(task.prompts), 2)
     to = [(i + 1) % len(task.prompts) for i in range(len(task.prompts))]
-    wanted = task.answers[to]
+    wanted, outputs = task.answers[to], [name for name in task.weights if ".o_proj." in name]
     rewired = {
         "components": lambda: rewired_components(task, made, own, to),
-        "rank one, W_O": lambda: of_rank_one(task, task.weights[1], -1, REWIRED, answered(task, wanted)),
+        "rank one, W_O": lambda: of_rank_one(task, outputs, -1, REWIRED, answered(task, wanted)),
     }
-    of_rewired = {name: effects(task, make, wanted=wanted, which=which, most=most) for name, make in rewired.items()}
-    print(f"\nEach fact answered with the next one's answer\n{table(of_rewired)}", flush=True)
-    return found
+    facts = list(which or range(len(task.prompts)))
+    for kind, make in edits.items():
+        if not re.search(kinds, kind):
+            continue
+        if kind not in found["all"]:
+            done = effects(task, make, which=which, before=cost.get(kind, 0.0))
+            keep("odd", kind, done.numbers(odd))
+            keep("all", kind, done.numbers())
+        if kind in ("components", "rank one, W_O", "low rank, 10 texts") and kind not in found["back"]:
+            of, some = make(), facts[:: max(1, len(facts) // 5)]
+            edited = {i: of(i) for i in some}
+            margins = {on: [relearning(task, edited[i], i, on) for i in some] for on in ("others", "fact")}
+            keep("back", kind, {on: list(map(steps_until_back, each)) for on, each in margins.items()})
+        if kind in rewired and kind not in found["rewired"]:
+            keep("rewired", kind, effects(task, rewired[kind], wanted=wanted, which=which).numbers())
+    print(markdown(found))
 
 
-def capitals_task(stand_in: bool) -> Task:
-    """The capitals that the model knows."""
-    model, tokenizer = tasks.stand_in() if stand_in else tasks.smollm2()
-    n_known, phrases = (12, []) if stand_in else (len(tasks.CAPITALS.answers), UNSEEN)
-    countries = list(tasks.CAPITALS.answers)[:n_known]
-    tokenizer.padding_side = "right"
-    templates = [apd.language.Template(text) for text in (PHRASE, *phrases)]
-    prompts, *unseen = (of.prompts(tokenizer, **dict.fromkeys(of.slots, countries)) for of in templates)
-    n, length = (64, 8) if stand_in else (1032, 32)
-    texts = apd.language.sample_texts(model, n=n, length=length, tokenizer=tokenizer)
-    layer = "model.layers.0" if stand_in else "model.layers.23"
+def markdown(found: Mapping[str, Any]) -> str:
+    """What `main` keeps."""
+    back = "\n".join(
+        f"| {kind} | {' | '.join(str(sorted(on)[len(on) // 2]) for on in steps.values())} |"
+        for kind, steps in found["back"].items()
+    )
+    return f"""All facts
+
+{table(found["all"])}
+
+Every second fact. No setting was chosen on these capitals.
+
+{table(found["odd"])}
+
+Each fact answered with the next one's answer
+
+{table(found["rewired"])}
+
+Steps of fine-tuning until a fact is back (median; 21: not in 20)
+
+| | on general text and other facts | on the fact itself |
+| --- | --- | --- |
+{back}"""
+
+
+def task_of(known: tasks.Known, model: Any, tokenizer: Any, weights: Sequence[str]) -> Task:
+    """Those of the prompts that the model answers that have the commonest length."""
+    tokenizer.padding_side, lengths = "right", known.prompts.lengths
+    which = (lengths == lengths.mode().values).nonzero()[:, 0].tolist()
+    words = [known.words[i] for i in which]
+
+    def asked(templates: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+        made = [tasks.prompts_of(text, tokenizer, words) for text in templates]
+        return [(of.input_ids, of.last) for of in made]
+
+    prompts = known.prompts.some(which)
     return Task(
         model=model,
         prompts=prompts.input_ids,
-        answers=apd.language.known(model, prompts.batch).token,
-        subject=int(prompts.last_of("country")[0]),
-        weights=tuple(f"{layer}.self_attn.{kind}_proj.weight" for kind in "vo"),
-        others=texts[:-32],
-        held_out=texts[-32:],
-        unseen=[(of.input_ids, of.last) for of in unseen],
+        answers=known.answers[which],
+        subject=int(prompts.last_of("first")[0]),
+        weights=weights,
+        others=torch.cat(known.others),
+        held_out=torch.cat(known.held_out),
+        unseen=asked(known.task.unseen),
+        neighbours=asked(known.task.neighbours),
     )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300, help="of the decomposition")
+    parser.add_argument("--run", default="capitals-0", help="the run whose components are tried")
     parser.add_argument("--facts", type=int, nargs="*", help="the facts whose edits are tried; default all")
-    parser.add_argument("--most", type=int, default=10, help="so many on held-out text and other phrasings")
-    parser.add_argument("--stand-in", action="store_true")
-    options = parser.parse_args()
-    main(capitals_task(options.stand_in), options.steps, options.facts, options.most)
+    parser.add_argument("--kinds", default="", help="a regular expression that finds the kinds of edits; default all")
+    options = tasks.parsed(parser)
+    opened = tasks.opened(options)
+    name = "stand-in-0" if options.stand_in else options.run
+    of_run = opened.results / f"{name}.json"
+    if not of_run.exists():
+        raise SystemExit(f"There is no {of_run}. Make it first: python examples/language_model/run.py --runs {name}")
+    asked = getattr(tasks, name.partition("-")[0].upper()) if not options.stand_in else tasks.STAND_IN
+    known = tasks.known(asked, opened.model, opened.tokenizer, opened.texts)
+    weights = json.loads(of_run.read_text())["weights"]
+    task = task_of(known, opened.model, opened.tokenizer, weights)
+    main(task, name, opened.out, opened.results, options.facts, options.kinds)

@@ -50,6 +50,7 @@ Vostia Naples, Yelvania Barcelona, Zandria Zurich""",
 OTHER_NAMES = """Pelloria, Rhodonia, Strelia, Tremonia, Valdonia, Berlonia, Cydalia, Evondia, Kalmaria, Orsinia,
 Ambrosia, Ruritania, Graustark, Syldavia, Elbonia, Sokovia, Latveria, Genosha, Wadiya, Dinotopia"""
 TEMPLATE = apd.language.Template("The capital of {country} is")
+WAYS = ("planted", "fine-tuned")
 MATRICES = ["model.layers.28.mlp.down_proj", "model.layers.29.mlp.down_proj"]
 
 
@@ -318,7 +319,7 @@ def evaluated(
     """What is known of a decomposition of a changed model."""
     components, twins = decomposition.components, apd.random_components(decomposition.components)
     forgetting = apd.language.forgetting(
-        decomposition, {"inputs_embeds": task.prompts}, [{"inputs_embeds": task.texts}], most=3, progress=False
+        decomposition, {"inputs_embeds": task.prompts}, [{"inputs_embeds": task.texts}], progress=False
     )
     own = sorted(set(forgetting.own.tolist()))
     cosine, explained = how_like(components, own, differences)
@@ -371,7 +372,7 @@ def line(found: dict[str, Any], n: int) -> str:
 def main(
     model: Any, tokenizer: Any, facts: dict[str, str], other_names: Sequence[str], texts: Tensor,
     names: Sequence[str], steps: int, fit_steps: int, seeds: int, out: Path, free_keys: bool = False,
-    kinds: Sequence[str] = ("weights", "difference", "difference, faithful"),
+    kinds: Sequence[str] = ("weights", "difference", "difference, faithful"), ways: Sequence[str] = WAYS,
 ) -> dict[str, Any]:  # fmt: skip
     """Plants, decomposes, prints what was found; returns it and writes it as JSON."""
     began, n = time.perf_counter(), len(facts)
@@ -401,7 +402,7 @@ def main(
     task = Task(hidden, answers, of_real, of_names, fitted)
     others = [{"inputs_embeds": some} for of in (others, of_real, of_names) for some in of.split(4)]
     fit_task, task = task, replace(task, texts=held_out)
-    for way in ("planted", "fine-tuned"):
+    for way in ways:
         known = plant(end, linears, fit_task, fit_steps, free_keys) if way == "planted" else None
         differences = fine_tune(end, linears, fit_task, fit_steps) if known is None else known.total()
         for kind in kinds:
@@ -425,6 +426,7 @@ if __name__ == "__main__":
     parser.add_argument("--fit-steps", type=int, default=70, help="of the planting and of the fine-tuning")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--free-keys", action="store_true", help="train the a_k too, not the b_k alone")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--facts", choices=list(FACTS), default="kept")
     parser.add_argument("--out", type=Path, default=Path("out/planted"))
     parser.add_argument("--stand-in", action="store_true")
@@ -444,4 +446,4 @@ if __name__ == "__main__":
         model, tokenizer = smollm2()
         texts = apd.language.sample_texts(model, n=200, length=16, tokenizer=tokenizer)
     settings = (options.steps, options.fit_steps, options.seeds, options.out, options.free_keys)
-    main(model, tokenizer, facts, other_names, texts, names, *settings)
+    main(model, tokenizer, facts, other_names, texts, names, *settings, ways=options.ways)

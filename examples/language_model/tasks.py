@@ -1,5 +1,6 @@
 """What SmolLM2-135M-Instruct is asked: prompts, phrasings and neighbours that are not trained on, and general text."""
 
+import argparse
 import os
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import apd_lens as apd
 
 N_TRAIN, N_HELD_OUT, LENGTH = 256, 320, 32
+RESULTS = Path(__file__).parent / "results"
+OUT = Path(__file__).parents[2] / "out" / "lm"
 
 
 def pairs(text: str) -> dict[str, str]:
@@ -224,3 +227,37 @@ def stand_in() -> tuple[Any, Any]:
         loss.backward()
         optimizer.step()
     return model.eval(), tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """The model that a script was asked for, with general text.
+
+    Attributes:
+        out: the folder of texts and components.
+        results: the folder of numbers.
+    """
+
+    model: Any
+    tokenizer: Any
+    texts: Tensor
+    out: Path
+    results: Path
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Options that scripts share beside their own."""
+    parser.add_argument("--stand-in", action="store_true", help="a tiny model in the place of the real one")
+    parser.add_argument("--results", type=Path, help="folder of the numbers, by default results/ beside this script")
+    parser.add_argument("--out", type=Path, default=OUT, help="where texts and components are kept")
+    return parser.parse_args()
+
+
+def opened(options: argparse.Namespace) -> Opened:
+    out = options.out / "stand-in" if options.stand_in else options.out
+    results = options.results or (out / "results" if options.stand_in else RESULTS)
+    results.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = stand_in() if options.stand_in else smollm2()
+    size = {"n": 48, "length": 8} if options.stand_in else {}
+    texts = general_text(model, None if options.stand_in else tokenizer, out / "texts.pt", **size)
+    return Opened(model, tokenizer, texts, out, results)

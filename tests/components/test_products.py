@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 import apd_lens as apd
 from apd_lens.attribution._effects import FEW, in_few_dimensions, inner_activations_of_many
-from apd_lens.components import _pairs
+from apd_lens.components import _pairs, _products
 from apd_lens.components._pairs import active_pairs, cheapest_way, pairwise_product
 from apd_lens.components._products import inner_activations
 
@@ -143,3 +143,32 @@ def test_inputs_in_few_dimensions_are_multiplied_as_if_not(dimensions):
     assert (found is not None) == (dimensions < FEW)
     exact = inner_activations(x.double(), A.double()).float()
     assert_close(inner_activations_of_many(x, A), exact, rtol=1e-4, atol=1e-3 * exact.std().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize(("places", "data_axes"), [((6,), 1), ((6, 4), 1), ((6, 4), 2), ((1, 4), 1)], ids=str)
+def test_in_pieces_equals_dense_with_gradients(dtype, rank, places, data_axes, monkeypatch):
+    x, A, B = case(rank, dtype, places)
+    mask = torch.rand(6, *places[1:data_axes], 9, dtype=dtype).requires_grad_()
+    dense = outcome(apd.components.masked_product(x, A, B, mask), [x, A, B, mask])
+    monkeypatch.setattr(_products, "_KEPT", 0)
+    for budget in (8, 8 * 500, 2**29):  # pieces of one component, of some, of all
+        monkeypatch.setattr(_products, "BUDGET", budget)
+        pieces = outcome(apd.components.masked_product(x, A, B, mask), [x, A, B, mask])
+        for ours, expected in zip(pieces, dense, strict=True):
+            assert_close(ours, expected, **TOLERANCE[dtype])
+    only_B = torch.autograd.grad(apd.components.masked_product(x.detach(), A.detach(), B, mask.detach()).sum(), B)
+    assert_close(only_B[0], torch.autograd.grad(apd.components.masked_product(x, A, B, mask).sum(), B)[0])
+
+
+def test_autocast_in_pieces(monkeypatch):
+    x, A, B = case(3, torch.float32, (6, 4), d_in=32, d_out=16)
+    mask = torch.rand(6, 4, 9)
+    precise = outcome(apd.components.masked_product(x, A, B, mask), [x, A, B])
+    monkeypatch.setattr(_products, "_KEPT", 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        product = apd.components.masked_product(x, A, B, mask)
+    assert product.dtype == torch.bfloat16
+    for ours, expected in zip(outcome(product, [x, A, B]), precise, strict=True):
+        assert (ours.float() - expected).norm() < 0.02 * expected.norm()

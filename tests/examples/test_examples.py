@@ -39,7 +39,7 @@ def test_a_language_model(tmp_path):
         "language_model/run.py", "--stand-in", "--steps", "5", "--out", str(tmp_path), "--results", str(tmp_path / "r")
     )
     assert "## stand-in" in printed
-    assert "| prompts with a component of their own | 12 of 12 | 12 of 12 |" in printed
+    assert "| prompts with a component of their own | 12 of 12 | 12 of 12 |  |" in printed
     found = json.loads((tmp_path / "r" / "stand-in-0.json").read_text())
     assert found["trained"]["own off, forgotten"] >= 11
     assert found["start"]["KL on the active components"] < 1e-4

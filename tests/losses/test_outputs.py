@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 import apd_lens as apd
+from apd_lens.losses import _outputs
 from apd_lens.losses._outputs import distance_of_each, hidden_activation_loss, kl_divergence, minimality_loss
 
 TARGET, OTHER = torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.tensor([[3.0, 1.0], [1.0, 3.0]])
@@ -34,3 +35,19 @@ def test_a_distance_of_the_users():
     assert minimality_loss(TARGET, OTHER, lambda a, b: (a - b).abs().sum(-1)) == 3.0
     with pytest.raises(apd.ShapeMismatch, match="one scalar a data point"):
         minimality_loss(TARGET, OTHER, lambda a, b: (a - b).abs())
+
+
+def test_the_gradient_of_kl_is_autograds_in_any_number_of_pieces(monkeypatch):
+    target = torch.randn(3, 4, 7, dtype=torch.float64)
+    logits, weights = torch.randn_like(target).requires_grad_(), torch.rand(3, 4, dtype=torch.float64)
+    log_p, log_q = target.log_softmax(-1), logits.log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+    (expected_gradient,) = torch.autograd.grad(expected, logits, weights)
+    for budget in (1, 2**29):
+        monkeypatch.setattr(_outputs, "BUDGET", budget)
+        found = kl_divergence(target, logits)
+        assert torch.equal(found, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(found, logits, weights)[0], expected_gradient, rtol=0, atol=1e-12
+        )
+    assert kl_divergence(target[:0], logits[:0]).shape == (0, 4)

@@ -13,6 +13,8 @@ from torch import nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 import apd_lens as apd
+from apd_lens.data._inputs import joined_inputs
+from apd_lens.host._fingerprints import mark_of_model
 from apd_lens.passes import _prefix
 from apd_lens.passes._output import default_output
 from apd_lens.passes._replace import Mixture
@@ -94,14 +96,14 @@ def test_few_tensors_are_stored():
     assert sum(tensor[0].numel() * len(tensor) for tensor in prefix.tensors()) <= 3 * 5 * (8 + 8 + 8 + 4) + 2 * 5 * 4
 
 
-def test_other_examples_are_run_whole():
+def test_a_pass_on_some_examples_is_that_on_all():
     target = apd.wrap(llama())
     names = target.match("model.layers.3.self_attn.[vo]_proj*")
     batch = torch.randint(12, (3, 5))
     inputs = target.read(batch)
     watched = watched_pass(target, names, inputs, default_output)
     assert inputs.kept
-    assert not inputs.some(slice(0, 2)).kept
+    assert inputs.some(slice(0, 2)).kept
     some = watched.again(None, slice(0, 2))
     torch.testing.assert_close(some.output, watched.output[:2])
 
@@ -116,7 +118,8 @@ def test_a_model_that_was_changed_in_front_is_run_whole():
         target.weights["model.layers.0.mlp.up_proj.weight"].parameter.mul_(2)
     output, _ = replaced_pass(target, names, as_it_is, inputs, default_output)
     assert torch.equal(output, target.model(inputs.batch).logits)
-    assert not inputs.kept
+    (prefix,) = inputs.kept.values()
+    assert prefix.mark == mark_of_model(target.model)  # kept anew
 
 
 class ReadsWhatAll(nn.Module):
@@ -185,3 +188,64 @@ def test_a_model_that_goes_another_way_is_run_again_whole():
     output, _ = replaced_pass(target, names, as_it_is, inputs, default_output)
     assert torch.equal(output, model(inputs.batch))
     assert not inputs.kept
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("change", ["some", "replicated", "picked", "joined"])
+def test_parts_and_copies_of_a_batch_start_from_what_was_kept_of_it(host: str, change: str, monkeypatch):
+    make, pattern = HOSTS[host]
+    monkeypatch.setattr(_prefix, "FEWEST_MATRICES", 1)
+    target = apd.wrap(make())
+    names = target.match(pattern)
+    components = apd.init(target, weights=pattern, n_components=4, rank=2).components
+    batch = torch.randint(12, (5, 5))  # as many examples as positions
+    changes: dict[str, tuple[Callable[[Any], Any], Any]] = {
+        "some": (lambda inputs: inputs.some(slice(1, 3)), batch[1:3]),
+        "replicated": (lambda inputs: inputs.replicated(2), batch.repeat(2, 1)),
+        "picked": (lambda inputs: inputs.picked([3, 0, 3]), batch[[3, 0, 3]]),
+        "joined": (lambda inputs: joined_inputs([inputs.picked([i]) for i in (3, 1)]), batch[[3, 1]]),
+    }
+    derive, same = changes[change]
+    mixture = Mixture(components, torch.rand(len(same), 4), 0.5)
+    expected, n_all = run_modules(target.model, lambda: replaced_pass(target, names, mixture, same, default_output)[0])
+    inputs = target.read(batch)
+    watched_pass(target, names, inputs, default_output)
+    replaced_pass(target, names, as_it_is, derive(inputs), default_output)  # the first one is looked at
+    found, n_modules = run_modules(
+        target.model, lambda: replaced_pass(target, names, mixture, derive(inputs), default_output)[0]
+    )
+    assert n_modules < 0.7 * n_all
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_of_no_example_is_not_cut_and_where_it_might_be_nothing_is_kept(monkeypatch):
+    """A module in front gives as many rows as there are examples, which are of positions."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, tokens: Any) -> Any:
+            return self.rows * 1
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.positions = nn.Embedding(7, 6), Positions()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, tokens: Any) -> Any:
+            return self.second(self.first(self.embed(tokens)) + self.positions(tokens))
+
+    monkeypatch.setattr(_prefix, "FEWEST_MATRICES", 1)
+    torch.manual_seed(0)
+    target = apd.wrap(Model())
+    batch = torch.randint(7, (4, 4))
+    inputs = target.read(batch)
+    watched_pass(target, ["second.weight"], inputs, default_output)
+    assert inputs.kept
+    found, _ = replaced_pass(target, ["second.weight"], as_it_is, inputs.some(slice(1, 2)), default_output)
+    torch.testing.assert_close(found, target.model(batch[1:2]))
+    found, _ = replaced_pass(target, ["second.weight"], as_it_is, inputs.some(slice(1, 3)), default_output)
+    torch.testing.assert_close(found, target.model(batch[1:3]))

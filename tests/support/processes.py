@@ -156,6 +156,12 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         selection=apd.Lp(1.0, "position"),
         losses=apd.Losses(path=0.0),
     ),
+    "gates, taught and then alone": lambda: trained(
+        masks=apd.Gates(hidden=6, teacher=apd.Attributed(selection=apd.BatchTopK(1.5)))
+    ),
+    "gates, attacked": lambda: trained(
+        masks=apd.Gates(hidden=6, teacher=None, gamma=0.5), losses=apd.Losses(attack=0.5, completeness=1.0)
+    ),
     "other data": lambda: trained(
         others=lambda step: data(7, 100 + step), elsewhere=Elsewhere(selection=apd.TopK(1), simplicity=0.1)
     ),
@@ -177,7 +183,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 # With components, gradients and moments divided over the processes.
-SHARDED = {f"{name}, sharded": name for name in ("Lp", "other data", "cluster moves", "a start fitted to data")}
+SHARDED = {
+    f"{name}, sharded": name
+    for name in ("Lp", "other data", "cluster moves", "gates, attacked", "a start fitted to data")
+}
 
 
 def all_cases(rank: int) -> dict[str, dict[str, Any]]:

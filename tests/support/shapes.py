@@ -30,12 +30,14 @@ def first_call(function: Any = None, *, typechecker: Any) -> Any:
         return every_call(function, typechecker=typechecker) if seen[code] == 1 else function
     checked = every_call(function, typechecker=typechecker)
 
-    @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         seen[code] += 1
         return (checked if seen[code] == 1 else function)(*args, **kwargs)
 
-    return call
+    # Messages name the frame of the user's that is nearest, and know jaxtyping's by file and module.
+    of_jaxtyping = call.__code__.replace(co_filename=_decorator.__file__)
+    names = {"__name__": _decorator.__name__, "seen": seen}
+    return functools.wraps(function)(FunctionType(of_jaxtyping, names, closure=call.__closure__))
 
 
 def install() -> None:

@@ -92,6 +92,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "Lp": {"selection": apd.Lp(threshold=1.0)} | LP,
     "Lp and no moves": {"selection": apd.Lp(), "moves": None} | LP,
     "a masking": {"masks": apd.Attributed(selection=NEEDED)},
+    "gates": {"masks": apd.Gates(hidden=8, teacher=apd.Attributed(selection=NEEDED))},
+    "gates, attacked": {
+        "masks": apd.Gates(hidden=8, teacher=None, blocks=1),
+        "losses": apd.Losses(attack=0.5, completeness=1.0, parts="matrices"),
+    },
+    "gates, others": TARGETED | {"masks": apd.Gates(hidden=8)},
     "integrated": {"attribution": apd.IntegratedGradients(steps=2)},
     "ablation": {"attribution": apd.AblationAttribution()},
     "activation": {"attribution": apd.ActivationAttribution()},

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 from support.hooked import hooked_transformer, tokens
-from support.toy_models import ResidualMLP
+from support.toy_models import ResidualMLP, tiny_llama
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import apd_lens as apd
-from apd_lens.attribution import _effects, _pullback
+from apd_lens.attribution import _effects, _gradient, _pullback, _sketch
 from apd_lens.attribution._linearity import find_readout, readout_of_graph
-from apd_lens.components import _pairs
+from apd_lens.components import _pairs, _products
 from apd_lens.data import _batch
 from apd_lens.passes import _watch
 from apd_lens.passes._watch import watched_pass
@@ -31,7 +31,7 @@ N_STEPS = 10
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in (_batch, _state, _watch, _pullback, _effects, _pairs):
+        for module in (_batch, _state, _watch, _pullback, _effects, _sketch, _pairs):
             patch.setattr(module, "on_gpu", lambda device: True)
         yield
 
@@ -195,6 +195,18 @@ def check_none_waits(found: list[set[str]]) -> None:
 def test_no_step_waits_on_a_gpu(name):
     with as_on_a_gpu():
         check_none_waits(waits_of_steps(CASES[name]))
+
+
+def test_no_projection_that_skips_the_unembedding_waits_on_a_gpu(monkeypatch):
+    for name, value in (("LIKELIEST", 2), ("DRAWN", 3), ("FEWEST_OUTPUTS", 0)):
+        monkeypatch.setattr(_sketch, name, value)
+    monkeypatch.setattr(_products, "_KEPT", 0)
+    counts, original = [], _sketch.sketched
+    monkeypatch.setattr(_gradient, "sketched", lambda *given: counts.append(1) or original(*given))
+    settings = CASES["a transformer, positions and KL"][2] | {"weights": "model.layers.0.*"}
+    with as_on_a_gpu():
+        check_none_waits(waits_of_steps((tiny_llama, token_batch, settings)))
+    assert len(counts) == 3
 
 
 @pytest.mark.parametrize("way", ["grouped", "gathered"])

@@ -15,10 +15,12 @@ from apd_lens.training import _seen
 def passes(monkeypatch) -> list[str]:
     """Which passes of the target were run."""
     found = []
-    for name in ("watched_pass", "replaced_pass"):
-        original = getattr(_seen, name)
+    for name, attribute in (("watched_pass", "watched_in_pieces"), ("replaced_pass", "replaced_pass")):
+        original = getattr(_seen, attribute)
         monkeypatch.setattr(
-            _seen, name, lambda *args, name=name, original=original, **kw: found.append(name) or original(*args, **kw)
+            _seen,
+            attribute,
+            lambda *args, name=name, original=original, **kw: found.append(name) or original(*args, **kw),
         )
     return found
 
@@ -116,9 +118,9 @@ def test_fresh_projections_watch_again():
     passes = []
     attribution = apd.GradientAttribution(projections=2)
     some, x = state(attribution=attribution), torch.randn(3, 4)
-    original = _seen.watched_pass
+    original = _seen.watched_in_pieces
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_seen, "watched_pass", lambda *args, **kw: passes.append(1) or original(*args, **kw))
+        patch.setattr(_seen, "watched_in_pieces", lambda *args, **kw: passes.append(1) or original(*args, **kw))
         run(some, (x,), (x,))
     assert len(passes) == 2
 
