@@ -43,7 +43,7 @@ def test_nnsight_may_be_imported_first():
 
 
 def test_the_check_above_can_fail():
-    assert "matplotlib" in outside.fresh(f"import apd_lens, matplotlib; {PRINT_HOSTS}")
+    assert "huggingface_hub" in outside.fresh(f"import apd_lens, huggingface_hub; {PRINT_HOSTS}")
 
 
 @pytest.mark.parametrize(
