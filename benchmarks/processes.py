@@ -84,6 +84,7 @@ CASES: dict[str, dict[str, Any]] = {
     "batch top-k, k found": {},
     "top-k": {"selection": apd.TopK(2)},
     "Lp": {"selection": apd.Lp(0.9), "losses": apd.Losses(path=0.0)},
+    "gates, attacked": {"masks": apd.Gates(hidden=16), "losses": apd.Losses(attack=0.5, completeness=1.0)},
     "two streams": {"others": lambda step: some_data(step, 77, 50)},
     "cluster moves": {"moves": apd.ClusterMoves(every=10)},
     "split moves": {"moves": apd.SplitMoves(every=10)},
