@@ -8,6 +8,7 @@ Each run leaves a JSON in out/defaults/SETTINGS/; runs that are already there ar
     python benchmarks/defaults.py                                  # all systems, seeds 2, 3 and 4
     python benchmarks/defaults.py --systems facts tms-5-2 --seeds 0 1
     python benchmarks/defaults.py --settings paper                 # the paper's own form, `apd.paper()`
+    python benchmarks/defaults.py --settings gates                 # gates say what is active, and all else is default
 """
 
 import argparse
@@ -37,7 +38,12 @@ import paper  # noqa: E402
 OUT = Path("out/defaults")
 # Settings were chosen on seeds 0 and 1.
 SEEDS = (2, 3, 4)
-SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {"defaults": dict, "paper": apd.paper}
+SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
+    "defaults": dict,
+    "paper": apd.paper,
+    "gates": lambda: {"masks": apd.Gates()},
+    "gates-complete": lambda: {"masks": apd.Gates(), "losses": apd.Losses(completeness=1)},
+}
 
 Numbers = dict[str, float]
 Batches = Callable[[int], Any] | list[Any]

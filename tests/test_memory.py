@@ -92,13 +92,14 @@ def test_a_step_and_an_analysis_keep_to_the_memory(what: str):
 
 
 @pytest.mark.parametrize("distance", ["kl", "mse"])
-@pytest.mark.parametrize("padding", [False, True])
-def test_a_step_in_pieces_is_the_step_at_once(distance: Any, padding: bool):
+@pytest.mark.parametrize("padding", ["none", "of positions", "of an example"])
+def test_a_step_in_pieces_is_the_step_at_once(distance: Any, padding: str):
     torch.manual_seed(0)
     model, batch = tiny_llama(), {"input_ids": torch.randint(13, (6, 5))}
-    if padding:
+    if padding != "none":
         batch["attention_mask"] = torch.ones(6, 5, dtype=torch.long).index_fill_(1, torch.tensor([4]), 0)
         batch["attention_mask"][:2] = 1
+        batch["attention_mask"][3] *= padding == "of positions"
     infos, factors = [], []
     for memory in (None, 4000):
         state = apd.init(

@@ -1,5 +1,7 @@
 """What a masking trains with the components."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from apd_lens._block import no_grad
@@ -22,6 +24,12 @@ class Learned(nn.Module):
     def reset(self, component: int) -> None:
         """What is said of one component is as at the start."""
         raise NotImplementedError
+
+    @no_grad()
+    def place(self, like: Tensor, state: Mapping[str, Tensor] | None = None) -> None:
+        """Gives it these numbers, by default its own, on the device and in the dtype of a factor."""
+        numbers = dict(self.named_parameters()) if state is None else state
+        self.load_state_dict({name: values.to(like, copy=True) for name, values in numbers.items()}, assign=True)
 
     @no_grad()
     def copy_to(self, new: int, old: int) -> None:

@@ -222,7 +222,10 @@ def _give_gates(
     """Gives components the gates that were trained with them; with none, warns where there were some, of a host that
     uses the matrices in another way."""
     uses = [use for name in components.names for use in target.weights[name].uses]
-    gates = settings.masking.learned(components, uses, torch.Generator()) if state else None
+    try:
+        gates = settings.masking.learned(components, uses, None) if state else None
+    except RuntimeError as error:  # larger than any memory
+        raise ArtifactError(f"The settings ask for gates that cannot be: {error}. Save again.") from error
     if gates is None:
         return
     if {name: values.shape for name, values in gates.named_parameters()} != {n: v.shape for n, v in state.items()}:
@@ -233,8 +236,8 @@ def _give_gates(
             stacklevel=3,
         )
         return
-    gates.load_state_dict(dict(state))
-    components.gates = gates.to(next(components.parameters()))
+    gates.place(next(components.parameters()), state)
+    components.gates = gates
 
 
 Decomposition.on = on  # here, since it stands on what knows other models

@@ -30,7 +30,7 @@ class Losses:
             components must not matter in any partial combination (the paper's appendix on "inactive").
         parts: what each inactive component is in the path loss. "uniform": on by an amount drawn from [0, 1].
             "matrices": the same in a random subset of the matrices of each example; the others are the model's own.
-            "noise": random factors, as components are at the start, stand in its place.
+            "noise": random factors of Xavier's size stand in its place.
         completeness: the inactive components change nothing where the active ones are off, either: a random part of
             them gives what no component gives. So a copy of an active mechanism belongs to its component.
         attack: like path, with the amounts where they do most harm: found by gradient ascent that goes on from step to

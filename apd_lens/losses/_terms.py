@@ -65,7 +65,7 @@ def output_distance(
         return _processes.mean(mean, count) / scale
     n_points = without_padding(watched.output[..., :1], watched.valid).numel()
     n_here = without_padding(target_output[..., :1], valid).numel()
-    return mean * (n_here / n_points) / scale
+    return (mean if n_here else 0 * output.sum()) * (n_here / n_points) / scale  # of none the mean is NaN
 
 
 def weight_terms(

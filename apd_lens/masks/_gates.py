@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,26 +49,26 @@ class GateNetwork(Learned):
         hidden: int,
         blocks: int,
         lr: float,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ):
         super().__init__()
         self.lr = lr
         self._uses = list(uses)
-        total = sum(widths)
+        total, like = sum(widths), {"dtype": torch.float32, "device": "meta" if generator is None else "cpu"}
 
-        def drawn(*shape: int) -> nn.Parameter:
-            values = torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
-            return nn.Parameter(values / total**0.5)
+        def drawn(width: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(width, hidden, generator=generator, **like) / total**0.5)
 
-        self.read = nn.ParameterList(drawn(width, hidden) for width in widths)
-        self.shift = nn.Parameter(torch.zeros(hidden, dtype=torch.float32, device="cpu"))
+        self.read = nn.ParameterList(map(drawn, widths))
+        self.shift = nn.Parameter(torch.zeros(hidden, **like))
         self.blocks = None if not blocks else _blocks(hidden, blocks, generator)
-        self.weight = nn.Parameter(torch.zeros(n_components, hidden, dtype=torch.float32, device="cpu"))
-        self.bias = nn.Parameter(torch.full((n_components,), _HALF, dtype=torch.float32, device="cpu"))
+        self.weight = nn.Parameter(torch.zeros(n_components, hidden, **like))
+        self.bias = nn.Parameter(torch.full((n_components,), _HALF, **like))
 
     def forward(self, watched: WatchedPass, granularity: Granularity) -> Float[Tensor, "batch *pos C"]:
         """r of each position; of an example, its largest."""
         valid, hidden = watched.run.inputs.valid, None
+        watched.check_padding_of_positions()  # x at an encoder's padding would count
         for call in watched.calls:
             read = self._read(call)
             if granularity == "example" and hidden is not None and read.shape != hidden.shape:
@@ -84,10 +84,11 @@ class GateNetwork(Learned):
         assert hidden is not None
         hidden = F.gelu(hidden + self.shift)
         if self.blocks is not None and hidden.ndim == 3:
-            is_padding = None if padded(hidden, valid) is None else ~valid  # type: ignore[operator]
+            is_data = padded(hidden, valid)
+            is_padding = None if is_data is None else ~is_data.to(hidden.device)
             hidden = hidden + self.blocks(hidden, src_key_padding_mask=is_padding)
         hidden = F.rms_norm(hidden, hidden.shape[-1:])
-        r = hidden @ self.weight.mT + self.bias
+        r = (hidden @ self.weight.mT + self.bias).to(watched.output.device)
         if granularity == "position" or r.ndim == 2:
             return r
         is_data = padded(r, valid)
@@ -96,8 +97,8 @@ class GateNetwork(Learned):
     def _read(self, call: Call) -> Float[Tensor, "batch *pos hidden"]:
         side = self.read[self._uses.index(call.use)]
         if not call.x.is_floating_point():  # a one-hot x
-            return F.embedding(call.x, side) * len(side) ** 0.5
-        x = F.rms_norm(call.x.to(side.dtype), call.x.shape[-1:], eps=1e-12)
+            return F.embedding(call.x.to(side.device), side) * len(side) ** 0.5
+        x = F.rms_norm(call.x.to(side), call.x.shape[-1:], eps=1e-12)
         return x @ side
 
     @property
@@ -109,9 +110,11 @@ class GateNetwork(Learned):
         self.weight[component], self.bias[component] = 0.0, _HALF
 
 
-def _blocks(hidden: int, n: int, generator: torch.Generator) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator, device="cpu")))
+def _blocks(hidden: int, n: int, generator: torch.Generator | None) -> nn.Module:
+    seed = None if generator is None else int(torch.randint(2**31, (1,), generator=generator, device="cpu"))
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if seed is None else "cpu"):
+        if seed is not None:
+            torch.manual_seed(seed)
         layer = nn.TransformerEncoderLayer(
             hidden, max(1, hidden // 64), 2 * hidden, 0.0, "gelu", batch_first=True, norm_first=True
         )
@@ -241,7 +244,8 @@ class Gates:
         lr: the learning rate of the network, with the schedule of the components'.
         gamma: γ; the smaller, the nearer f is to a count.
         frequency: β in f_c (1 + β log₂(1 + n f_c)), of n data points, which asks more of what is often active.
-        teacher: who says at first what is active; None for nobody. Without one gates mostly stay open or all close.
+        teacher: who says at first what is active, of the same granularity; by default the attributions, as where
+            nothing is said. None for nobody: then gates mostly stay open or all close.
         taught: share of the steps that it does so.
         alone: whether the teacher is done.
 
@@ -255,14 +259,20 @@ class Gates:
     lr: float = 2e-3
     gamma: Schedule = field(default_factory=lambda: Ramp(1.0, 0.1, hold=0.5, reach=0.9))
     frequency: float = 0.0
-    teacher: Attributed | None = field(
-        default_factory=lambda: Attributed(GradientAttribution(), BatchTopK(k=Needed(), least=0.15))
-    )
+    teacher: Attributed | Literal["attributions"] | None = "attributions"
     taught: float = 0.5
     alone: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.teacher == "attributions":
+            selection = BatchTopK(k=Needed(), granularity=self.granularity, least=0.15)
+            object.__setattr__(self, "teacher", Attributed(GradientAttribution(), selection))
+        if isinstance(self.teacher, Attributed) and self.teacher.selection.granularity != self.granularity:
+            raise InvalidSetting(
+                f"Gates say it of each {self.granularity}, and their teacher of each "
+                f"{self.teacher.selection.granularity}. Give both the same granularity."
+            )
         if not 0 <= self.threshold < 1 or self.hidden < 1 or self.blocks < 0 or self.lr <= 0:
             raise InvalidSetting(
                 f"Gates take 0 <= threshold < 1, hidden >= 1, blocks >= 0 and a positive lr, got {self}."
@@ -282,28 +292,30 @@ class Gates:
 
     @property
     def needs_gradients(self) -> bool:
-        return self._is_taught
+        return self._teacher is not None
 
     @property
-    def _is_taught(self) -> bool:
-        return self.teacher is not None and not self.alone
+    def _teacher(self) -> Attributed | None:
+        """Who says it now."""
+        return self.teacher if isinstance(self.teacher, Attributed) and not self.alone else None
 
     @property
     def runs_sparse_passes(self) -> bool:
         return True
 
     def check(self, n_components: int, losses: Losses) -> None:
-        if self.teacher is not None:
-            self.teacher.check(n_components, losses)
+        if self._teacher is not None:
+            self._teacher.check(n_components, losses)
 
     def after(self, minimality: Tensor, progress: float, steps: int) -> "Gates":
-        if self.teacher is None or self.alone:
+        if self._teacher is None:
             return self
-        return replace(
-            self, teacher=self.teacher.after(minimality, progress, steps), alone=progress + 1 / steps >= self.taught
-        )
+        teacher = self._teacher.after(minimality, progress, steps)
+        return replace(self, teacher=teacher, alone=progress + 1 / steps >= self.taught)
 
-    def learned(self, components: ParameterComponents, uses: Sequence[Use], generator: torch.Generator) -> GateNetwork:
+    def learned(
+        self, components: ParameterComponents, uses: Sequence[Use], generator: torch.Generator | None
+    ) -> GateNetwork:
         widths = [components.factors(use)[0].shape[1] for use in uses]
         return GateNetwork(uses, widths, components.n_components, self.hidden, self.blocks, self.lr, generator)
 
@@ -319,9 +331,8 @@ class Gates:
         own = gates_of(components)(watched, self.granularity)
         of_all = gathered(own, whole.n_examples)
         r = zero_at_padding(of_all, whole.valid)
-        if self._is_taught:
-            assert self.teacher is not None
-            taught = self.teacher.masks(watched, components, progress, scale, generator)
+        if self._teacher is not None:
+            taught = self._teacher.masks(watched, components, progress, scale, generator)
             errors = without_padding(r - taught.at_least.to(r.dtype), whole.valid).square()
             return replace(taught, sparsity=errors.sum(-1).mean())
         g = lower(zero_at_padding(with_own(of_all, own), whole.valid))  # of which each process runs its part
@@ -333,7 +344,7 @@ class Gates:
         return Masks(
             attributions=closed,
             importance=closed,
-            active=closed > self.threshold,
+            active=self.selection(closed, whole.valid),
             on=g,
             sparsity=(1 + f.sum()).log(),
         )

@@ -73,7 +73,7 @@ class Lp:
     def at(self, progress: float, batch: Batch) -> "Lp":
         return replace(self, p=value_at(self.p, progress))
 
-    def learned(self, components: ParameterComponents, uses: Sequence[Use], generator: torch.Generator) -> None:
+    def learned(self, components: ParameterComponents, uses: Sequence[Use], generator: torch.Generator | None) -> None:
         return None
 
     def after(self, minimality: Tensor, progress: float, steps: int) -> "Lp":

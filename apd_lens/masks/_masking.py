@@ -85,13 +85,13 @@ class Masking(Protocol):
         ...
 
     def learned(
-        self, components: ParameterComponents, uses: Sequence[Use], generator: torch.Generator
+        self, components: ParameterComponents, uses: Sequence[Use], generator: torch.Generator | None
     ) -> Learned | None:
         """What is trained with the components, `ParameterComponents.gates`; None where nothing is.
 
         Args:
             uses: of the decomposed matrices.
-            generator: on the CPU.
+            generator: on the CPU; None for the shapes alone, with tensors on the device "meta".
         """
         ...
 
@@ -150,7 +150,7 @@ class Attributed:
     def check(self, n_components: int, losses: Losses) -> None:
         self.selection.check(n_components)
 
-    def learned(self, components: ParameterComponents, uses: Sequence[Use], generator: torch.Generator) -> None:
+    def learned(self, components: ParameterComponents, uses: Sequence[Use], generator: torch.Generator | None) -> None:
         return None
 
     def after(self, minimality: Tensor, progress: float, steps: int) -> "Attributed":
@@ -196,7 +196,7 @@ class NoneActive:
 
     def check(self, n_components: int, losses: Losses) -> None: ...
 
-    def learned(self, components: ParameterComponents, uses: Sequence[Use], generator: torch.Generator) -> None:
+    def learned(self, components: ParameterComponents, uses: Sequence[Use], generator: torch.Generator | None) -> None:
         return None
 
     def after(self, minimality: Tensor, progress: float, steps: int) -> "NoneActive":

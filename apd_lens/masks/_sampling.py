@@ -31,6 +31,11 @@ def path_mask(
     return torch.maximum(mask.to(dtype), amounts)
 
 
+def random_subsets(sizes: Float[Tensor, "n 1"], order: Float[Tensor, "n M"]) -> Bool[Tensor, "n M"]:
+    """Subsets of M things, each size from 1 to M being as likely, from uniform numbers that say how many and which."""
+    return order.argsort(1).argsort(1) < 1 + (order.shape[1] * sizes).long()
+
+
 @checked
 def scrubbed_mask(
     responsible: Bool[Tensor, "batch *pos C"], generator: torch.Generator | None = None

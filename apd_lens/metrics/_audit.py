@@ -29,7 +29,7 @@ from apd_lens.host._adapter import Intercept
 from apd_lens.host._target import evaluating
 from apd_lens.losses._outputs import distance_of_each
 from apd_lens.masks._adversary import ascend, harder, with_gradient
-from apd_lens.masks._sampling import usage_matched
+from apd_lens.masks._sampling import random_subsets, usage_matched
 from apd_lens.passes._replace import Mixture, added, by_matrix
 from apd_lens.passes._watch import as_it_is, check_finite_output, replaced_pass
 
@@ -359,8 +359,7 @@ def _at_random(runs: _Runs, own: _Masked, null: _Masked, n_draws: int) -> Iterat
         return
     errors: tuple[list[_Errors], list[_Errors]] = ([], [])
     for draw in range(n_draws):
-        sizes = 1 + (M * runs.uniform("sizes", draw, n, 1)).long()
-        chosen = runs.uniform("matrices", draw, n, M).argsort(1).argsort(1) < sizes
+        chosen = random_subsets(runs.uniform("sizes", draw, n, 1), runs.uniform("matrices", draw, n, M))
         for some, found in zip((own, null), errors, strict=True):
             shares = [torch.where(chosen[:, [place]], some.mask, 1.0) for place in range(M)]
             found.append(runs(partial(_by_matrix, runs.components), *shares))

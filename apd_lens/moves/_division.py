@@ -174,6 +174,8 @@ def divide(
         A, B = components.factors(flow.use)
         refactor(A, B, new, torch.cat([left, A[new]], 1), torch.cat([right, B[new]]))
         refactor(A, B, old, torch.cat([A[old], -left], 1), torch.cat([B[old], right]))
+    if components.gates is not None:
+        components.gates.copy_to(new, old)
     groups = torch.zeros(len(size), dtype=torch.bool, device=size.device)
     groups[asked[in_first]] = True
     return groups

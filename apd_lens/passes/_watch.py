@@ -70,8 +70,8 @@ def check_finite_output(output: Tensor, where: str, watched: "WatchedPass | None
 class Call:
     """One call of a use in a watched forward: x `batch *pos d_in` (or rows `batch *pos`), y `batch *pos d_out`.
 
-    x is without a graph, and a copy where the model changes its inputs in place. x_in_graph is the model's own. y is in
-    the graph of the output.
+    x is without a graph, and a copy where the model writes to it, in this forward or before. x_in_graph is the model's
+    own. y is in the graph of the output.
     """
 
     use: Use
@@ -292,7 +292,8 @@ def watched_pass(
             )
         if not y.requires_grad:
             y = y.detach().requires_grad_()
-        calls.append(Call(use, x.detach().clone() if target.changes_inputs else x.detach(), x, y))
+        is_written_to = target.changes_inputs or x._version > 0  # perhaps in memory that the next forward writes to
+        calls.append(Call(use, x.detach().clone() if is_written_to else x.detach(), x, y))
         versions.append(x._version)
         return y.clone()  # the model may change it in place
 
@@ -305,7 +306,7 @@ def watched_pass(
         picked, has_nan, kept = _run(
             target, names, watch, inputs, output, hidden, observed, start, keep=replaced is None
         )
-    if [call.x._version for call in calls] != versions and not target.changes_inputs:
+    if [call.x_in_graph._version for call in calls] != versions and not target.changes_inputs:
         target.changes_inputs = True
         return watched_pass(target, names, inputs, output, hidden, replaced, compares)
     if has_nan:
@@ -528,7 +529,7 @@ def _keep(target: TargetModel, names: Sequence[str], inputs: Inputs, output: Out
                 again = _run(target, names, as_it_is, inputs, output)[0]
             is_right = key in inputs.kept and torch.equal(again, without)
             if prefix.derived_of:  # a product of fewer rows may be rounded otherwise
-                apart = torch.finfo(again.dtype).eps ** 0.5 * without.norm()
+                apart = torch.finfo(again.dtype).eps ** 0.75 * without.norm()
                 is_right = key in inputs.kept and bool((again - without).norm() <= apart)
             target.prefixes[key, shape] = is_right
         except Exception:  # whatever a host raises that reads what was not kept

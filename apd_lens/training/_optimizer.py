@@ -23,7 +23,8 @@ def adam(components: ParameterComponents, optimization: Optimization) -> torch.o
         groups.setdefault(scale, []).append(factor)
     of_all = [{"params": factors, "scale": scale} for scale, factors in groups.items()]
     if components.gates is not None:
-        of_all.append({"params": list(components.gates.parameters()), "scale": components.gates.lr / optimization.lr})
+        scale = components.gates.lr / (optimization.lr or 1.0)
+        of_all.append({"params": list(components.gates.parameters()), "scale": scale})
     return torch.optim.Adam(of_all, lr=optimization.lr, fused=True)
 
 
@@ -71,4 +72,11 @@ def pull_back(loss: Tensor, parameters: Iterable[Tensor], step: int, model: nn.M
         raise UnsupportedModel(
             f"step {step}: this {type(model).__name__} uses torch.utils.checkpoint in eval mode too, and parts of "
             "it would be run again without the components. Switch it off while decomposing."
+        ) from error
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise UnsupportedModel(
+            f"step {step}: a forward of this {type(model).__name__} wrote to memory that an earlier one had used, so "
+            "that no gradient can go through that. Let it make its activations anew in each forward."
         ) from error

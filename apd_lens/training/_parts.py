@@ -10,7 +10,7 @@ from apd_lens._processes import own
 from apd_lens.components._components import ParameterComponents, xavier_std
 from apd_lens.components._factors import Mask
 from apd_lens.host._adapter import Intercept
-from apd_lens.masks._sampling import path_mask
+from apd_lens.masks._sampling import path_mask, random_subsets
 from apd_lens.passes._replace import Mixture, added, by_matrix
 
 # The components, how much of each is on at least, draws, whether a part of the rest is on too.
@@ -26,8 +26,7 @@ def uniform(components: ParameterComponents, on: Mask, draws: torch.Generator, w
 def in_some_matrices(components: ParameterComponents, on: Mask, draws: torch.Generator, with_rest: bool) -> Intercept:
     """The same in a random subset of the matrices, of random size, for each example; the others are the model's own."""
     mask, M, n = path_mask(on, draws), len(components.names), len(on)
-    sizes = 1 + (M * _amounts(mask, (n, 1), draws)).long()
-    chosen = _amounts(mask, (n, M), draws).argsort(1).argsort(1) < sizes
+    chosen = random_subsets(_amounts(mask, (n, 1), draws), _amounts(mask, (n, M), draws))
     rest = _amounts(mask, (n,), draws) if with_rest else mask.new_zeros(n)
 
     def of_matrix(place: int) -> Mixture:
@@ -39,8 +38,7 @@ def in_some_matrices(components: ParameterComponents, on: Mask, draws: torch.Gen
 
 
 def noise(components: ParameterComponents, on: Mask, draws: torch.Generator, with_rest: bool) -> Intercept:
-    """(1 − s_c) R_c in the place of what is left of P_c, R_c drawn as components are before a training. With a rest
-    such factors stand for it too."""
+    """(1 − s_c) R_c in the place of what is left of P_c, R_c being factors of Xavier's size. The rest is off."""
 
     def drawn(like: Tensor) -> Tensor:
         values = torch.randn(like.shape, generator=draws, dtype=like.dtype, device=like.device)

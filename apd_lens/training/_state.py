@@ -143,7 +143,8 @@ class State:
         if kept:
             attack = Attack.starting(kept.pop("attack.shares").to(last_active.device))
             attack.optimizer.state[attack.shares] = {
-                key.removeprefix("attack."): value.clone() for key, value in kept.items()
+                key.removeprefix("attack."): value.to(attack.shares.device if value.ndim else "cpu", copy=True)
+                for key, value in kept.items()
             }
         return replace(
             self, settings=settings, others=others, last_active=last_active, step=step, seen=(), attack=attack
@@ -307,7 +308,8 @@ def init(
     uses = [use for name in names for use in target.weights[name].uses]
     gates = settings.masking.learned(components, uses, draws(seed, 0, "gates"))
     if gates is not None:
-        components.gates = gates.to(next(components.parameters()))
+        gates.place(next(components.parameters()))
+        components.gates = gates
     if not components.is_sharded:
         _processes.copy_from_first(components.parameters())  # processes may round otherwise
     if sharded:

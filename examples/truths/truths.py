@@ -108,36 +108,41 @@ def program(name: str) -> System:
     )
 
 
+def cipher(
+    title: str, sizes: tuple[int, int], met: Callable[[Numbers], bool], goal: str, with_subsets: bool = False
+) -> System:
+    """Of some width and number of neurons; the data are all tokens, or each of them with every subset of blocks."""
+    return System(
+        f"redundancy, {title}",
+        partial(toys.train_cipher, *sizes),
+        lambda target, seed: [target.data() if with_subsets else target.tokens],
+        48,
+        judges.cipher_owners,
+        judges.measure_cipher,
+        met,
+        goal,
+    )
+
+
 SYSTEMS = {
-    "cipher-64": System(
-        "redundancy, width 64",
-        partial(toys.train_cipher, 64, 48),
-        lambda target, seed: [target.tokens],
-        48,
-        judges.cipher_owners,
-        judges.measure_cipher,
+    "cipher-64": cipher(
+        "width 64",
+        (64, 48),
         judges.cipher_is_apart,
-        goal="32 components that span all blocks; own token forgotten ≥ 0.95, others ≤ 0.01",
+        "32 components that span all blocks; own token forgotten ≥ 0.95, others ≤ 0.01",
     ),
-    "cipher-64-subsets": System(
-        "redundancy, width 64, subsets of blocks in the data",
-        partial(toys.train_cipher, 64, 48),
-        lambda target, seed: [target.data()],
-        48,
-        judges.cipher_owners,
-        judges.measure_cipher,
+    "cipher-64-subsets": cipher(
+        "width 64, subsets of blocks in the data",
+        (64, 48),
         judges.cipher_is_complete,
-        goal="the same; and own forgotten ≥ 0.95 in every subset, 0 of 96 mechanisms skipped, none shattered",
+        "the same; and own forgotten ≥ 0.95 in every subset, 0 of 96 mechanisms skipped, none shattered",
+        with_subsets=True,
     ),
-    "cipher-16": System(
-        "redundancy, width 16",
-        partial(toys.train_cipher, 16, 24),
-        lambda target, seed: [target.tokens],
-        48,
-        judges.cipher_owners,
-        judges.measure_cipher,
+    "cipher-16": cipher(
+        "width 16",
+        (16, 24),
         judges.cipher_in_superposition,
-        goal="≥ 30 of 32 with a component of their own, sparse accuracy ≥ 0.98",
+        "≥ 30 of 32 with a component of their own, sparse accuracy ≥ 0.98",
     ),
     "boolean": System(
         "Boolean circuit, 16 gates in 20 neurons",

@@ -141,6 +141,38 @@ def test_the_teacher_says_what_is_active_until_it_is_done():
     assert info.terms["minimality"] != of_teacher.terms["minimality"]
 
 
+def test_the_teacher_looks_at_what_the_gates_look_at():
+    positions = apd.Gates(granularity="position")
+    assert positions.teacher.selection.granularity == "position"
+    with pytest.raises(apd.InvalidSetting, match="of each position, and their teacher of each example"):
+        apd.Gates(granularity="position", teacher=apd.Attributed(selection=apd.TopK(1)))
+    model, batch = gpt2(), padded((4, 3, 2, 4), width=4)  # as many examples as positions
+    state = apd.init(model, weights=["*.mlp.*"], n_components=5, rank=2, masks=replace(positions, hidden=8), moves=None)
+    _, info = apd.step(state, batch)
+    assert info.terms["sparsity"] > 0
+
+
+def test_elsewhere_no_teacher_says_what_is_active():
+    model, x = ResidualMLP(4, 6, 5, 1), torch.eye(4)
+    options = {"n_components": 5, "rank": 2, "moves": None, "losses": apd.Losses(faithfulness=0.0)}
+    state = apd.init(model, masks=TAUGHT, elsewhere=apd.Elsewhere(), **options)
+    masking = state.others[0].masking
+    assert masking.alone
+    assert not state.settings.masks.alone
+    watched = watched_pass(state.target, state.components.names, torch.randn(6, 4), default_output)
+    masks = masking.masks(watched, state.components, 0.0, 1.0)
+    assert_close(masks.on, torch.full((6, 5), 0.5))
+    state, info = apd.step(state, x, torch.randn(6, 4))
+    assert info.terms["others sparsity"] > 0
+
+
+def test_a_learning_rate_of_zero():
+    state = apd.init(nn.Linear(4, 3), n_components=5, rank=2, masks=ALONE, optimization=apd.Optimization(lr=0.0))
+    before = state.components.gates.bias.detach().clone()
+    state, _ = apd.step(state, torch.randn(6, 4))
+    assert torch.equal(state.components.gates.bias, before)
+
+
 def test_they_go_with_the_components(tmp_path):
     model, x = ResidualMLP(4, 6, 5, 1), torch.randn(8, 4)
     options = {"n_components": 5, "rank": 2, "progress": False, "optimization": apd.Optimization(steps=8, lr=1e-2)}
@@ -159,9 +191,26 @@ def test_another_host_that_reads_otherwise_is_warned_of(tmp_path):
     model = nn.Linear(4, 3)
     decomposition = state_of(model).decomposition()
     decomposition.save(tmp_path / "saved")
-    wider = replace(decomposition.settings, masks=replace(ALONE, hidden=9))
+    wider = replace(decomposition.settings, masks=replace(ALONE, hidden=10**7, blocks=1))  # nothing so large is made
     with pytest.warns(apd.ApdWarning, match="read the matrices as another host uses them"):
         assert replace(decomposition, settings=wider).on(copy.deepcopy(model)).components.gates is None
+    impossible = replace(decomposition.settings, masks=replace(ALONE, hidden=10**12, blocks=1))
+    with pytest.raises(apd.ArtifactError, match="gates that cannot be"):
+        replace(decomposition, settings=impossible).on(copy.deepcopy(model))
+
+
+def test_a_division_takes_the_gates_along():
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4, bias=False)
+    layer.weight.data = torch.eye(4)
+    x = torch.eye(4).repeat(8, 1) * torch.linspace(0.5, 1, 32)[:, None]
+    moves = apd.DivisionMoves(every=1, until=1.0)
+    state = apd.init(layer, n_components=4, rank=4, masks=TAUGHT, moves=moves)
+    with torch.no_grad():
+        state.components.gates.bias.copy_(torch.tensor([0.9, 0.1, 0.2, 0.3]))
+    _, info = apd.step(state, x)
+    assert info.moves > 0
+    assert (state.components.gates.bias > 0.8).sum() == 1 + info.moves
 
 
 def test_moves_take_the_gates_along():

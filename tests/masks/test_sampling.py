@@ -1,6 +1,6 @@
 import torch
 
-from apd_lens.masks._sampling import anti_scrubbed_mask, path_mask, scrubbed_mask, usage_matched
+from apd_lens.masks._sampling import anti_scrubbed_mask, path_mask, random_subsets, scrubbed_mask, usage_matched
 
 
 def seeded() -> torch.Generator:
@@ -15,6 +15,13 @@ def test_active_ones_stay_on_and_others_are_on_in_part():
     assert (others - torch.linspace(0, 1, len(others))).abs().max() < 4 / len(others) ** 0.5  # uniform
     half = path_mask(torch.full((2000, 4), 0.5), seeded())
     assert half.min() == 0.5
+
+
+def test_random_subsets_have_each_size_and_each_thing_alike():
+    subsets = random_subsets(torch.rand(6000, 1), torch.rand(6000, 3))
+    sizes = subsets.sum(1)
+    assert ((sizes[:, None] == torch.tensor([1, 2, 3])).float().mean(0) - 1 / 3).abs().max() < 0.03
+    assert (subsets.float().mean(0) - 2 / 3).abs().max() < 0.03
 
 
 def test_scrubbed_and_anti_scrubbed_differ_by_the_responsible():

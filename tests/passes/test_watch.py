@@ -49,6 +49,39 @@ def test_an_output_without_a_graph_is_refused():
         watched(Detached(*model()), torch.randn(3, 4))
 
 
+class Scratch(nn.Module):
+    """Writes what the first layer reads to memory that it uses in each forward."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.memory = {"x": torch.empty(8, 4)} if again else {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.memory:
+            with torch.no_grad():
+                x = self.memory["x"].copy_(x)
+        return self.last(torch.relu(self.first(x)))
+
+
+def test_memory_that_the_next_forward_writes_to_is_copied():
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model, batches = Scratch(again), [torch.randn(8, 4) for _ in range(3)]
+        options = {"n_components": 5, "rank": 2, "moves": apd.SplitMoves(every=2), "progress": False}
+        decomposition = apd.decompose(model, batches, **options, optimization=apd.Optimization(steps=8, lr=1e-2))
+        found.append(list(decomposition.components.parameters()))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_gradient_through_memory_that_was_written_to_is_an_error_that_says_so():
+    masks = apd.Gates(hidden=6, teacher=None)
+    with pytest.raises(apd.UnsupportedModel, match="Scratch wrote to memory that an earlier one had used"):
+        apd.decompose(Scratch(True), [torch.randn(8, 4)], n_components=5, rank=2, masks=masks, progress=False)
+
+
 def test_a_sparse_pass_is_the_sparse_context():
     module, x = model(), torch.randn(3, 4)
     decomposition, mask = decomposition_of(module), torch.rand(3, 5) < 0.5

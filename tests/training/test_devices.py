@@ -75,6 +75,7 @@ ON_TWO: dict[str, dict[str, Any]] = {
     "hidden activations": {"losses": apd.Losses(hidden=1.0, hidden_at=("1",))},
     "Lp": {"selection": apd.Lp(threshold=0.1), "losses": apd.Losses(path=0.0)},
     "others": {"losses": apd.Losses(faithfulness=0.0), "others": [torch.linspace(-1, 1, 20).view(5, 4)]},
+    "gates": {"masks": apd.Gates(hidden=6, teacher=None), "losses": apd.Losses(attack=0.5, completeness=1.0)},
     "activations": {"attribution": apd.ActivationAttribution()},
 }
 
