@@ -155,6 +155,17 @@ class Texts:
             or (self.form == "tensor" and "argument" in self.places)
             or (self.form in ("tensor", "tuple", "named tuple") and self.mask != "none")
             or (self.mask != "none" and not self.attention and ("square" in self.mask or "queries" in self.mask))
+            or self._may_be_of_queries_and_keys()
+        )
+
+    def _may_be_of_queries_and_keys(self) -> bool:
+        """Whether a mask `batch pos`, if not of integers, is one `query key` of causal attention just as well."""
+        n, valid = len(self.lengths), self.valid()
+        return (
+            self.mask in ("bool", "float", "additive", "additive, infinite")
+            and n == self.width
+            and not valid.all()
+            and bool(valid.diagonal().all())
         )
 
     def model(self) -> nn.Module:
