@@ -79,7 +79,7 @@ class Meter:
         return result
 
 
-def step_in_parts(state: apd.State, batch: Tensor, meter: Meter) -> None:
+def step_in_parts(state: apd.training.State, batch: Tensor, meter: Meter) -> None:
     """What `apd_lens.step` does with exact attributions, part by part."""
     components, settings = state.components, state.settings
     hidden = settings.losses.hidden_at

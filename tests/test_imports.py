@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_a_missing_extra_is_named(module: str, needs: str, extra: str):
         import apd_lens as apd
         try:
             import {module}
-        except apd.MissingExtra as error:
+        except apd.errors.MissingExtra as error:
             print(isinstance(error, ImportError), error)
         """
     )
@@ -117,6 +118,25 @@ def test_an_adapter_is_found_by_the_package_of_the_models_class():
     assert printed.split() == ["True", "__main__", "TorchAdapter"]
 
 
+# What a user types. Types that functions return, errors and extras of a subject are in the rooms.
+NAMES = re.findall(
+    r"\w+",
+    """
+    wrap decompose init step load from_factors from_pretrained apply_edit where responses Decomposition
+    ParameterComponents TargetModel WeightMatrix Checkpoint Optimization Losses Elsewhere HoldThenDecay Ramp
+    language_model paper memory saved last_position positions BatchTopK TopK Lp Gates Attributed GradientAttribution
+    IntegratedGradients AblationAttribution ActivationAttribution faithfulness_loss minimality_loss simplicity_loss
+    ApdError UnknownWeight UnsupportedModel ShapeMismatch NonFinite ArtifactError
+    """,
+)
+
+
+def test_the_top_holds_what_a_user_types():
+    public = [name for name, value in vars(apd).items() if name[0] != "_" and not inspect.ismodule(value)]
+    assert sorted(public) == sorted(NAMES)
+    assert len(NAMES) < 46
+
+
 def test_versions_agree():
     assert importlib.metadata.version("apd-lens") == apd.__version__
     citation = (Path(__file__).parent.parent / "CITATION.cff").read_text(encoding="utf-8")
@@ -126,5 +146,5 @@ def test_versions_agree():
 def test_everything_public_has_a_docstring():
     public = [value for name, value in vars(apd).items() if not name.startswith("_") and not inspect.ismodule(value)]
     documented = [value for value in public if inspect.isclass(value) or inspect.isfunction(value)]
-    assert len(documented) > 40
+    assert len(documented) == len(NAMES)
     assert not [value for value in documented if not (value.__doc__ or "").strip()]

@@ -69,13 +69,16 @@ def test_what_goes_wrong_in_one_is_raised_in_all():
     one, other = together(2, failing)
     for name, (error, message) in {
         "NaN": (apd.NonFinite, "step 3: input tensor 0 of the batch"),
-        "different batches": (apd.InvalidBatches, "step 0: the processes were given different batches.*seed what"),
-        "another order": (apd.InvalidBatches, "different batches"),
-        "different sizes": (apd.InvalidBatches, "different batches"),
-        "different settings": (apd.InvalidSetting, "different models or settings"),
-        "different models": (apd.InvalidSetting, "different models or settings"),
-        "few examples": (apd.InvalidBatches, "1 examples, and each of the 2 processes takes a part"),
-        "a wrong call in one": (apd.InvalidSetting, "TopK.*needs 0 < k <= n_components"),
+        "different batches": (
+            apd.errors.InvalidBatches,
+            "step 0: the processes were given different batches.*seed what",
+        ),
+        "another order": (apd.errors.InvalidBatches, "different batches"),
+        "different sizes": (apd.errors.InvalidBatches, "different batches"),
+        "different settings": (apd.errors.InvalidSetting, "different models or settings"),
+        "different models": (apd.errors.InvalidSetting, "different models or settings"),
+        "few examples": (apd.errors.InvalidBatches, "1 examples, and each of the 2 processes takes a part"),
+        "a wrong call in one": (apd.errors.InvalidSetting, "TopK.*needs 0 < k <= n_components"),
         "an error in one": (apd.ApdError, "Process 1 stopped: ValueError: no more"),
     }.items():
         assert one[name][0] is error, name

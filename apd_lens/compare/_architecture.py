@@ -160,7 +160,7 @@ class ArchitectureMap(Printed):
 def weight_map(decomposition: Decomposition, units: Mapping[str, Units] | None = None) -> ArchitectureMap:
     """Where the weights of each component lie: its squared norm by matrix, layer, head and neuron.
 
-    The null: `dataclasses.replace(decomposition, components=apd_lens.random_components(decomposition.components))`.
+    The null: `replace(decomposition, components=apd_lens.components.random_components(decomposition.components))`.
 
     Args:
         units: pattern -> which side of the matching matrices is made of heads or neurons, where the adapter cannot know

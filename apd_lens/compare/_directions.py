@@ -123,8 +123,8 @@ def direction_match(
         components, latents: which count, such as `decomposition.select(batch).flatten(0, -2).any(0)`; default all, or
             with batches the components that are active on them.
         untrained: for the null, components of the same matrices before training, such as
-            `apd.init(...).decomposition().components`; default `apd.random_components`, which are a stricter null as
-            they have the trained ones' singular values.
+            `apd.init(...).decomposition().components`; default `components.random_components`, a stricter null, with
+            the trained ones' singular values.
 
     Raises:
         UnknownWeight: the matrix is none of the decomposed ones.

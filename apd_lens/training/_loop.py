@@ -68,12 +68,13 @@ def decompose(
         n_components: number of components C.
         rank: m, the rank that a component may have in each matrix, or what the matrix has if that is less; None for
             min(d_in, d_out).
-        selection: which components are active on a data point; the default, `BatchTopK(k=Needed(), least=0.15)`, finds
-            their number. `Lp()` is the form without a selection, which needs `losses=Losses(path=0)` and `moves=None`.
+        selection: which components are active on a data point; the default, `BatchTopK(k=masks.Needed(), least=0.15)`,
+            finds their number. `Lp()` is the form without a selection. It needs `losses=Losses(path=0)` and
+            `moves=None`.
         attribution: how much a component matters on a data point; default `GradientAttribution()`.
         losses: default `Losses()`.
         optimization: default `Optimization()`.
-        moves: `ClusterMoves()`, `SplitMoves()`, `DivisionMoves()`, or None for none.
+        moves: `ClusterMoves()`, `SplitMoves()` or `DivisionMoves()` of `apd_lens.moves`, or None for none.
         masks: a `Masking`, which says what is active in the place of selection and attribution.
         others: batches that the components are not about, in the same forms as `batches`; a step takes one of each.
             With them components hold what the `batches` use, and the rest W − Σ P_c stays in the model: on the others

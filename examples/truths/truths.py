@@ -205,7 +205,7 @@ def run(name: str, form: str, seed: int, steps: int | None, target_steps: int | 
     numbers = {**system.measure(target, decomposition, owners), "residual": decomposition.residuals()["all"]}
     nulls = {}
     if target_steps != 0:
-        random = replace(decomposition, components=apd.random_components(decomposition.components))
+        random = replace(decomposition, components=apd.components.random_components(decomposition.components))
         nulls["random"] = system.measure(target, random, system.owners(target, random))
         if owners is not None:
             batches = system.batches(target, seed)

@@ -52,7 +52,7 @@ def test_the_nodes_of_a_program_are_found_where_components_are_its_nodes(judges:
     numbers = judges.measure_program(target, truth, None)
     assert numbers["found"] == numbers["of"] == 5
     assert numbers["least AUROC"] == 1
-    random = replace(truth, components=apd.random_components(truth.components))
+    random = replace(truth, components=apd.components.random_components(truth.components))
     assert judges.measure_program(target, random, None)["AUROC"] < 0.8
     assert judges.matrices_of_program(target)["found"] < 3
 

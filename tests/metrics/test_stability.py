@@ -110,7 +110,7 @@ def test_decompositions_and_the_table():
 
 
 BAD_INPUT = {
-    "one only": (lambda: metrics.stability(random_sets(1, 2, 3)), apd.InvalidSetting, "at least two.*got 1"),
+    "one only": (lambda: metrics.stability(random_sets(1, 2, 3)), apd.errors.InvalidSetting, "at least two.*got 1"),
     "other matrices": (
         lambda: metrics.stability([*random_sets(1, 2, 3), rows(torch.ones(4))]),
         apd.ShapeMismatch,
@@ -118,7 +118,7 @@ BAD_INPUT = {
     ),
     "alive of one": (
         lambda: metrics.stability(random_sets(2, 2, 3), alive=[torch.ones(2, dtype=torch.bool)]),
-        apd.InvalidSetting,
+        apd.errors.InvalidSetting,
         "each of the 2 decompositions, got 1",
     ),
     "alive of another length": (

@@ -45,7 +45,7 @@ def test_an_output_without_a_graph_is_refused():
         def forward(self, x):
             return super().forward(x).detach()
 
-    with pytest.raises(apd.InvalidOutput, match="has no gradient to any decomposed matrix"):
+    with pytest.raises(apd.errors.InvalidOutput, match="has no gradient to any decomposed matrix"):
         watched(Detached(*model()), torch.randn(3, 4))
 
 
@@ -69,7 +69,7 @@ def test_memory_that_the_next_forward_writes_to_is_copied():
     for again in (False, True):
         torch.manual_seed(0)
         model, batches = Scratch(again), [torch.randn(8, 4) for _ in range(3)]
-        options = {"n_components": 5, "rank": 2, "moves": apd.SplitMoves(every=2), "progress": False}
+        options = {"n_components": 5, "rank": 2, "moves": apd.moves.SplitMoves(every=2), "progress": False}
         decomposition = apd.decompose(model, batches, **options, optimization=apd.Optimization(steps=8, lr=1e-2))
         found.append(list(decomposition.components.parameters()))
     for ours, theirs in zip(*found, strict=True):

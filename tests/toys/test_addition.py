@@ -52,5 +52,5 @@ def test_key_frequencies_have_more_than_an_even_share(addition: toys.AdditionTar
 
 @pytest.mark.parametrize(("modulus", "share"), [(8, 0.5), (7, 1.0)])
 def test_sizes_that_cannot_be_are_refused(modulus: int, share: float):
-    with pytest.raises(apd.InvalidSetting, match=f"modulus={modulus}, share={share}"):
+    with pytest.raises(apd.errors.InvalidSetting, match=f"modulus={modulus}, share={share}"):
         toys.train_addition(modulus, share=share)

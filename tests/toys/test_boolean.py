@@ -46,5 +46,5 @@ def test_pairs_can_be_given():
 
 
 def test_too_few_inputs_are_refused():
-    with pytest.raises(apd.InvalidSetting, match="4 inputs make 6 pairs, too few for n_gates=7"):
+    with pytest.raises(apd.errors.InvalidSetting, match="4 inputs make 6 pairs, too few for n_gates=7"):
         toys.train_boolean(7, 4)

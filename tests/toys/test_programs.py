@@ -94,8 +94,8 @@ def test_the_compiler_brings_in_neither_jax_nor_haiku():
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(apd.InvalidSetting, match="got 'quicksort'"):
+    with pytest.raises(apd.errors.InvalidSetting, match="got 'quicksort'"):
         toys.compile_program("quicksort")
     monkeypatch.setattr("apd_lens.toys._programs.find_spec", lambda name: None)
-    with pytest.raises(apd.MissingExtra, match="tracr-pypi"):
+    with pytest.raises(apd.errors.MissingExtra, match="tracr-pypi"):
         toys.compile_program("hist")

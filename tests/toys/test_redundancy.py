@@ -60,7 +60,7 @@ def test_subsets_of_blocks_can_be_part_of_the_data(cipher: toys.CipherTarget):
 
 
 def test_what_cannot_be_is_refused(cipher: toys.CipherTarget):
-    with pytest.raises(apd.InvalidSetting, match="n_tokens=1, n_blocks=3"):
+    with pytest.raises(apd.errors.InvalidSetting, match="n_tokens=1, n_blocks=3"):
         toys.train_cipher(n_tokens=1)
     with pytest.raises(apd.ShapeMismatch, match=r"\(6, 2\), got \(6, 3\)"):
         cipher.model(cipher.tokens, torch.ones(6, 3, dtype=torch.bool))
