@@ -5,7 +5,6 @@ import inspect
 import re
 from pathlib import Path
 
-import pytest
 from support import outside
 
 import apd_lens as apd
@@ -14,13 +13,9 @@ HOSTS = ("transformer_lens", "nnsight", "transformers", "matplotlib", "sae_lens"
 PRINT_HOSTS = f"import sys; print([name for name in {HOSTS} if name in sys.modules])"
 
 
-def test_importing_apd_lens_brings_in_no_host():
-    assert outside.fresh(f"import apd_lens; {PRINT_HOSTS}") == "[]\n"
-
-
-def test_decomposing_a_torch_module_brings_in_no_host():
+def test_neither_importing_nor_decomposing_brings_in_a_host():
     code = "import torch, apd_lens as apd; apd.init(torch.nn.Linear(2, 2), n_components=1)"
-    assert outside.fresh(f"{code}; {PRINT_HOSTS}") == "[]\n"
+    assert outside.fresh(f"import apd_lens; {PRINT_HOSTS}; {code}; {PRINT_HOSTS}") == "[]\n[]\n"
 
 
 def test_nnsight_may_be_imported_first():
@@ -47,32 +42,35 @@ def test_the_check_above_can_fail():
     assert "huggingface_hub" in outside.fresh(f"import apd_lens, huggingface_hub; {PRINT_HOSTS}")
 
 
-@pytest.mark.parametrize(
-    ("module", "needs", "extra"),
-    [
-        ("apd_transformer_lens", "transformer_lens", "transformer-lens"),
-        ("apd_nnsight", "nnsight", "nnsight"),
-        ("apd_lens.plots", "matplotlib", "plots"),
-        ("apd_lens.compare", "pandas", "compare"),
-        ("apd_lens.compare", "scipy", "compare"),
-        ("apd_lens.report", "jinja2", "report"),
-        ("apd_lens.report", "plotly", "report"),
-    ],
-)
-def test_a_missing_extra_is_named(module: str, needs: str, extra: str):
+# Module, what it needs, and the extra that has it.
+EXTRAS = [
+    ("apd_transformer_lens", "transformer_lens", "transformer-lens"),
+    ("apd_nnsight", "nnsight", "nnsight"),
+    ("apd_lens.plots", "matplotlib", "plots"),
+    ("apd_lens.compare", "pandas", "compare"),
+    ("apd_lens.compare", "scipy", "compare"),
+    ("apd_lens.report", "jinja2", "report"),
+    ("apd_lens.report", "plotly", "report"),
+]
+
+
+def test_a_missing_extra_is_named():
     printed = outside.fresh(
         f"""
-        import sys
-        sys.modules[{needs!r}] = None  # as if it were not installed
+        import importlib, sys
         import apd_lens as apd
-        try:
-            import {module}
-        except apd.errors.MissingExtra as error:
-            print(isinstance(error, ImportError), error)
+        for module, needs, _ in {EXTRAS}:
+            sys.modules[needs] = None  # as if it were not installed
+            try:
+                importlib.import_module(module)
+            except apd.errors.MissingExtra as error:
+                print(isinstance(error, ImportError), error)
+            del sys.modules[needs]
         """
     )
-    assert printed.startswith("True ")
-    assert f"pip install 'apd-lens[{extra}]'" in printed
+    for line, (*_, extra) in zip(printed.splitlines(), EXTRAS, strict=True):
+        assert line.startswith("True ")
+        assert f"pip install 'apd-lens[{extra}]'" in line
 
 
 def test_the_extras_that_are_named_exist():
