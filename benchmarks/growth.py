@@ -21,7 +21,8 @@ import apd_lens as apd
 from apd_lens import toys
 from apd_lens.attribution import _gradient as _attribution
 from apd_lens.data import _points
-from apd_lens.passes._watch import sparse_pass
+from apd_lens.passes._replace import Mixture
+from apd_lens.passes._watch import replaced_pass
 
 
 def residual_mlp(
@@ -80,7 +81,8 @@ def sparse_ms(state: apd.training.State, batch: torch.Tensor, rounds: int) -> tu
     mask = state.decomposition().select(batch)
 
     def run() -> None:
-        output, _ = sparse_pass(state.target, state.components, batch, mask, state.output)
+        replaced = Mixture(state.components, mask)
+        output, _ = replaced_pass(state.target, state.components.names, replaced, batch, state.output)
         output.square().mean().backward(inputs=list(state.components.parameters()))
 
     active = median_seconds(run, rounds)

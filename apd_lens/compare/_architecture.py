@@ -82,12 +82,6 @@ class ArchitectureMap(Printed):
         total = torch.stack([matrix.total for matrix in self.matrices]).sum(0)
         return self.amounts(level) / total.clamp_min(torch.finfo(total.dtype).tiny)[:, None]
 
-    def makeup(self, level: Level) -> Float[Tensor, "C nodes"]:
-        """Which components make up a node: the share of each node that each component holds. Columns sum to 1; an empty
-        node has zeros."""
-        amounts = self.amounts(level)
-        return amounts / amounts.sum(0).clamp_min(torch.finfo(amounts.dtype).tiny)
-
     def spread(self, level: Level) -> Float[Tensor, " C"]:
         """Over how many nodes each component spreads: exp of the entropy of its shares, scaled to sum to 1. It is 1 for
         a component in a single node and 0 for one in none."""

@@ -32,7 +32,6 @@ def test_a_component_of_one_head_lies_there_with_its_weight_and_its_attribution(
         assert_close(found.spread("head")[1].item(), 1.0)
         assert (found.spread("head")[[0, 2]] > 2).all()
         assert_close(found.shares("head").sum(1), torch.ones(3))
-        assert_close(found.makeup("head").sum(0), torch.ones(4))
         table = found.table("head")
         assert table.loc[1, "largest head"] == "a1.0"
         assert table.index.name == "component"

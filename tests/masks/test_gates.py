@@ -191,7 +191,7 @@ def test_those_of_random_components_are_random_with_the_same_singular_values():
     """What is claimed of components whose gates name them must fail for their random twins."""
     state, x = state_of(ResidualMLP(4, 6, 5, 1)), torch.randn(7, 4)
     decomposition = state.decomposition()
-    random = replace(decomposition, components=apd.random_components(decomposition.components))
+    random = replace(decomposition, components=apd.components.random_components(decomposition.components))
     own, twin = (each.components.gates for each in (decomposition, random))
     assert_close(torch.linalg.svdvals(twin.weight), torch.linalg.svdvals(own.weight))
     assert torch.equal(twin.bias, own.bias)

@@ -6,7 +6,8 @@ from torch.testing import assert_close
 
 import apd_lens as apd
 from apd_lens.passes._output import default_output
-from apd_lens.passes._watch import sparse_pass, watched_pass
+from apd_lens.passes._replace import Mixture
+from apd_lens.passes._watch import replaced_pass, watched_pass
 
 
 def model() -> nn.Sequential:
@@ -86,9 +87,9 @@ def test_a_sparse_pass_is_the_sparse_context():
     module, x = model(), torch.randn(3, 4)
     decomposition, mask = decomposition_of(module), torch.rand(3, 5) < 0.5
     seen = watched(module, x)
-    output, hidden = sparse_pass(
-        decomposition.target, decomposition.components, seen.run.inputs, mask, default_output, ["1"]
-    )
+    replaced = Mixture(decomposition.components, mask)
+    names = decomposition.components.names
+    output, hidden = replaced_pass(decomposition.target, names, replaced, seen.run.inputs, default_output, ["1"])
     with decomposition.sparse(mask):
         assert_close(output, module(x))
         assert_close(hidden["1"], module[:2](x))
