@@ -1,6 +1,6 @@
 import pytest
 import torch
-from redundancy import CipherTarget, train_cipher
+from redundancy import SHARPNESS, CipherTarget, train_cipher
 from torch.testing import assert_close
 
 import apd_lens as apd
@@ -39,7 +39,7 @@ def test_a_block_that_is_off_writes_nothing(cipher: CipherTarget):
         r = E[token]
         for block, is_on in zip(cipher.model.blocks, blocks, strict=True):
             r = r + block(r) if is_on else r
-        assert_close(output, r @ E.mT)
+        assert_close(output, SHARPNESS * r @ E.mT)
 
 
 def test_the_seed_is_the_target():
