@@ -1,8 +1,10 @@
 """What importing brings in, and what is said where an extra is missing. Each in a process of its own."""
 
+import ast
 import importlib.metadata
 import inspect
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from support import outside
@@ -133,6 +135,17 @@ def test_the_top_holds_what_a_user_types():
     public = [name for name, value in vars(apd).items() if name[0] != "_" and not inspect.ismodule(value)]
     assert sorted(public) == sorted(NAMES)
     assert len(NAMES) < 46
+
+
+@pytest.mark.parametrize("folder", ["examples", "benchmarks"])
+def test_what_scripts_import_of_ours_is_there(folder: str):
+    for file in sorted((Path(__file__).parent.parent / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("apd_lens"):
+                module = importlib.import_module(str(node.module))
+                for name in node.names:
+                    found = hasattr(module, name.name) or find_spec(f"{node.module}.{name.name}")
+                    assert found, f"{file.name}:{node.lineno}: {name.name}"
 
 
 def test_versions_agree():

@@ -305,9 +305,7 @@ def test_weights_that_changed_since_are_an_error_everywhere(write: str, tmp_path
         lambda: apd.responses(decomposition, [x]),
         lambda: decomposition.report([x], tmp_path / "report.html"),
         lambda: apd.metrics.audit(decomposition, [x], masks=lambda _: mask),
-        lambda: (
-            list(apd.monitor.watch(decomposition, [x])) if hasattr(apd.monitor, "watch") else decomposition.select(x)
-        ),
+        lambda: apd.monitor.fit(decomposition, [x]),
     ]
     for ask in asks:
         with pytest.raises(
