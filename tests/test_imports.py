@@ -7,6 +7,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 from support import outside
 
 import apd_lens as apd
