@@ -179,8 +179,8 @@ def _warn_of_divergence(first: StepInfo, last: StepInfo) -> None:
     if _processes.is_first() and end > max(1.0, start):
         warnings.warn(
             f"The training diverged: W − Σ_c P_c has {end**0.5:.3g} times the norm of the weights, and had "
-            f"{start**0.5:.3g} times at the start. Give Optimization(lr=…) a smaller value, or leave out losses and moves "
-            "that were set.",
+            f"{start**0.5:.3g} times at the start. Give Optimization(lr=…) a smaller value, or leave out losses and "
+            "moves that were set.",
             ApdWarning,
             stacklevel=3,
         )
