@@ -54,6 +54,8 @@ Numbers are the smallest to the largest over seeds. `judges.py` says what they m
 FORMS: dict[str, dict[str, Any]] = {
     "topk": {},
     "complete": {"losses": apd.Losses(completeness=1)},
+    # Told that one component is active on each data point.
+    "one-complete": {"selection": apd.TopK(1), "losses": apd.Losses(completeness=1)},
     # What the examples take for facts, of which one is active on each data point; here all systems are told so.
     "facts": {name: toys.facts_settings()[name] for name in ("selection", "losses", "moves", "optimization")},
     "lp": {"selection": apd.Lp(), "losses": apd.Losses(path=0), "moves": None},
