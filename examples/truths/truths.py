@@ -30,12 +30,8 @@ from apd_lens import toys
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
 import judges  # noqa: E402
-from addition import train_addition  # noqa: E402
-from boolean import train_boolean  # noqa: E402
 from induction import centred  # noqa: E402
 from judges import Numbers, Owners  # noqa: E402
-from programs import PROGRAMS, ProgramTarget, compile_program  # noqa: E402
-from redundancy import train_cipher  # noqa: E402
 
 README = """# Truths that nobody tuned for
 
@@ -91,9 +87,9 @@ class System:
     baseline: tuple[str, Callable[[Any], Numbers]] | None = None
 
 
-def make_program(name: str, seed: int, steps: int | None = None) -> ProgramTarget:
+def make_program(name: str, seed: int, steps: int | None = None) -> toys.ProgramTarget:
     """A compiled program; of 0 steps one with random matrices of the same singular values in the place of its own."""
-    target = compile_program(name, seed=seed)
+    target = toys.compile_program(name, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for parameter in target.model.parameters() if steps == 0 else ():
         turns = (torch.linalg.qr(torch.randn(n, n, generator=generator))[0] for n in parameter.shape)
@@ -121,7 +117,7 @@ def cipher(
     """Of some width and number of neurons; the data are all tokens, or each of them with every subset of blocks."""
     return System(
         f"redundancy, {title}",
-        partial(train_cipher, *sizes),
+        partial(toys.train_cipher, *sizes),
         lambda target, seed: [target.data() if with_subsets else target.tokens],
         48,
         judges.cipher_owners,
@@ -153,7 +149,7 @@ SYSTEMS = {
     ),
     "boolean": System(
         "Boolean circuit, 16 gates in 20 neurons",
-        train_boolean,
+        toys.train_boolean,
         lambda target, seed: target.batches(512, seed=1000 + seed),
         24,
         judges.boolean_owners,
@@ -163,7 +159,7 @@ SYSTEMS = {
     ),
     "addition": System(
         "addition modulo 47",
-        train_addition,
+        toys.train_addition,
         lambda target, seed: target.batches(seed=1000 + seed),
         16,
         judges.addition_owners,
@@ -183,7 +179,7 @@ SYSTEMS = {
         goal="≥ 0.9 of the weight in the two heads; ≥ 0.7 of the right logit comes back, attacked",
         output=centred,
     ),
-    **{f"program-{name}": program(name) for name in PROGRAMS},
+    **{f"program-{name}": program(name) for name in toys.PROGRAMS},
 }
 
 
