@@ -33,7 +33,7 @@ import apd_lens as apd
 from apd_lens import compare, plots
 from apd_lens.losses import kl_divergence
 
-K, BATCH, SIZES, SEEDS = 16, 512, (256, 1024), (0, 1)
+K, BATCH, SIZES, SEEDS = 16, 256, (256, 1024), (0, 1)
 UNSEEN = "The capital city of {word} is"
 Dictionaries = dict[str, compare.Dictionary]
 Edit = Callable[[Tensor], AbstractContextManager[Any]]
@@ -84,7 +84,10 @@ def read_while_training(of: Setting) -> Tensor:
             tokenizer=None if isinstance(of.tokenizer, setting.Words) else of.tokenizer,
         ),
     )
-    return torch.cat([activations(of, texts).flatten(1, 2) for texts in (of.texts, about)], 1)
+    return setting.kept(
+        of.out / "activations.pt",
+        lambda: torch.cat([activations(of, texts).flatten(1, 2) for texts in (of.texts, about)], 1),
+    )
 
 
 def trained(of: Setting, size: int, seed: int, steps: int, read: Tensor, transcodes: bool) -> compare.Dictionary:
@@ -138,6 +141,11 @@ def main() -> None:
     saes = {
         f"SAE {size}, seed {seed}": trained(of, size, seed, options.sae_steps, read, False)
         for size in sizes
+        for seed in SEEDS
+    }
+    transcoders = {
+        f"transcoder {size}, seed {seed}": trained(of, size, seed, options.sae_steps, read, True)
+        for size in sizes[1:]
         for seed in SEEDS
     }
 
