@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import apd_lens as apd
 
 HERE = Path(__file__).parent
+Metric = Callable[[Tensor], Tensor]
 TEMPLATE = "The capital of {word} is"
 CAPITALS = dict(
     pair.split()
@@ -94,7 +95,7 @@ class Setting:
             ).save(folder)  # fmt: skip
         return apd.load(folder, self.model)
 
-    def random_order(self) -> list[int]:
+    def other(self) -> list[int]:
         """For each prompt the number of another one, as far away in the list as any."""
         n = len(self.words)
         return [(i + n // 2) % n for i in range(n)]
@@ -173,6 +174,12 @@ def opened(description: str | None, add: Callable[[argparse.ArgumentParser], obj
     return setting, options
 
 
+def difference(answers: Tensor, others: Tensor) -> Metric:
+    """The logit of each prompt's answer over that of another one."""
+    rows = torch.arange(len(answers))
+    return lambda logits: logits[rows, answers] - logits[rows, others]
+
+
 def written(setting: Setting, name: str, found: Any) -> None:
     (setting.results / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
@@ -189,3 +196,9 @@ def table(rows: dict[str, dict[str, Any]], head: str = "") -> str:
     lines = [[head, *columns], ["---"] * (len(columns) + 1)]
     lines += [[name, *(shown(row.get(column, "")) for column in columns)] for name, row in rows.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def turned(rows: dict[str, dict[str, Any]]) -> str:
+    """The table with a column for each of the rows."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    return table({name: {head: row.get(name, "") for head, row in rows.items()} for name in names})
