@@ -67,9 +67,9 @@ def largest_other(effects: Tensor, mine: Tensor, others: Tensor) -> float:
 
 
 def draw(of: Setting, decomposition: apd.Decomposition, own: Tensor) -> None:
-    """A heat map for each matrix of one pair: components down, tokens across."""
+    """A heat map for each matrix of the first pair: components down, tokens across."""
     clean, corrupted, metric = of_pairs(of)
-    found = compare.patching(decomposition, clean[:1], corrupted[:1], lambda logits: metric(logits.expand(len(clean), -1))[:1])
+    found = compare.patching(decomposition, clean, corrupted, metric, steps=STEPS)
     here = int(of.aside.nonzero()[0, 0])
     names = [of.words[here], of.words[of.other()[here]]]
     figure, grid = plt.subplots(1, len(found.effects), figsize=(11, 4.2), layout="constrained")
