@@ -213,7 +213,9 @@ class _Components:
         components = decomposition.components
         ranks = metrics.ranks(components)
         sizes = [components.A[name].shape[1] + components.B[name].shape[2] for name in components.names]
-        return _Components(decomposition, clean, is_null, ranks.sum(1), ranks @ torch.tensor(sizes, device="cpu").to(ranks))
+        return _Components(
+            decomposition, clean, is_null, ranks.sum(1), ranks @ torch.tensor(sizes, device="cpu").to(ranks)
+        )
 
     def points(
         self, some: Observed, activations: Mapping[str, Tensor], ks: Sequence[float], alpha: float
@@ -343,9 +345,9 @@ def _with(decomposition: Decomposition, inputs: Inputs, replaced: Intercept) -> 
     """The explained output with `replaced` in the place of the decomposed weights."""
     target = decomposition.target
     with evaluating(target.model):
-        return replaced_pass(
-            target, decomposition.components.names, replaced, inputs, output_function(decomposition)
-        )[0]
+        return replaced_pass(target, decomposition.components.names, replaced, inputs, output_function(decomposition))[
+            0
+        ]
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,18 +33,18 @@ from apd_lens import compare, plots
 STEPS, TOP = 5, 8
 
 
-def pairs(of: Setting, aside: bool) -> tuple[Tensor, Tensor, setting.Metric]:
-    """Clean and corrupted prompts, and the metric; of the countries kept aside, or of the others."""
-    here = (of.aside if aside else ~of.aside).nonzero()[:, 0]
+def pairs(of: Setting, aside: bool, n: int | None = None) -> tuple[Tensor, Tensor, setting.Metric]:
+    """Clean and corrupted prompts, and the metric; of the countries kept aside, or of n of the others."""
+    here = (of.aside if aside else ~of.aside).nonzero()[:n, 0]
     there = torch.tensor(of.other())[here]
     return of.tokens[here], of.tokens[there], setting.difference(of.answers[here], of.answers[there])
 
 
 @torch.no_grad()
-def patched(of: Setting, aside: bool) -> tuple[compare.Circuit, compare.Circuit]:
+def patched(of: Setting) -> tuple[compare.Circuit, compare.Circuit]:
     """Heads and MLPs, scored by the share of the metric that comes back with the clean activation there."""
     bridge: Any = build_bridge_from_module(copy.deepcopy(of.model), "LlamaForCausalLM", hf_config=of.model.config)
-    clean, corrupted, metric = pairs(of, aside)
+    clean, corrupted, metric = pairs(of, False, n=8)  # each head, and each MLP at each token, is a pass of its own
     _, cache = bridge.run_with_cache(clean)
     start, end = (metric(bridge(tokens)[:, -1]).mean() for tokens in (corrupted, clean))
 
@@ -187,7 +187,7 @@ def overlaps(scored: dict[str, compare.Circuit]) -> dict[str, dict[str, Any]]:
                 continue
             for kind in "am":
                 nodes = {node: score for node, score in one.nodes.items() if node[0] == kind}
-                known = [node for node in against.top(len(against.nodes)) if node in nodes][:TOP if kind == "a" else 4]
+                known = [node for node in against.top(len(against.nodes)) if node in nodes][: TOP if kind == "a" else 4]
                 if len(nodes) <= len(known):
                     continue
                 found = compare.overlap(nodes, known)
@@ -229,9 +229,7 @@ def curves(of: Setting, decomposition: apd.Decomposition, circuits: dict[str, co
     def own(batch: Tensor) -> Tensor:
         return decomposition.observe(batch).attributions
 
-    found = {
-        "components": compare.faithfulness_curve(decomposition, [clean], metric, scores=own, sizes=sizes, **few)
-    }
+    found = {"components": compare.faithfulness_curve(decomposition, [clean], metric, scores=own, sizes=sizes, **few)}
     n_heads = of.model.config.num_hidden_layers * of.model.config.num_attention_heads
     sizes = sorted({size for size in (0, 2, 8, 32, 128, n_heads) if size <= n_heads})
     for name, circuit in circuits.items():
@@ -244,7 +242,9 @@ def curves(of: Setting, decomposition: apd.Decomposition, circuits: dict[str, co
 
 def heads(of: Setting) -> list[str]:
     config = of.model.config
-    return [f"a{layer}.{head}" for layer in range(config.num_hidden_layers) for head in range(config.num_attention_heads)]
+    return [
+        f"a{layer}.{head}" for layer in range(config.num_hidden_layers) for head in range(config.num_attention_heads)
+    ]
 
 
 def draw(of: Setting, found: dict[str, compare.FaithfulnessCurve]) -> None:
@@ -259,7 +259,7 @@ def draw(of: Setting, found: dict[str, compare.FaithfulnessCurve]) -> None:
 def main() -> None:
     of, _ = setting.opened(__doc__)
     decomposition = of.decomposition()
-    scored, mlps = patched(of, aside=False)
+    scored, mlps = patched(of)
     patches = compare.Circuit({**scored.nodes, **mlps.nodes}, {})
     scores, error = edges(of, aside=False)
     print(f"gradients of all destinations add up to that at the embedding but for {error:.1e}", flush=True)
