@@ -9,7 +9,6 @@ much of the answer do a few units of each give back, and which of the two takes 
     python examples/beside/dictionaries.py --stand-in    # a tiny model, for a look at the code
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace

@@ -24,18 +24,16 @@ import apd_lens as apd
 HERE = Path(__file__).parent
 Metric = Callable[[Tensor], Tensor]
 TEMPLATE = "The capital of {word} is"
-CAPITALS = dict(
-    pair.split()
-    for pair in (
-        "France Paris, Germany Berlin, Italy Rome, Spain Madrid, Portugal Lisbon, England London, Ireland Dublin, "
-        "Scotland Edinburgh, Austria Vienna, Netherlands Amsterdam, Denmark Copenhagen, Norway Oslo, Sweden Stockholm, "
-        "Hungary Budapest, Greece Athens, Russia Moscow, Ukraine Kiev, Romania Bucharest, Bulgaria Sofia, "
-        "Serbia Belgrade, Iceland Reykjavik, China Beijing, Japan Tokyo, Bangladesh Dhaka, Nepal Kathmandu, "
-        "Thailand Bangkok, Vietnam Hanoi, Indonesia Jakarta, Malaysia Kuala, Canada Ottawa, Mexico Mexico, "
-        "Cuba Havana, Brazil Brasilia, Chile Santiago, Kenya Nairobi, Ethiopia Addis, Israel Jerusalem, "
-        "Syria Damascus, Afghanistan Kabul"
-    ).split(", ")
+NAMES = (
+    "France Paris, Germany Berlin, Italy Rome, Spain Madrid, Portugal Lisbon, England London, Ireland Dublin, "
+    "Scotland Edinburgh, Austria Vienna, Netherlands Amsterdam, Denmark Copenhagen, Norway Oslo, Sweden Stockholm, "
+    "Hungary Budapest, Greece Athens, Russia Moscow, Ukraine Kiev, Romania Bucharest, Bulgaria Sofia, "
+    "Serbia Belgrade, Iceland Reykjavik, China Beijing, Japan Tokyo, Bangladesh Dhaka, Nepal Kathmandu, "
+    "Thailand Bangkok, Vietnam Hanoi, Indonesia Jakarta, Malaysia Kuala, Canada Ottawa, Mexico Mexico, "
+    "Cuba Havana, Brazil Brasilia, Chile Santiago, Kenya Nairobi, Ethiopia Addis, Israel Jerusalem, "
+    "Syria Damascus, Afghanistan Kabul"
 )
+CAPITALS: dict[str, str] = {pair.split()[0]: pair.split()[1] for pair in NAMES.split(", ")}
 
 
 class Words:
@@ -163,8 +161,8 @@ def opened(description: str | None, add: Callable[[argparse.ArgumentParser], obj
     answers = [CAPITALS[word] for word in countries]
     found = apd.language.known(model, prompts.batch, answers, tokenizer=tokenizer, floor=0.0 if tiny else 0.15)
     sample = partial(apd.language.sample_texts, model, tokenizer=None if tiny else tokenizer)
-    size = {"n": 48, "length": 8} if tiny else {"n": 576, "length": 32}
-    texts = kept(options.out / "texts.pt", lambda: sample(**size))
+    n, length = (48, 8) if tiny else (576, 32)
+    texts = kept(options.out / "texts.pt", lambda: sample(n, length))
     n_train = 5 * len(texts) // 6
     setting = Setting(
         model, tokenizer, [countries[i] for i in found.which], prompts.some(found.which).input_ids,
@@ -181,7 +179,19 @@ def difference(answers: Tensor, others: Tensor) -> Metric:
 
 
 def written(setting: Setting, name: str, found: Any) -> None:
+    """Keeps the numbers; those of the real model are in README.md too."""
     (setting.results / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    if setting.results != HERE / "results":
+        return
+    parts = [(HERE / "head.md").read_text()]
+    for file in sorted(setting.results.glob("*.json")):
+        content = json.loads(file.read_text())
+        parts.append(f"## {file.stem}.py")
+        if file.stem == "patching":
+            parts.append(turned(content))
+        else:
+            parts += [table(rows, name) for name, rows in content.items() if isinstance(rows, dict)]
+    (HERE / "README.md").write_text("\n\n".join(parts) + "\n")
 
 
 def table(rows: dict[str, dict[str, Any]], head: str = "") -> str:

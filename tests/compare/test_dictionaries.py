@@ -124,7 +124,7 @@ def test_files_of_other_libraries_give_the_same_dictionary(tmp_path: Path, kind:
 
 
 def test_a_file_of_top_k_latents_that_are_scaled_by_the_decoder(tmp_path: Path):
-    """The default of SAELens's trainer. Rows of the decoder have lengths 1 to 16, so that the scale decides who is on."""
+    """The default of SAELens's trainer. Decoder rows have lengths 1 to 16, so that the scale decides who is on."""
     sae, x = sae_at(MLP_OUT, 8, "TopK", k=3, rescale_acts_by_decoder_norm=True), torch.randn(4, 8)
     with torch.no_grad():
         sae.W_dec *= torch.arange(1.0, 17)[:, None] / sae.W_dec.norm(dim=1, keepdim=True)

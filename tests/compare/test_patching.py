@@ -1,4 +1,4 @@
-"""Attribution patching onto components: known by hand where the model is linear, and what its sum is where it is not."""
+"""Attribution patching onto components: known by hand in a linear model, and what its sum is in others."""
 
 from functools import partial
 
@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import apd_lens as apd
 from apd_lens import compare
+from apd_lens.compare._location import _model_as_component
 
 CLEAN, CORRUPTED = tokens(6)[:3], tokens(6)[3:]
 PATCHED = {"blocks.0.attn.W_V": "blocks.0.attn.hook_v", "blocks.1.mlp.W_in": "blocks.1.mlp.hook_pre"}
@@ -81,7 +82,7 @@ def test_along_the_path_the_sum_is_the_whole_effect(decomposition):
 
 
 def test_one_component_that_is_the_matrix_carries_all_of_it(decomposition):
-    whole = compare._location._model_as_component(decomposition)
+    whole = _model_as_component(decomposition)
     found = compare.patching(whole, CLEAN, CORRUPTED, difference)
     for name in PATCHED:
         assert_close(found.effects[name].sum((1, 2)), found.of_matrix(name))

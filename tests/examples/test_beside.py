@@ -1,6 +1,7 @@
 """The scripts beside SAEs and circuits of a language model run on a tiny one, and what they print is of its numbers."""
 
 import json
+from pathlib import Path
 
 import pytest
 from support.examples import run
@@ -12,8 +13,6 @@ def shared(tmp_path_factory):
 
 
 def results(shared, name: str) -> dict:
-    from pathlib import Path
-
     return json.loads((Path(shared[-1]) / "results" / f"{name}.json").read_text())
 
 
