@@ -393,29 +393,28 @@ def main() -> None:
             edits[f"{name}: {count} latents"] = of_latents(of, some, count)
     say("edits", {name: effects(of, edit) for name, edit in edits.items()})
 
-    both = of.decomposition(0, mlp=True)
     width = of.model.config.hidden_size
     sae, transcoder = {names[2]: saes[names[2]]}, dict(list(transcoders.items())[:1])
     coordinates = {"coordinates": compare.Dictionary.neurons(of.attention("o"), width, parameters=2 * width)}
-    neurons = {
-        "neurons": compare.Dictionary.neurons(
-            f"model.layers.{of.mlp}.mlp.act_fn", of.model.config.intermediate_size, parameters=3 * width
-        )
-    }
-    pair = [*sae.values(), *transcoder.values()]
-    measured = {
-        "attention alone": yardstick(of, decomposition, {**sae, **coordinates}),
-        "MLP alone": yardstick(of, part(both, ".mlp."), {**transcoder, **neurons}),
-        "both, errors propagated": yardstick(of, both, {"SAE and transcoder": pair}),
-        "both, clean inputs": yardstick(of, both, {"SAE and transcoder": pair}, "clean"),
-    }
-    rows = {
-        f"{where}: {row['curve']}, k = {row['k']:g}": {name: row[name] for name in row if name not in ("curve", "k")}
-        for where, curves in measured.items()
-        for row in curves.table().to_dict(orient="records")
-    }
-    say("yardstick", rows)
-    draw(of, measured)
+    act = f"model.layers.{of.mlp}.mlp.act_fn"
+    neurons = {"neurons": compare.Dictionary.neurons(act, of.model.config.intermediate_size, parameters=3 * width)}
+    pair = {"SAE and transcoder": [*sae.values(), *transcoder.values()]}
+    measured: dict[str, compare.Sparsity] = {}
+
+    def measure(where: str, curves: compare.Sparsity) -> None:
+        measured[where] = curves
+        rows = {
+            f"{where}: {row.pop('curve')}, k = {row.pop('k'):g}": row
+            for row in curves.table().to_dict(orient="records")
+        }
+        say("yardstick", found.get("yardstick", {}) | rows)
+        draw(of, measured)
+
+    measure("attention alone", yardstick(of, decomposition, {**sae, **coordinates}))
+    both = of.decomposition(0, mlp=True)
+    measure("MLP alone", yardstick(of, part(both, ".mlp."), {**transcoder, **neurons}))
+    measure("both, errors propagated", yardstick(of, both, pair))
+    measure("both, clean inputs", yardstick(of, both, pair, "clean"))
 
 
 def random_naming(decomposition: apd.Decomposition, here: Tensor, there: Tensor) -> dict[str, float]:
@@ -424,8 +423,10 @@ def random_naming(decomposition: apd.Decomposition, here: Tensor, there: Tensor)
 
 
 def draw(of: Setting, measured: dict[str, compare.Sparsity]) -> None:
-    figure, grid = plt.subplots(1, len(measured), figsize=(5.4 * len(measured), 4.4), layout="constrained")
-    for ax, (where, curves) in zip(grid, measured.items(), strict=True):
+    figure, grid = plt.subplots(
+        1, len(measured), figsize=(5.4 * len(measured), 4.4), layout="constrained", squeeze=False
+    )
+    for ax, (where, curves) in zip(grid[0], measured.items(), strict=True):
         nulls = [name for name in curves.of("loss") if "random" in name or "untrained" in name]
         plots.loss_against_sparsity(
             curves.of("active"), curves.of("loss"), nulls=nulls, ax=ax, label="active units a prompt",
