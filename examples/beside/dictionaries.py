@@ -236,33 +236,30 @@ def gradients(of: Setting, some: compare.Dictionary) -> Tensor:
 
 @torch.no_grad()
 def effects(of: Setting, edit: Edit) -> dict[str, float]:
-    """What each country's edit does: to its own answer, to those of all others, and to general text.
+    """What each edit does to its own answer, to those of the others, and to general text; of countries kept aside.
 
     Args:
         edit: numbers of countries -> a context in which row i of a batch runs with the edit of country i.
     """
     here = of.aside.nonzero()[:, 0]
-    n = len(of.words)
-    texts = of.held_out[: 2 * len(here)]
-    before, whole = of.model(of.tokens, logits_to_keep=1).logits[:, -1].log_softmax(-1), of.model(texts).logits
-    own, others, nats, kl = [], [], [], []
-    for i in here.tolist():
-        with edit(torch.full((n,), i)):
-            after = of.model(of.tokens, logits_to_keep=1).logits[:, -1].log_softmax(-1)
-        changed, apart = after.argmax(1) != of.answers, kl_divergence(before, after)
-        rest = torch.arange(n) != i
-        own.append(float(changed[i]))
-        others.append(changed[rest].float().mean().item())
-        nats.append((before - after)[i, of.answers[i]].item())
-        kl.append(apart[rest].mean().item())
+    tokens, answers, n = of.tokens[here], of.answers[here], len(here)
+    texts = of.held_out[: 2 * n]
+    before, whole = of.model(tokens, logits_to_keep=1).logits[:, -1].log_softmax(-1), of.model(texts).logits
+    changed, apart = torch.zeros(n, n, dtype=torch.bool), torch.zeros(n, n)
+    nats = torch.zeros(n)
+    for i in range(n):
+        with edit(here[i].expand(n)):
+            after = of.model(tokens, logits_to_keep=1).logits[:, -1].log_softmax(-1)
+        changed[i], apart[i] = after.argmax(1) != answers, kl_divergence(before, after)
+        nats[i] = (before - after)[i, answers[i]]
     with edit(here.repeat(2)[: len(texts)]):
         after = of.model(texts).logits
-    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    others = ~torch.eye(n, dtype=torch.bool)
     return {
-        "forgotten": mean(own),
-        "nats lost": mean(nats),
-        "other answers changed": mean(others),
-        "KL on others": mean(kl),
+        "forgotten": changed.diagonal().float().mean().item(),
+        "nats lost": nats.mean().item(),
+        "other answers changed": changed[others].float().mean().item(),
+        "KL on others": apart[others].mean().item(),
         "KL on texts": kl_divergence(whole.flatten(0, 1), after.flatten(0, 1)).mean().item(),
     }
 

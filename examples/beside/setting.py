@@ -81,7 +81,7 @@ class Setting:
 
     def decomposition(self, seed: int = 0, mlp: bool = False) -> apd.Decomposition:
         """W_V and W_O of `layer` in components, read from `out`, or made anew; with `mlp` its matrices too, as fitted
-        to the prompts, without training."""
+        to the prompts beside 64 texts, without training."""
         steps = 0 if mlp else self.steps
         folder = self.out / (f"capitals-mlp-{seed}" if mlp else f"capitals-{seed}-{'trained' if steps else 'start'}")
         if not folder.exists():
@@ -89,7 +89,7 @@ class Setting:
             names += [f"model.layers.{self.mlp}.mlp.{of}_proj.weight" for of in ("gate", "up", "down")] if mlp else []
             apd.decompose(
                 self.model, list(self.tokens.split(20)), names, n_components=len(self.words) + 8,
-                others=list(self.texts[:256].split(4)), seed=seed, **apd.language_model(steps),
+                others=list(self.texts[: 64 if mlp else 256].split(4)), seed=seed, **apd.language_model(steps),
             ).save(folder)  # fmt: skip
         return apd.load(folder, self.model)
 
