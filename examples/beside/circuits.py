@@ -252,6 +252,8 @@ def draw(of: Setting, found: dict[str, compare.FaithfulnessCurve]) -> None:
     for ax, (name, curve) in zip(grid, found.items(), strict=True):
         plots.faithfulness(curve.kept, curve.curves(), unit=curve.unit, ax=ax)
         ax.set_title(name)
+        if ax is not grid[-1]:
+            ax.get_legend().remove()
     figure.savefig(of.results / "circuits.png", dpi=110)
     plt.close(figure)
 
