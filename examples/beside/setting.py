@@ -1,7 +1,7 @@
 """The capitals of SmolLM2-135M-Instruct, their decomposition, and general text, for the three scripts beside this one.
 
-Prompts at every third place are kept aside: `aside` says which. The settings of SAEs, circuits and edits were chosen on
-the others; the numbers in results/ are of those kept aside where a number is of single prompts.
+Prompts at every third place are kept aside: `aside` says which. Circuits are found on the others; curves, edits and
+patches of components are measured on those kept aside. No setting was chosen on either.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import apd_lens as apd
 
 HERE = Path(__file__).parent
+NUMBERS = "<!-- numbers -->"  # in README.md, what the scripts write is below it
 Metric = Callable[[Tensor], Tensor]
 TEMPLATE = "The capital of {word} is"
 NAMES = (
@@ -183,7 +184,7 @@ def written(setting: Setting, name: str, found: Any) -> None:
     (setting.results / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     if setting.results != HERE / "results":
         return
-    parts = [(HERE / "head.md").read_text()]
+    parts = [(HERE / "README.md").read_text().partition(NUMBERS)[0] + NUMBERS]
     for file in sorted(setting.results.glob("*.json")):
         content = json.loads(file.read_text())
         parts.append(f"## {file.stem}.py")
