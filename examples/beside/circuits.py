@@ -254,7 +254,7 @@ def draw(of: Setting, found: dict[str, compare.FaithfulnessCurve]) -> None:
         ax.set_title(name)
         if ax is not grid[-1]:
             ax.get_legend().remove()
-    figure.savefig(of.results / "circuits.png", dpi=110)
+    figure.savefig(of.out / "circuits.png", dpi=110)
     plt.close(figure)
 
 

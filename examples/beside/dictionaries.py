@@ -430,7 +430,7 @@ def draw(of: Setting, measured: dict[str, compare.Sparsity]) -> None:
             loss_name="KL of the answer, nats",
         )  # fmt: skip
         ax.set_title(where)
-    figure.savefig(of.results / "dictionaries.png", dpi=100)
+    figure.savefig(of.out / "dictionaries.png", dpi=100)
     plt.close(figure)
 
 

@@ -82,7 +82,7 @@ def draw(of: Setting, decomposition: apd.Decomposition, own: Tensor) -> None:
         ax.set_yticks(range(len(shown)), [f"{c}  {labels.get(c, '')}" for c in shown])
         ax.set_title(".".join(name.split(".")[2:-1]))
     figure.suptitle(f"{names[1]} → {names[0]}: what carries the difference")
-    figure.savefig(of.results / "patching.png", dpi=110)
+    figure.savefig(of.out / "patching.png", dpi=110)
     plt.close(figure)
 
 

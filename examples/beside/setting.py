@@ -149,8 +149,10 @@ def opened(description: str | None, add: Callable[[argparse.ArgumentParser], obj
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add(parser)
     parser.add_argument("--stand-in", action="store_true", help="a tiny model in the place of the real one")
-    parser.add_argument("--out", type=Path, default=Path("out/lm"), help="where texts, components, SAEs are kept")
-    parser.add_argument("--results", type=Path, help="folder of numbers and figures, by default results/ beside this")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/lm"), help="where texts, components, SAEs, figures are kept"
+    )
+    parser.add_argument("--results", type=Path, help="folder of numbers, by default results/ beside this")
     parser.add_argument("--steps", type=int, default=300, help="of a decomposition that is not in --out yet")
     options = parser.parse_args()
     tiny = options.stand_in
