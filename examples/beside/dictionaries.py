@@ -381,7 +381,7 @@ def main() -> None:
     say("by token", by_token(of, decomposition, own, {name: saes[name] for name in names[::2]}))
 
     edits: dict[str, Edit] = {"own component": of_components(decomposition, own)}
-    random = replace(decomposition, components=apd.random_components(decomposition.components))
+    random = replace(decomposition, components=apd.components.random_components(decomposition.components))
     edits["random component of its size"] = of_components(random, own)
     edits["another country's component"] = of_components(decomposition, own.roll(len(own) // 2))
     counts = {names[2]: (1, 4, 16), names[3]: (1, 4, 16), names[0]: (4,), next(iter(untrained)): (4,)}
@@ -415,7 +415,7 @@ def main() -> None:
 
 
 def random_naming(decomposition: apd.Decomposition, here: Tensor, there: Tensor) -> dict[str, float]:
-    random = replace(decomposition, components=apd.random_components(decomposition.components))
+    random = replace(decomposition, components=apd.components.random_components(decomposition.components))
     return naming(random.attributions(here), random.attributions(there))
 
 

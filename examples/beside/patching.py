@@ -93,7 +93,7 @@ def main() -> None:
         decomposition = of.decomposition(seed)
         own = own_components(decomposition, of.tokens)
         found[f"components, seed {seed}"] = row(of, decomposition, own)
-        random = replace(decomposition, components=apd.random_components(decomposition.components, seed))
+        random = replace(decomposition, components=apd.components.random_components(decomposition.components, seed))
         found[f"random components, seed {seed}"] = row(of, random, own)
         if seed == 0:
             draw(of, decomposition, own)

@@ -94,5 +94,5 @@ def test_what_does_not_fit_is_refused(decomposition):
         compare.patching(decomposition, CLEAN, CORRUPTED[:, :-1], difference)
     with pytest.raises(apd.ShapeMismatch, match="one scalar an example"):
         compare.patching(decomposition, CLEAN, CORRUPTED, lambda logits: logits[:, -1])
-    with pytest.raises(apd.InvalidSetting, match="steps of 0 or more, got -1"):
+    with pytest.raises(apd.errors.InvalidSetting, match="steps of 0 or more, got -1"):
         compare.patching(decomposition, CLEAN, CORRUPTED, difference, steps=-1)

@@ -114,7 +114,7 @@ def test_clean_inputs_are_those_of_the_target():
     for inputs, is_whole in (("propagated", False), ("clean", True)):
         found = compare.sparsity(noisy, batches, (n,), {}, inputs=inputs, nulls=False)
         assert bool(found.loss < 1e-10) is is_whole
-    with pytest.raises(apd.InvalidSetting, match='inputs is "propagated" or "clean", got \'own\''):
+    with pytest.raises(apd.errors.InvalidSetting, match='inputs is "propagated" or "clean", got \'own\''):
         compare.sparsity(decomposition, batches, (1,), {}, inputs="own")
 
 
