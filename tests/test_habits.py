@@ -428,7 +428,7 @@ def test_sae_files_are_read_as_the_kind_that_they_say(tmp_path: Path):
     for cfg, message in [
         ({"architecture": "gated"}, "'gated'; known are"),
         ({"architecture": "standard", "normalize_activations": "layer_norm"}, "normalize_activations='layer_norm'"),
-        ({"architecture": "topk", "k": 2, "rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm=True"),
+        ({"architecture": "topk", "k": 2, "finetuning_scaling_factor": True}, "finetuning_scaling_factor=True"),
     ]:
         with pytest.raises(apd.errors.InvalidSetting, match=message):
             read(cfg)

@@ -45,6 +45,8 @@ from apd_lens.compare._location import overlap as overlap
 from apd_lens.compare._matching import Matching as Matching
 from apd_lens.compare._matching import matching as matching
 from apd_lens.compare._nodes import layer_of as layer_of
+from apd_lens.compare._patching import PatchedComponents as PatchedComponents
+from apd_lens.compare._patching import patching as patching
 from apd_lens.compare._signed import SignedAttributions as SignedAttributions
 from apd_lens.compare._signed import signed_attributions as signed_attributions
 from apd_lens.compare._sparsity import Sparsity as Sparsity

@@ -41,7 +41,6 @@ _DICT_CLASSES: dict[str, Activation] = {
 # Fields of a cfg.json that change what an SAE computes, and the values with which they do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "normalize_activations": ("none", None, False),
-    "rescale_acts_by_decoder_norm": (False, None),
     "finetuning_scaling_factor": (False, None),
     "reshape_activations": ("none", "hook_z", None),
     "hook_head_index": (None,),
@@ -186,6 +185,11 @@ class Dictionary:
         width = len(found["decoder_bias"]) if "decoder_bias" in found else None
         found["encoder"] = _turned(found["encoder"], "encoder", 1, n_latents, width if site_out is None else None)
         found["decoder"] = _turned(found["decoder"], "decoder", 0, n_latents, width)
+        if said.get("scaled_by_decoder"):
+            norms = found["decoder"].norm(dim=1)
+            found["encoder"], found["decoder"] = found["encoder"] * norms, found["decoder"] / norms[:, None]
+            if "encoder_bias" in found:
+                found["encoder_bias"] = found["encoder_bias"] * norms
         return Dictionary(
             site=site,
             encoder=found["encoder"],
@@ -354,7 +358,7 @@ def _kind_beside(path: Path) -> dict[str, Any]:
 
 
 def _of_cfg(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """SAELens and sparsify."""
+    """SAELens and sparsify. "scaled_by_decoder": whether latents are multiplied by the norms of their decoder rows."""
     for field, plain in _PLAIN.items():
         if cfg.get(field, plain[0]) not in plain:
             raise InvalidSetting(f"{field}={cfg[field]!r}")
@@ -363,7 +367,7 @@ def _of_cfg(cfg: Mapping[str, Any]) -> dict[str, Any]:
         activation = cfg.get("architecture")
     elif cfg.get("architecture") == "transcoder":
         activation = "relu"
-    said: dict[str, Any] = {}
+    said: dict[str, Any] = {"scaled_by_decoder": bool(cfg.get("rescale_acts_by_decoder_norm"))}
     if activation is not None:
         said["activation"] = _known(str(activation), _ACTIVATIONS)
     k = cfg.get("k", (cfg.get("activation_fn_kwargs") or {}).get("k"))

@@ -7,6 +7,7 @@ active parameters, and bits.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import pandas as pd
@@ -23,14 +24,16 @@ from apd_lens._table import Printed, as_table
 from apd_lens.attribution._projections import AUTO_PROJECTIONS, are_exact
 from apd_lens.compare._activations import Pool, pooled
 from apd_lens.compare._dictionaries import Dictionary, Latents, moved, random_dictionary
-from apd_lens.compare._splice import rewritten_latents, spliced
+from apd_lens.compare._splice import at_positions, rewritten_latents, spliced
 from apd_lens.components._measures import random_components
 from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import Inputs
 from apd_lens.data._points import Valid, padded, without_padding, zero_at_padding
 from apd_lens.data._stream import one_pass
-from apd_lens.decomposition._decomposition import Decomposition, output_function, output_with
+from apd_lens.decomposition._decomposition import Decomposition, output_function
 from apd_lens.decomposition._observed import Observed
+from apd_lens.host._adapter import Intercept
+from apd_lens.host._matrix import Use
 from apd_lens.host._patch import outside_traces
 from apd_lens.host._sites import reading
 from apd_lens.host._target import evaluating
@@ -39,10 +42,13 @@ from apd_lens.masks._selection import Selection, TopK, with_k
 from apd_lens.passes._cotangents import one_hot_cotangents, random_cotangents
 from apd_lens.passes._output import explained_call
 from apd_lens.passes._replace import Mixture
+from apd_lens.passes._watch import replaced_pass
 
 # Between the target's output and another; or "ce", of labels.
 Loss = Literal["mse", "kl", "ce"] | Callable[[Tensor, Tensor], Tensor]
 Scores = Literal["activation", "gradient"]
+# What a unit behind other units reads: what these give, or what it reads in the target.
+Reads = Literal["propagated", "clean"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -104,6 +110,7 @@ def sparsity(
     loss: Loss | None = None,
     labels: Callable[[Batch], Tensor] | None = None,
     by: Scores = "activation",
+    inputs: Reads = "propagated",
     pool: Pool = "max",
     projections: int | Literal["auto", "exact"] = "auto",
     alpha: float = 1.0,
@@ -128,6 +135,8 @@ def sparsity(
         by: what latents and neurons are selected by: "activation", |latent| times the norm of its decoder direction;
             or "gradient", sqrt(mean_o (latent · ∂f_o/∂latent)²), for examples with the sum over positions inside, as
             `GradientAttribution` estimates what a component does.
+        inputs: what units behind others read, such as those of W_O behind those of W_V, or a second dictionary: what
+            comes out of the others, with their errors ("propagated"), or what they read in the target ("clean").
         pool: over positions, of "activation" where data points are examples.
         projections: of "gradient", as of `GradientAttribution`.
         alpha: α, bits for each rank-one part; the paper leaves it open.
@@ -142,14 +151,17 @@ def sparsity(
     """
     loss = decomposition.settings.losses.distance if loss is None else loss
     _check(decomposition, ks, dictionaries, loss, labels, by)
+    if inputs not in ("propagated", "clean"):
+        raise InvalidSetting(f'inputs is "propagated" or "clean", got {inputs!r}.')
+    clean = inputs == "clean"
     device = next(decomposition.components.parameters()).device
-    models: dict[str, _Components | _Spliced] = {"components": _Components.of(decomposition)}
+    models: dict[str, _Components | _Spliced] = {"components": _Components.of(decomposition, clean)}
     if nulls:
         random = replace(decomposition, components=random_components(decomposition.components, seed))
-        models["random components"] = _Components.of(random, is_null=True)
+        models["random components"] = _Components.of(random, clean, is_null=True)
     for name, given in dictionaries.items():
         some = [moved(each, device) for each in ([given] if isinstance(given, Dictionary) else given)]
-        models[name] = _Spliced(decomposition, some, by, pool, projections, seed)
+        models[name] = _Spliced(decomposition, some, clean, by, pool, projections, seed)
         if nulls:
             random = [random_dictionary(each, seed + index) for index, each in enumerate(some)]
             models[f"{name}, random"] = replace(models[name], dictionaries=random)
@@ -185,29 +197,35 @@ class _Components:
     """The model on its active components.
 
     Attributes:
+        clean: whether each matrix is given what it reads in the target.
         is_null: whether components are others than those that were observed.
         rank, parameters: of each component, over all matrices.
     """
 
     decomposition: Decomposition
+    clean: bool
     is_null: bool
     rank: Float[Tensor, " C"]
     parameters: Float[Tensor, " C"]
 
     @staticmethod
-    def of(decomposition: Decomposition, is_null: bool = False) -> "_Components":
+    def of(decomposition: Decomposition, clean: bool, is_null: bool = False) -> "_Components":
         components = decomposition.components
         ranks = metrics.ranks(components)
         sizes = [components.A[name].shape[1] + components.B[name].shape[2] for name in components.names]
-        return _Components(decomposition, is_null, ranks.sum(1), ranks @ torch.tensor(sizes, device="cpu").to(ranks))
+        return _Components(
+            decomposition, clean, is_null, ranks.sum(1), ranks @ torch.tensor(sizes, device="cpu").to(ranks)
+        )
 
     def points(
         self, some: Observed, activations: Mapping[str, Tensor], ks: Sequence[float], alpha: float
     ) -> Iterator["_Point"]:
         some = self.decomposition.observe(some.inputs) if self.is_null else some
+        read = _inputs_of_uses(self.decomposition, some.inputs) if self.clean else None
         for k in ks:
             mask = _selected(self.decomposition.settings.selection, k, some.attributions, some.valid)
-            output = output_with(self.decomposition, some.inputs, Mixture(self.decomposition.components, mask))
+            mixture = Mixture(self.decomposition.components, mask)
+            output = _with(self.decomposition, some.inputs, mixture if read is None else _given(mixture, read))
             yield _Point(k, _counted(mask, self.rank, self.parameters, alpha, some.valid), output)
 
 
@@ -217,6 +235,7 @@ class _Spliced:
 
     decomposition: Decomposition
     dictionaries: Sequence[Dictionary]
+    clean: bool
     by: Scores
     pool: Pool
     projections: int | Literal["auto", "exact"]
@@ -239,7 +258,12 @@ class _Spliced:
             if k < torch.inf:
                 chosen = (_selected(selection, k, each, valid) for each in scores)
                 masks = [each & active for each, active in zip(chosen, on, strict=True)]
-            with spliced(model, self.dictionaries, masks if k < torch.inf else None):
+            if self.clean:
+                kept = [partial(_instead, each * at_positions(m, each)) for m, each in zip(masks, latents, strict=True)]
+                block = rewritten_latents(model, self.dictionaries, kept)
+            else:
+                block = spliced(model, self.dictionaries, masks if k < torch.inf else None)
+            with block:
                 output = _output(self.decomposition, inputs)
             counted = [
                 _of_latents(self.decomposition, dictionary, mask, alpha, valid)
@@ -293,6 +317,37 @@ class _Spliced:
             squares = [total.to(each) + each.square().sum(0) for total, each in zip(squares, effects, strict=True)]
         n_outputs = _n_outputs(output, valid)
         return [(total / n_outputs.reshape(-1, *[1] * (total.ndim - 1))).sqrt() for total in squares]
+
+
+def _instead(latents: Latents, given: Latents) -> Latents:
+    return latents
+
+
+def _inputs_of_uses(decomposition: Decomposition, inputs: Inputs) -> list[Tensor]:
+    """What the matrices read in the target, call by call."""
+    read: list[Tensor] = []
+
+    def keep(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+        read.append(x)
+        return original()
+
+    _with(decomposition, inputs, keep)
+    return read
+
+
+def _given(mixture: Mixture, read: Sequence[Tensor]) -> Intercept:
+    """The mixture, of these inputs in the place of those that come."""
+    left = iter(read)
+    return lambda use, x, original, bias: mixture(use, next(left), original, bias)
+
+
+def _with(decomposition: Decomposition, inputs: Inputs, replaced: Intercept) -> Tensor:
+    """The explained output with `replaced` in the place of the decomposed weights."""
+    target = decomposition.target
+    with evaluating(target.model):
+        return replaced_pass(target, decomposition.components.names, replaced, inputs, output_function(decomposition))[
+            0
+        ]
 
 
 @dataclass(frozen=True, eq=False)

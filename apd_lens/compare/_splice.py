@@ -15,6 +15,8 @@ def spliced(
     model: nn.Module,
     dictionaries: Sequence[Dictionary],
     masks: Sequence[Shaped[Tensor, "..."] | None] | None = None,
+    *,
+    keep_error: bool = False,
 ) -> Block:
     """Inside, every forward pass of your model continues with the activations that the dictionaries reconstruct.
 
@@ -23,6 +25,8 @@ def spliced(
     Args:
         masks: which latents of each dictionary stay, `batch latents` for all positions of an example, or `batch *pos
             latents`. None for all.
+        keep_error: add what the dictionary does not reconstruct with all latents. Then only what the latents that do
+            not stay write is taken out of the activations: an edit.
 
     Raises:
         InvalidSetting: no such site, two dictionaries for one, or not one mask for each dictionary.
@@ -35,7 +39,7 @@ def spliced(
     def cut(mask: Tensor | None) -> Callable[[Latents], Latents]:
         return lambda latents: latents if mask is None else latents * at_positions(mask, latents)
 
-    return rewritten_latents(model, dictionaries, [cut(mask) for mask in masks])
+    return rewritten_latents(model, dictionaries, [cut(mask) for mask in masks], keep_error)
 
 
 def rewritten_latents(
@@ -47,8 +51,7 @@ def rewritten_latents(
     """Inside, the model goes on with what each dictionary decodes from its changed latents.
 
     Args:
-        keep_error: with what the dictionary leaves unexplained added, so that the activations stay as they are and
-            only gradients go through the latents.
+        keep_error: add what the dictionary leaves unexplained of the activations, without its gradient.
     """
     functions: dict[str, Callable[[Tensor], Tensor]] = {}
     for dictionary, change in zip(dictionaries, changes, strict=True):
@@ -65,22 +68,27 @@ def _read_and_write(
     dictionary: Dictionary, change: Callable[[Latents], Latents], keep_error: bool
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """What is done with the activations at `site`, which stay, and with those at `site_out`."""
-    latents: list[Tensor] = []
+    kept: list[tuple[Latents, Latents]] = []
 
     def read(x: Tensor) -> Tensor:
-        latents[:] = [change(dictionary.encode(x))]
+        latents = dictionary.encode(x)
+        kept[:] = [(latents, change(latents))]
         return x
 
     def write(x: Tensor) -> Tensor:
         if dictionary.site_out in (None, dictionary.site):
             read(x)
-        if not latents:
+        if not kept:
             raise InvalidSetting(
                 f"The forward pass came to {dictionary.site_out!r} before {dictionary.site!r}: a transcoder reads what "
                 "comes first."
             )
-        decoded = dictionary.decode(latents.pop()).reshape(x.shape).to(x.dtype)
-        return x + (decoded - decoded.detach()) if keep_error else decoded
+        latents, changed = kept.pop()
+        decoded = dictionary.decode(changed)
+        if keep_error:
+            decoded = decoded - dictionary.decode(latents).detach()
+        decoded = decoded.reshape(x.shape).to(x.dtype)
+        return x + decoded if keep_error else decoded
 
     return read, write
 

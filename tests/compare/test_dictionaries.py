@@ -123,6 +123,19 @@ def test_files_of_other_libraries_give_the_same_dictionary(tmp_path: Path, kind:
     assert_close(found.decode(found.encode(x)), expected.decode(expected.encode(x)))
 
 
+def test_a_file_of_top_k_latents_that_are_scaled_by_the_decoder(tmp_path: Path):
+    """The default of SAELens's trainer. Decoder rows have lengths 1 to 16, so that the scale decides who is on."""
+    sae, x = sae_at(MLP_OUT, 8, "TopK", k=3, rescale_acts_by_decoder_norm=True), torch.randn(4, 8)
+    with torch.no_grad():
+        sae.W_dec *= torch.arange(1.0, 17)[:, None] / sae.W_dec.norm(dim=1, keepdim=True)
+    sae.save_model(tmp_path)
+    found = compare.Dictionary.from_file(tmp_path / "sae_weights.safetensors", MLP_OUT, n_latents=16)
+    expected = compare.Dictionary.from_sae_lens(sae)
+    assert_close(found.encode(x), expected.encode(x))
+    assert_close(found.decode(found.encode(x)), expected.decode(expected.encode(x)))
+    assert_close(found.decoder.norm(dim=1), torch.ones(16))
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path: Path):
     path = tmp_path / "sae.safetensors"
     save_file({"W_enc": torch.ones(3, 5), "W_dec": torch.ones(5, 3), "square": torch.ones(5, 5)}, path)
@@ -240,6 +253,18 @@ def test_masks_of_examples_and_of_positions():
         compare.spliced(wrapped, [neurons], [torch.ones(3, 2)]),
     ):
         wrapped(x)
+
+
+def test_taking_out_latents_with_the_error_kept_takes_out_what_they_write():
+    some = dictionary("0", d=3, n_latents=5, decoder_bias=torch.ones(3))
+    model, x = nn.Sequential(nn.Identity()), torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    latents = some.encode(x)
+    assert (latents[..., 1] > 0).any()
+    off = torch.tensor([[True, False, True, True, True], [True] * 5])
+    with compare.spliced(model, [some], [off], keep_error=True):
+        found = model(x)
+    assert_close(found[0], x[0] - latents[0, :, 1:2] * some.decoder[1])
+    assert_close(found[1], x[1])
 
 
 def test_the_model_is_as_it_was_after_errors_and_interrupts():

@@ -1,5 +1,7 @@
 """Loss against sparsity, for components and dictionaries whose losses are known by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,6 +94,28 @@ def test_several_dictionaries_at_once_keep_k_each():
     found = compare.sparsity(decomposition, batches, (1,), {"both": several}, nulls=False)
     assert found.of("active")["both"].tolist() == [2, 2]
     assert_close(found.of("loss")["both"], torch.zeros(2), rtol=0, atol=1e-10)
+
+
+def test_clean_inputs_are_those_of_the_target():
+    """With no unit on at the first of two places, what is behind it still gives the whole output of clean inputs."""
+    decomposition, batches = one_component_a_feature(), one_hot_batches()
+    n = decomposition.components.n_components
+    silent = compare.Dictionary("first", torch.zeros(6, 1), torch.zeros(1, 6))
+    both = {"both": [silent, compare.Dictionary.neurons("act", 6)]}
+    losses = {
+        inputs: compare.sparsity(decomposition, batches, (1, n), both, inputs=inputs, nulls=False).of("loss")
+        for inputs in ("propagated", "clean")
+    }
+    assert (losses["propagated"]["both"] > 1e-3).all()
+    assert_close(losses["clean"]["both"], torch.zeros(3), rtol=0, atol=1e-10)
+    # The second matrix's components read x of the target, where the first's are all noise.
+    first = {name: torch.randn_like(A) if "first" in name else A for name, A in decomposition.components.A.items()}
+    noisy = replace(decomposition, components=apd.ParameterComponents(first, dict(decomposition.components.B)))
+    for inputs, is_whole in (("propagated", False), ("clean", True)):
+        found = compare.sparsity(noisy, batches, (n,), {}, inputs=inputs, nulls=False)
+        assert bool(found.loss < 1e-10) is is_whole
+    with pytest.raises(apd.errors.InvalidSetting, match='inputs is "propagated" or "clean", got \'own\''):
+        compare.sparsity(decomposition, batches, (1,), {}, inputs="own")
 
 
 def test_cross_entropy_and_kl():
