@@ -17,7 +17,7 @@ SHARPNESS = 10.0
 
 
 class Cipher(nn.Module):
-    """r = E[token]; r = r + on_b · MLP_b(r) for each block b; y = 10 r Eᵀ. E has random rows of norm 1 and is frozen."""
+    """r = E[token]; r = r + on_b · MLP_b(r) for each block b; y = 10 r Eᵀ. E: random rows of norm 1, frozen."""
 
     E: Tensor
 
