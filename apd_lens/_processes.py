@@ -189,7 +189,9 @@ def _say(doing: str, detail: str = "", error: BaseException | None = None) -> bo
             if not failed and highest == -lowest:
                 return True
             said: list[Any] = [None] * n_processes()
-            failure = None if error is None else (type(error).__name__, str(error))
+            failure = None
+            if error is not None:
+                failure = type(error).__name__, ". ".join([str(error), *getattr(error, "__notes__", [])])
             dist.all_gather_object(said, (doing, failure), group=_control())
         _raise_first(said)
     except ApdError as heard:
@@ -224,7 +226,8 @@ def _reached(doing: str) -> Iterator[None]:
     except RuntimeError as error:
         raise ApdError(
             f"Another of the {n_processes()} processes ended, or cannot be reached, while this one was at {doing}. See "
-            f"what it printed. This one saw: {str(error).splitlines()[0]:.200}"
+            "what it printed. A training that has checkpoints goes on by decompose(…, resume=…), in any number of "
+            f"processes. This one saw: {str(error).splitlines()[0]:.200}"
         ) from error
 
 

@@ -89,8 +89,9 @@ def test_what_goes_wrong_in_one_is_raised_in_all():
     assert one["after"]["factors"][0].equal(other["after"]["factors"][0])
 
 
-def test_a_process_that_ends_ends_the_others():
-    (seconds, message), ended = together(2, dying)
+def test_a_process_that_ends_ends_the_others(tmp_path):
+    (seconds, message, notes), ended = together(2, partial(dying, tmp_path))
     assert ended is None
     assert seconds < 60
     assert re.match("Another of the 2 processes ended, or cannot be reached, while this one was at", message)
+    assert f"decompose(…, resume={str(tmp_path / 'step-000003.safetensors')!r}) goes on behind step 2" in notes[0]

@@ -267,8 +267,9 @@ class _Runs:
         self.done()
         distances = distance_of_each(batch.output, output, self.decomposition.settings.losses.distance)
         if batch.valid is not None and distances.shape == batch.valid.shape:
-            distances = distances.masked_fill(~batch.valid, 0)
-        return distances.reshape(len(distances), -1).sum(1).nan_to_num(torch.inf, torch.inf)
+            distances = distances.masked_fill(~batch.valid.to(distances.device), 0)
+        sums = distances.reshape(len(distances), -1).sum(1).nan_to_num(torch.inf, torch.inf)
+        return sums.to(self.order.device)  # where masks are
 
     @torch.no_grad()
     def __call__(self, make: Callable[..., Intercept], *values: Float[Tensor, "data units"]) -> _Errors:
