@@ -131,11 +131,12 @@ class Settings:
     def after(self, minimality: Tensor, progress: float) -> "Settings":
         """The settings of the next step, in which another number of components may be active (`Needed`)."""
         masking = self.masking
-        later = masking.after(minimality, progress, self.optimization.steps)
-        return self if later is masking else self.with_masking(later)
+        return self.with_masking(masking.after(minimality, progress, self.optimization.steps))
 
     def with_masking(self, masking: Masking) -> "Settings":
         """The same settings with a later form of their masking."""
+        if masking == self.masking:
+            return self
         return replace(self, selection=masking.selection) if self.masks is None else replace(self, masks=masking)
 
 
