@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -56,6 +56,8 @@ class Optimization:
     init_scale: float = 0.5
     start: Literal["random", "matrices", "data"] = "random"
     unit_norm: bool = False
+
+    UNSAVED: ClassVar[dict[str, Any]] = {"scaled": False, "init_scale": 1.0}  # of decompositions of apd_lens 0.1
 
     def __post_init__(self) -> None:
         check_fields(self)

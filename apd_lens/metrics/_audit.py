@@ -86,6 +86,13 @@ class Audit(Printed):
         columns = {"what": self.what, "n": numbers, "loss": self.loss, "null": self.null, "random": self.random}
         return frame(columns)
 
+    def metrics(self) -> dict[str, float]:
+        """Losses by name with their nulls, as `apd_lens.Card(metrics=…)` takes them. What is NaN is left out."""
+        names = [what if n is None else f"{what}, {n}" for what, n in zip(self.what, self.amount, strict=True)]
+        of_null = [f"{name}: null" for name in names]
+        values = [*self.loss.tolist(), *self.null.tolist()]
+        return {name: value for name, value in zip([*names, *of_null], values, strict=True) if value == value}
+
     def _parts(self) -> list[str]:
         cells = [
             ["" if x != x else f"{x:.3g}" for x in column.tolist()] for column in (self.loss, self.null, self.random)
