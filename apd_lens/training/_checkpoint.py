@@ -188,7 +188,8 @@ class Run(Part):
             there = f"decompose(…, resume={str(self._folder)!r}) goes on from there."
             last = f"the newest checkpoint is that of step {max(steps)}. {there}"
         if self.state.step == self._saved:
-            error.add_note(f"T{last[1:]}")
+            if steps:
+                error.add_note(f"T{last[1:]}")
             return
         is_whole = self.state.is_whole()
         try:
