@@ -240,6 +240,12 @@ def test_where_memory_is_short(tmp_path, monkeypatch):
     assert_resumed_is_whole(tmp_path, mlp, few)
 
 
+def test_where_checks_are_late(tmp_path, monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(_state, "on_gpu", lambda device: True)
+    assert_resumed_is_whole(tmp_path, mlp, few)
+
+
 class Loader:
     """Batches in an order of its own, which knows where it is."""
 
@@ -268,6 +274,14 @@ class Loader:
 def test_a_loader_that_knows_where_it_is(tmp_path, n: int, start):
     optimization = apd.Optimization(steps=2 * N, start=start)
     assert_resumed_is_whole(tmp_path, mlp, lambda: few(batches=Loader(n), optimization=optimization))
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # which torchdata takes from torch
+@pytest.mark.filterwarnings("ignore:batches was put back by its load_state_dict")
+@pytest.mark.parametrize("n", [8 * N, 8 * (N + 1)])  # at the end of a pass, and in the middle of one
+def test_a_stateful_dataloader_of_torchdata(tmp_path, n: int):
+    loader = pytest.importorskip("torchdata.stateful_dataloader", exc_type=ImportError).StatefulDataLoader
+    assert_resumed_is_whole(tmp_path, mlp, lambda: few(batches=loader(random((n, 4)), batch_size=8)))
 
 
 def test_a_loader_is_put_back_and_not_gone_through(tmp_path):
