@@ -303,7 +303,7 @@ def main() -> None:
     if arguments.components:
         memory(arguments.components, arguments.width, arguments.processes)
     if arguments.ends:
-        ended(arguments.ends, seed=0, steps=40, counts=arguments.processes)
+        ended(arguments.ends, seed=0, steps=24, counts=arguments.processes)
     if arguments.kills:
         killed(arguments.kills, seed=0, steps=60)
         stopped(steps=2000)
