@@ -289,8 +289,8 @@ def failing(rank: int) -> dict[str, Any]:
     return errors | {"after": trained()}
 
 
-def dying(folder: Path, rank: int) -> tuple[float, str, list[str]]:
-    """Seconds until the other one hears of it, the message, and its notes."""
+def dying(folder: Path, sharded: bool, rank: int) -> tuple[float, str, list[str]]:
+    """Seconds until another one hears of it, the message, and its notes."""
     ended = 0.0
 
     def on_step(step: int, info: apd.StepInfo) -> None:
@@ -299,7 +299,8 @@ def dying(folder: Path, rank: int) -> tuple[float, str, list[str]]:
         in_the_second(lambda _: os._exit(3))(step, info)
 
     try:
-        apd.decompose(mlp(), [data()], **FEW, moves=None, on_step=on_step, checkpoint=apd.Checkpoint(folder, every=2))
+        options = {"sharded": sharded, "checkpoint": apd.Checkpoint(folder, every=2)}
+        apd.decompose(mlp(), [data()], **FEW, moves=None, on_step=on_step, **options)
     except apd.ApdError as error:
         return time.monotonic() - ended, str(error), error.__notes__
     raise AssertionError("heard nothing")
