@@ -78,7 +78,7 @@ def train(steps: int, seed: int = 0, share: float = 1.0, **options: Any) -> tupl
     torch.manual_seed(seed)
     n_moves, on_step = 0, options.pop("on_step", lambda step: None)
 
-    def count(step: int, info: apd.StepInfo) -> None:
+    def count(step: int, info: apd.training.StepInfo) -> None:
         nonlocal n_moves
         n_moves += info.moves
         on_step(step)
@@ -100,9 +100,9 @@ CASES: dict[str, dict[str, Any]] = {
     "Lp": {"selection": apd.Lp(0.9), "losses": apd.Losses(path=0.0)},
     "gates, attacked": {"masks": apd.Gates(hidden=16), "losses": apd.Losses(attack=0.5, completeness=1.0)},
     "two streams": {"others": lambda step: some_data(step, 77, 50)},
-    "cluster moves": {"moves": apd.ClusterMoves(every=10)},
-    "split moves": {"moves": apd.SplitMoves(every=10)},
-    "division moves": {"moves": apd.DivisionMoves(every=10)},
+    "cluster moves": {"moves": apd.moves.ClusterMoves(every=10)},
+    "split moves": {"moves": apd.moves.SplitMoves(every=10)},
+    "division moves": {"moves": apd.moves.DivisionMoves(every=10)},
 }
 
 
@@ -143,7 +143,7 @@ def hold(n_components: int, width: int, sharded: bool) -> tuple[int, int]:
     layers = [layer for _ in range(6) for layer in (nn.Linear(width, width, bias=False), nn.ReLU())]
     model = nn.Sequential(*layers)
 
-    def steps(n_components: int) -> apd.State:
+    def steps(n_components: int) -> apd.training.State:
         options = {"n_components": n_components, "rank": 2, "selection": apd.TopK(4), "moves": None}
         state = apd.init(model, **options, attribution=apd.GradientAttribution(4), sharded=sharded)
         for step in range(3):

@@ -27,7 +27,7 @@ for _ in range(300):
 
 model = NNsight(gpt2.requires_grad_(False))
 losses = apd.Losses(30, 1, apd.HoldThenDecay(0.06), simplicity_floor=0, path=2)
-settings = {"n_components": 40, "rank": 4, "selection": apd.TopK(1), "moves": apd.SplitMoves(), "losses": losses}
+settings = {"n_components": 40, "rank": 4, "selection": apd.TopK(1), "moves": apd.moves.SplitMoves(), "losses": losses}
 optimization = apd.Optimization(steps=2000, lr=3e-3, scaled=False, init_scale=1)
 decomposition = apd.decompose(model, [prompts], ["transformer.h.0.mlp.*"], optimization=optimization, **settings)
 mask = decomposition.select(prompts)

@@ -28,7 +28,7 @@ extras = {
 for module, extra in extras.items():
     try:
         importlib.import_module(module)
-    except apd.MissingExtra as error:
+    except apd.errors.MissingExtra as error:
         message = str(error)
     else:
         message = "imported"

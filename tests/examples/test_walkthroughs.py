@@ -8,6 +8,7 @@ from support import outside
 from support.examples import EXAMPLES, run
 
 
+@pytest.mark.thorough
 def test_the_walkthrough(tmp_path: Path):
     printed = run("walkthrough.py", "--steps", "20", "--out", str(tmp_path))
     for part in ("components kept", "neurons kept", "one to one", "undone: 100.0% right", "random components"):

@@ -25,7 +25,7 @@ def assert_nearly(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def test_bfloat16_models():
     model, x = ResidualMLP(4, 6, 5, 1).bfloat16(), torch.randn(6, 4).bfloat16()
     before = Snapshot.of(model)
-    decomposition = apd.decompose(model, [x], **FEW, losses=apd.Losses(path=1.0), moves=apd.SplitMoves(every=2))
+    decomposition = apd.decompose(model, [x], **FEW, losses=apd.Losses(path=1.0), moves=apd.moves.SplitMoves(every=2))
     before.assert_unchanged(model)
     assert all(factor.dtype == torch.float32 for factor in decomposition.components.parameters())
     assert decomposition.attributions(x).dtype == torch.float32
@@ -121,10 +121,10 @@ def padded() -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
 FITTED = {"moves": None, "optimization": apd.Optimization(steps=2, start="data")}
 POSITIONS = apd.BatchTopK(1.0, "position")
 MOVED: dict[str, tuple[Any, dict[str, Any]]] = {
-    "cluster moves": (rows, {"moves": apd.ClusterMoves(every=2, merge_above=0.3)}),
-    "split moves": (rows, {"moves": apd.SplitMoves(every=2)}),
-    "division moves": (rows, {"moves": apd.DivisionMoves(every=4), "rank": 5}),
-    "cluster moves at positions": (padded, {"moves": apd.ClusterMoves(every=2), "selection": POSITIONS}),
+    "cluster moves": (rows, {"moves": apd.moves.ClusterMoves(every=2, merge_above=0.3)}),
+    "split moves": (rows, {"moves": apd.moves.SplitMoves(every=2)}),
+    "division moves": (rows, {"moves": apd.moves.DivisionMoves(every=4), "rank": 5}),
+    "cluster moves at positions": (padded, {"moves": apd.moves.ClusterMoves(every=2), "selection": POSITIONS}),
     "start of data": (rows, FITTED),
     "start of data, in groups": (rows, FITTED | {"n_components": 42}),
     "start of data, others": (rows, FITTED | ON_TWO["others"] | {"others": [torch.linspace(-1, 1, 20).view(4, 5)]}),
@@ -185,6 +185,6 @@ def test_cuda_path_loss_moves_and_autocast():
     before = Snapshot.of(model)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         apd.decompose(
-            model, [x], **FEW, selection=apd.TopK(1), losses=apd.Losses(path=1.0), moves=apd.SplitMoves(every=2)
+            model, [x], **FEW, selection=apd.TopK(1), losses=apd.Losses(path=1.0), moves=apd.moves.SplitMoves(every=2)
         )
     before.assert_unchanged(model)
