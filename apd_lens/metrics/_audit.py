@@ -87,7 +87,7 @@ class Audit(Printed):
         return frame(columns)
 
     def metrics(self) -> dict[str, float]:
-        """Losses by name with their nulls, as `apd_lens.Card(metrics=…)` takes them. What is NaN is left out."""
+        """Losses by name, with their nulls, for `apd_lens.decomposition.Card(metrics=…)`. NaN is left out."""
         names = [what if n is None else f"{what}, {n}" for what, n in zip(self.what, self.amount, strict=True)]
         of_null = [f"{name}: null" for name in names]
         values = [*self.loss.tolist(), *self.null.tolist()]
