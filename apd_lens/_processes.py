@@ -24,6 +24,7 @@ from apd_lens._errors import ApdError
 _PATIENCE = timedelta(seconds=50)
 
 _CONTROL: list[Any] = []  # the default group, and a group on the CPU of the same processes
+_LOST: list[Any] = []  # a default group of which a process ended, and what was said then
 
 
 def n_processes() -> int:
@@ -182,6 +183,8 @@ def _say(doing: str, detail: str = "", error: BaseException | None = None) -> bo
     digest = int.from_bytes(hashlib.sha256(f"{doing}: {detail}".encode()).digest()[:7])
     state = torch.tensor([int(error is not None), digest, -digest], device="cpu")
     try:
+        if _LOST and _LOST[0] is dist.group.WORLD:  # those that are left may wait for each other without end
+            raise ApdError(_LOST[1])
         with _reached(doing):
             work: Any = dist.all_reduce(state, dist.ReduceOp.MAX, group=_control(), async_op=True)
             work.wait(timedelta(0) if error is None else _PATIENCE)  # 0 is as long as the group waits
@@ -189,7 +192,9 @@ def _say(doing: str, detail: str = "", error: BaseException | None = None) -> bo
             if not failed and highest == -lowest:
                 return True
             said: list[Any] = [None] * n_processes()
-            failure = None if error is None else (type(error).__name__, str(error))
+            failure = None
+            if error is not None:
+                failure = type(error).__name__, ". ".join([str(error), *getattr(error, "__notes__", [])])
             dist.all_gather_object(said, (doing, failure), group=_control())
         _raise_first(said)
     except ApdError as heard:
@@ -222,10 +227,13 @@ def _reached(doing: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ApdError(
+        message = (
             f"Another of the {n_processes()} processes ended, or cannot be reached, while this one was at {doing}. See "
-            f"what it printed. This one saw: {str(error).splitlines()[0]:.200}"
-        ) from error
+            "what it printed. A training that has checkpoints goes on by decompose(…, resume=…), in any number of "
+            f"processes. This one saw: {str(error).splitlines()[0]:.200}"
+        )
+        _LOST[:] = [dist.group.WORLD, message]
+        raise ApdError(message) from error
 
 
 def group_of(values: Tensor) -> Any:

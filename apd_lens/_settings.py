@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -56,6 +56,8 @@ class Optimization:
     init_scale: float = 0.5
     start: Literal["random", "matrices", "data"] = "random"
     unit_norm: bool = False
+
+    UNSAVED: ClassVar[dict[str, Any]] = {"scaled": False, "init_scale": 1.0}  # of decompositions of apd_lens 0.1
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -131,11 +133,12 @@ class Settings:
     def after(self, minimality: Tensor, progress: float) -> "Settings":
         """The settings of the next step, in which another number of components may be active (`Needed`)."""
         masking = self.masking
-        later = masking.after(minimality, progress, self.optimization.steps)
-        return self if later is masking else self.with_masking(later)
+        return self.with_masking(masking.after(minimality, progress, self.optimization.steps))
 
     def with_masking(self, masking: Masking) -> "Settings":
         """The same settings with a later form of their masking."""
+        if masking == self.masking:
+            return self
         return replace(self, selection=masking.selection) if self.masks is None else replace(self, masks=masking)
 
 

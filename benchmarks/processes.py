@@ -1,19 +1,25 @@
 """Trainings in several processes: what they give, what each process holds, and what becomes of them when one ends.
 
 same      the largest difference of a factor from that of one process, float64, of the components whole in each process
-          and divided over them. Beside it what one process gives with half of each batch, as if it were alone
+          and divided over them, and the number of moves, which must be the same. Beside it what one process gives with
+          half of each batch, as if it were alone
 memory    what a process holds of factors, gradients and Adam's moments, and its peak of memory over three steps
-ends      trainings of two processes of which one is killed at a random moment, by SIGKILL and SIGTERM by turns: seconds
-          until the other one says so, and the largest difference from a training that nobody ended after one or four
-          processes went on. And one that is stopped by SIGSTOP, in a group with a timeout of 20 seconds
+ends      trainings of two and of four processes of which one ends behind a random step, in each of several ways:
+          seconds until all others have said so, whether they say how to go on, and the largest difference from one that
+          nobody ended after another number of processes went on
+kills     the same of two processes of which one is killed from outside at a random moment; and one that is stopped by
+          SIGSTOP, in a group with a timeout of 20 seconds
 """
 
 import argparse
+import itertools
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -47,7 +53,7 @@ def started(n: int, work: Callable[[], Any], folder: Path, timeout: float) -> li
             try:
                 result = work()
             except BaseException as error:
-                result = time.time(), str(error)
+                result = time.time(), "\n".join([str(error), *getattr(error, "__notes__", [])])
             torch.save(result, folder / f"unfinished {rank}")
             (folder / f"unfinished {rank}").rename(folder / str(rank))
 
@@ -67,17 +73,25 @@ def some_data(step: int, seed: int, n: int = 64) -> Tensor:
     return x * (torch.rand(n, 12, generator=generator) < 0.2)
 
 
-def train(steps: int, seed: int = 0, share: float = 1.0, **options: Any) -> list[Tensor]:
-    """The factors at the end."""
+def train(steps: int, seed: int = 0, share: float = 1.0, **options: Any) -> tuple[list[Tensor], int]:
+    """The factors at the end, and how many moves were made."""
     torch.manual_seed(seed)
+    n_moves, on_step = 0, options.pop("on_step", lambda step: None)
+
+    def count(step: int, info: apd.training.StepInfo) -> None:
+        nonlocal n_moves
+        n_moves += info.moves
+        on_step(step)
+
     model = nn.Sequential(nn.Linear(12, 5), nn.Linear(5, 12), nn.ReLU()).double()
     decomposition = apd.decompose(
         model,
         lambda step: some_data(step, seed)[: int(64 * share)],
         **{"n_components": 14, "rank": 2, "moves": None, "seed": seed, "progress": False, **options},
         optimization=apd.Optimization(steps),
+        on_step=count,
     )
-    return [factor.detach() for factor in decomposition.components.whole().parameters()]
+    return [factor.detach() for factor in decomposition.components.whole().parameters()], n_moves
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -88,21 +102,22 @@ CASES: dict[str, dict[str, Any]] = {
     "two streams": {"others": lambda step: some_data(step, 77, 50)},
     "cluster moves": {"moves": apd.moves.ClusterMoves(every=10)},
     "split moves": {"moves": apd.moves.SplitMoves(every=10)},
+    "division moves": {"moves": apd.moves.DivisionMoves(every=10)},
 }
 
 
-def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    return max((one - other).abs().max().item() for one, other in zip(ours, theirs, strict=True))
+def difference(ours: tuple[list[Tensor], int], theirs: tuple[list[Tensor], int]) -> float:
+    return max((one - other).abs().max().item() for one, other in zip(ours[0], theirs[0], strict=True))
 
 
 def same(steps: int, cases: list[str], seeds: list[int], counts: list[int]) -> None:
     columns = [f"{n}{sharded}" for n in counts for sharded in ("", ", divided")]
-    print(f"| {steps} steps, seed | {' | '.join(columns)} | half of each batch |")
+    print(f"| {steps} steps, seed | moves | {' | '.join(columns)} | half of each batch |")
     for seed in seeds:
         for name in cases:
             options = CASES[name]
 
-            def run(seed: int = seed, options: dict[str, Any] = options, **more: Any) -> list[Tensor]:
+            def run(seed: int = seed, options: dict[str, Any] = options, **more: Any) -> tuple[list[Tensor], int]:
                 return train(steps, seed, **options, **more)
 
             one = together(1, run)[0]
@@ -110,9 +125,10 @@ def same(steps: int, cases: list[str], seeds: list[int], counts: list[int]) -> N
             for n in counts:
                 for sharded in (False, True):
                     several = together(n, lambda sharded=sharded: run(sharded=sharded))
+                    assert {n_moves for _, n_moves in several} == {one[1]}
                     cells.append(f"{max(difference(of_each, one) for of_each in several):.0e}")
             cells.append(f"{difference(together(1, lambda: run(share=0.5))[0], one):.0e}")
-            print(f"| {name}, {seed} | {' | '.join(cells)} |", flush=True)
+            print(f"| {name}, {seed} | {one[1]} | {' | '.join(cells)} |", flush=True)
 
 
 def resident(of: str) -> int:
@@ -153,7 +169,71 @@ def memory(n_components: int, width: int, counts: list[int]) -> None:
             print(f"| {n}{', divided' * sharded} | {held:.0f} | {peak:.0f} |", flush=True)
 
 
-def ended(n_kills: int, seed: int, steps: int) -> None:
+def by_signal(number: signal.Signals) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def by_exception() -> None:
+    raise ValueError("no more")
+
+
+# How one of several processes ends.
+ENDS: dict[str, Callable[[], object]] = {
+    "SIGKILL": by_signal(signal.SIGKILL),
+    "SIGTERM": by_signal(signal.SIGTERM),
+    "an exception": by_exception,
+    "sys.exit": sys.exit,
+    "os._exit": lambda: os._exit(3),
+}
+
+
+def end_of_one(
+    n: int, number: int, end: Callable[[], object], at_step: int, then: int, sharded: bool, steps: int
+) -> tuple[list[tuple[float, str]], list[Any]]:
+    """Seconds until each other process says so, and what it says; and what others give that go on from there."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "group").mkdir()
+
+        def on_step(step: int) -> None:
+            if torch.distributed.get_rank() == number and step == at_step:
+                (folder / "at").write_text(str(time.time()))
+                end()
+
+        def run(**options: Any) -> tuple[list[Tensor], int]:
+            checkpoint = apd.Checkpoint(folder / "run", every=5)
+            return train(steps, sharded=sharded, checkpoint=checkpoint, resume=folder / "run", **options)
+
+        for pid in started(n, lambda: run(on_step=on_step), folder / "group", 600):
+            os.waitpid(pid, 0)
+        others = found_in(folder / "group", n)
+        others.pop(number)
+        at = float((folder / "at").read_text())
+        return [(seconds - at, message) for seconds, message in others], together(then, run)
+
+
+def ended(n_times: int, seed: int, steps: int, counts: list[int]) -> None:
+    draw, expected = random.Random(seed), together(1, lambda: train(steps))[0]
+    print("| one of | ends by | times | all others said so after at most | say how to go on | gone on with by others |")
+    messages = Counter[str]()
+    for n, (name, end) in itertools.product(counts, ENDS.items()):
+        said, differences = list[tuple[float, str]](), []
+        for _ in range(n_times):
+            number, at_step, sharded = draw.randrange(n), draw.randrange(6, steps - 5), draw.random() < 0.5
+            then = draw.choice([count for count in (1, 2, 3, 4) if count != n])
+            some, gone_on = end_of_one(n, number, end, at_step, then, sharded, steps)
+            said += some
+            differences += [difference(one, expected) for one in gone_on]
+        messages.update(message.splitlines()[0].split(" while ")[0] for _, message in said)
+        helpful = f"{sum('resume=' in message for _, message in said)} of {len(said)}"
+        cells = [n, name, n_times, f"{max(said)[0]:.1f} s", helpful, f"{max(differences):.0e}"]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    print("What was said:")
+    for message, times in messages.items():
+        print(f"    {times:3} {message:.160}")
+
+
+def killed(n_kills: int, seed: int, steps: int) -> None:
     draw, expected = random.Random(seed), together(1, lambda: train(steps))[0]
     start = time.perf_counter()
     together(2, lambda: train(steps))
@@ -166,7 +246,7 @@ def ended(n_kills: int, seed: int, steps: int) -> None:
             folder, sharded = Path(temporary), draw.random() < 0.5
             (folder / "group").mkdir()
 
-            def run(folder: Path = folder, sharded: bool = sharded) -> list[Tensor]:
+            def run(folder: Path = folder, sharded: bool = sharded) -> tuple[list[Tensor], int]:
                 checkpoint = apd.Checkpoint(folder / "run", every=5)
                 return train(steps, sharded=sharded, checkpoint=checkpoint, resume=folder / "run")
 
@@ -214,15 +294,18 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="*", default=[2, 4])
     parser.add_argument("--components", type=int, default=2000, help="of which memory is measured; 0: none")
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--kills", type=int, default=20, help="of one of two processes; 0: none")
+    parser.add_argument("--ends", type=int, default=5, help="of one of several processes, in each way; 0: none")
+    parser.add_argument("--kills", type=int, default=20, help="of one of two, from outside at a random moment; 0: none")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # a process with threads of its own cannot be forked
     if arguments.steps:
         same(arguments.steps, arguments.cases, arguments.seeds, arguments.processes)
     if arguments.components:
         memory(arguments.components, arguments.width, arguments.processes)
+    if arguments.ends:
+        ended(arguments.ends, seed=0, steps=24, counts=arguments.processes)
     if arguments.kills:
-        ended(arguments.kills, seed=0, steps=60)
+        killed(arguments.kills, seed=0, steps=60)
         stopped(steps=2000)
 
 

@@ -80,8 +80,15 @@ def test_what_goes_wrong_in_one_is_raised_in_all():
     assert one["after"]["factors"][0].equal(other["after"]["factors"][0])
 
 
-def test_a_process_that_ends_ends_the_others():
-    (seconds, message), ended = together(2, dying)
-    assert ended is None
-    assert seconds < 60
-    assert re.match("Another of the 2 processes ended, or cannot be reached, while this one was at", message)
+@pytest.mark.parametrize(("n", "sharded"), [(2, False), (4, True)])
+def test_a_process_that_ends_ends_the_others(tmp_path, n: int, sharded: bool):
+    found = together(n, partial(dying, tmp_path, sharded))
+    assert found.pop(1) is None
+    for seconds, message, notes in found:
+        assert seconds < 60
+        assert re.match(f"Another of the {n} processes ended, or cannot be reached, while this one was at", message)
+        newest = (
+            f"so the newest checkpoint is that of step 2. decompose(…, resume={str(tmp_path)!r}) goes on from there"
+        )
+        last = f"decompose(…, resume={str(tmp_path / 'step-000003.safetensors')!r}) goes on behind step 2"
+        assert (newest if sharded else last) in notes[0]

@@ -104,24 +104,21 @@ def lengths_of_documents(attends: Bool[Tensor, "batch query key"]) -> Int[Tensor
 
 
 def padded(values: Tensor, valid: Valid) -> Valid:
-    """`valid`, if it is about the positions of values `batch pos *rest`; else None."""
-    return valid if valid is not None and values.ndim > 2 and values.shape[:2] == valid.shape else None
+    """`valid`, on the device of values `batch pos *rest`, if it is about their positions; else None."""
+    is_about = valid is not None and values.ndim > 2 and values.shape[:2] == valid.shape
+    return valid.to(values.device) if is_about else None  # type: ignore[union-attr]
 
 
 def zero_at_padding(values: Shaped[Tensor, "batch *rest"], valid: Valid) -> Shaped[Tensor, "batch *rest"]:
     """The values with zeros at padding."""
     valid = padded(values, valid)
-    return (
-        values
-        if valid is None
-        else values.masked_fill(~valid.reshape(*valid.shape, *[1] * (values.ndim - 2)).to(values.device), 0)
-    )
+    return values if valid is None else values.masked_fill(~valid.reshape(*valid.shape, *[1] * (values.ndim - 2)), 0)
 
 
 def without_padding(values: Shaped[Tensor, "batch *rest"], valid: Valid) -> Shaped[Tensor, "..."]:
     """The values of the valid positions, `data *rest`."""
     valid = padded(values, valid)
-    return values if valid is None else values[valid.to(values.device)]
+    return values if valid is None else values[valid]
 
 
 def one_row(values: Float[Tensor, "batch *pos"], valid: Valid) -> Float[Tensor, " data"]:
@@ -132,5 +129,6 @@ def one_row(values: Float[Tensor, "batch *pos"], valid: Valid) -> Float[Tensor, 
 def mean_over_positions(values: Float[Tensor, "batch *pos"], valid: Valid) -> Float[Tensor, " batch"]:
     """Of each example, its padding not counted."""
     if valid is not None and values.shape == valid.shape:
+        valid = valid.to(values.device)
         return values.masked_fill(~valid, 0).sum(1) / valid.sum(1).clamp_min(1)
     return values.reshape(len(values), -1).mean(1)

@@ -74,17 +74,17 @@ def load(
         raise ArtifactError(f"{path}: expected digests by name, got {others!r:.80}. Save the decomposition again.")
     if "others" in about and not other_dtype and all(name == saved for saved, name in here.items()):
         warn_of_others(target, about["matrices"], others)
-    device = next(iter(target.weights.values())).parameter.device
 
     def on_model(side: str, name: str) -> Tensor:
-        dtype = torch.promote_types(target.weights[here[name]].parameter.dtype, torch.float32)
+        parameter = target.weights[here[name]].parameter
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
         factor = factors[f"{side}.{name}"]
         if factor.dtype != dtype and not other_dtype:
             raise ArtifactError(
                 f"{path}: {side}.{name} is {factor.dtype}, and components of this model are {dtype}. "
                 "load(path, model, other_dtype=True) converts them."
             )
-        return factor.to(device, dtype)
+        return factor.to(parameter.device, dtype)
 
     components = ParameterComponents(
         A={name: on_model("A", saved) for saved, name in here.items()},
@@ -200,12 +200,11 @@ def on(decomposition: Decomposition, model: Any, *, output: OutputFn | None = No
             f"This decomposition cannot be taken to a {type(target.model).__name__}: {difference}. It needs the "
             "decomposed matrices with the same numbers: without folding, centring or rounding."
         )
-    device = next(iter(target.weights.values())).parameter.device
-    A, B = decomposition.components.A, decomposition.components.B
-    components = ParameterComponents(
-        A={name: A[of].detach().clone().to(device) for of, name in here.items()},
-        B={name: B[of].detach().clone().to(device) for of, name in here.items()},
+    A, B = (
+        {name: side[of].detach().clone().to(target.weights[name].parameter.device) for of, name in here.items()}
+        for side in (decomposition.components.A, decomposition.components.B)
     )
+    components = ParameterComponents(A, B)
     _give_gates(components, decomposition.settings, target, decomposition.components.state_of_gates())
     return Decomposition(
         target=target if decomposition.target.valid is None else target.with_valid(decomposition.target.valid),

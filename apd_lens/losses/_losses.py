@@ -4,7 +4,7 @@ Source of all formulas unless another is named: Braun et al. 2025, arXiv 2501.14
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from apd_lens._checks import check_fields
 from apd_lens._codec import saved
@@ -64,6 +64,8 @@ class Losses:
     hidden_at: tuple[str, ...] = ()
     distance: Distance = "mse"
     normalization: Literal["paper", "relative"] = "relative"
+
+    UNSAVED: ClassVar[dict[str, float]] = {"simplicity_floor": 0.0}  # of decompositions of apd_lens 0.1
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -86,6 +86,13 @@ class Audit(Printed):
         columns = {"what": self.what, "n": numbers, "loss": self.loss, "null": self.null, "random": self.random}
         return frame(columns)
 
+    def metrics(self) -> dict[str, float]:
+        """Losses by name, with their nulls, for `apd_lens.decomposition.Card(metrics=…)`. NaN is left out."""
+        names = [what if n is None else f"{what}, {n}" for what, n in zip(self.what, self.amount, strict=True)]
+        of_null = [f"{name}: null" for name in names]
+        values = [*self.loss.tolist(), *self.null.tolist()]
+        return {name: value for name, value in zip([*names, *of_null], values, strict=True) if value == value}
+
     def _parts(self) -> list[str]:
         cells = [
             ["" if x != x else f"{x:.3g}" for x in column.tolist()] for column in (self.loss, self.null, self.random)
@@ -267,8 +274,9 @@ class _Runs:
         self.done()
         distances = distance_of_each(batch.output, output, self.decomposition.settings.losses.distance)
         if batch.valid is not None and distances.shape == batch.valid.shape:
-            distances = distances.masked_fill(~batch.valid, 0)
-        return distances.reshape(len(distances), -1).sum(1).nan_to_num(torch.inf, torch.inf)
+            distances = distances.masked_fill(~batch.valid.to(distances.device), 0)
+        sums = distances.reshape(len(distances), -1).sum(1).nan_to_num(torch.inf, torch.inf)
+        return sums.to(self.order.device)  # where masks are
 
     @torch.no_grad()
     def __call__(self, make: Callable[..., Intercept], *values: Float[Tensor, "data units"]) -> _Errors:

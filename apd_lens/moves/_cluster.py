@@ -148,7 +148,7 @@ def similarities(
     total = torch.zeros(len(among), len(among), device=components.A[components.names[0]].device, dtype=torch.float32)
     for name, weight in weights.items():
         A, B = components.A[name][list(among)], components.B[name][list(among)]
-        total += inner_products(A, B, A, B) / weight.square().sum()
+        total += (inner_products(A, B, A, B) / weight.square().sum()).to(total.device)
     return total
 
 
@@ -170,10 +170,10 @@ def plan_cluster_split(
     written = []
     for use, x in inputs:
         A, B = components.factors(use)
-        x = _one_sign(x[where])
+        x = _one_sign(x[where.to(x.device)])
         y = masked_product(x, A[[component]], B[[component]]).flatten(1)
         size = x.flatten(1).norm(dim=1).square().mean().sqrt() if x.is_floating_point() else 1.0
-        written.append(y / (weights[use.matrix].norm() * size + torch.finfo(y.dtype).tiny))
+        written.append((y / (weights[use.matrix].norm() * size + torch.finfo(y.dtype).tiny)).to(where.device))
     Y = torch.cat(written, 1)
     norms = Y.norm(dim=1)
     large = norms > _SMALL * norms.max()

@@ -85,8 +85,9 @@ class DivisionMoves:
         """Divides components, and their parts again, while there are free ones; returns how often."""
         components, active = context.components, context.active
         assert active is not None
-        of_points = without_padding(active, context.watched.valid).flatten(0, -2)
-        done = (without_padding(context.attributions, context.watched.valid).flatten(0, -2) * of_points).sum(0)
+        valid, device = context.watched.valid, next(components.parameters()).device
+        of_points = without_padding(active, valid).flatten(0, -2).to(device)
+        done = (without_padding(context.attributions, valid).flatten(0, -2).to(device) * of_points).sum(0)
         order = done.argsort(descending=True).tolist()
         is_free = (done < _FREE * done.mean()).tolist()
         free = [c for c in reversed(order) if is_free[c]]
@@ -116,6 +117,7 @@ class Flow:
 
     def at(self, where: Int[Tensor, " some"]) -> "Flow":
         """The same on some data points."""
+        where = where.to(self.x.device)
         return replace(self, x=self.x[where], g=self.g[where])
 
 
@@ -151,7 +153,8 @@ def divide(
     Returns:
         which data points are the new one's; None if the component is one thing, and stays as it was.
     """
-    kinds = torch.cat([how_it_acts(flow, *_factors(components, flow.use, old)) for flow in flows], 1)
+    device = next(components.parameters()).device
+    kinds = torch.cat([how_it_acts(flow, *_factors(components, flow.use, old)).to(device) for flow in flows], 1)
     size = kinds.norm(dim=1)
     asked = (size > _SMALL * size.max()).nonzero()[:, 0] if len(size) else size.long()
     if len(asked) < _FEWEST_DATA_POINTS:

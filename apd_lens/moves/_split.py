@@ -53,8 +53,10 @@ class SplitMoves:
         """Splits what can be split; returns how many splits were made. Of several uses of a matrix the first counts."""
         components, attributions, valid = context.components, context.attributions, context.watched.valid
         inputs = inputs_of_data_points(components, attributions, valid, context.watched.calls)
-        alike = sum(_random_projection(x, components.factors(use)[0].shape[1], context.generator) for use, x in inputs)
-        assert isinstance(alike, Tensor)
+        alike = torch.zeros(len(inputs[0][1]), dtype=torch.float32, device=attributions.device)
+        for use, x in inputs:
+            projected = _random_projection(x, components.factors(use)[0].shape[1], context.generator)
+            alike += projected.to(alike.device)
         plan = plan_splits(without_padding(attributions, valid).flatten(0, -2), alike)
         made = [split for split in plan if split_component(components, split, inputs)]
         touched = sorted({c for split in made for c in (split.old, split.new)})

@@ -76,7 +76,7 @@ def of_data_points(values: Shaped[Tensor, "batch ..."], like: Tensor, valid: Val
     """The values of each data point, padding left out: where data points are positions, of that position; where they
     are examples, with zeros at padding. `like` as in `inputs_of_data_points`."""
     if (is_data := padded(like, valid)) is not None:
-        return values[is_data]
+        return values[is_data.to(values.device)]
     return zero_at_padding(values, valid).flatten(0, like.ndim - 2)
 
 
@@ -103,10 +103,10 @@ def split_component(
     parts, separations = [], []
     for use, x in inputs:
         A, B = components.factors(use)
-        whole = A[split.old]
-        part = part_for(whole, x[split.given], x[split.kept], ridge)
-        done = _share_done(part, whole, B[split.old], x[split.given])
-        left = _share_done(whole - part, whole, B[split.old], x[split.kept])
+        whole, given, kept = A[split.old], x[split.given.to(x.device)], x[split.kept.to(x.device)]
+        part = part_for(whole, given, kept, ridge)
+        done = _share_done(part, whole, B[split.old], given)
+        left = _share_done(whole - part, whole, B[split.old], kept)
         parts.append(part)
         separations.append(done + left)
     if max(separations) < separation:

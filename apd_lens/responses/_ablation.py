@@ -145,7 +145,8 @@ class _Ablation:
         for c, r in zip(component.split(at_once), rank.split(at_once), strict=True):
             distinct, which = places[c, r].unique(return_inverse=True)
             inputs = self.group.inputs.picked(places[c, r].tolist())
-            whole = self.output(self.group.inputs.picked(distinct.tolist()), [])[which.to(device)]
+            whole = self.output(self.group.inputs.picked(distinct.tolist()), [])
+            whole = whole[which.to(whole.device)]
             without = self.output(inputs, (c + first).tolist())
             of_each = torch.stack(self.measured(inputs, whole, without), 1)
             change = (whole - without).flatten(1, -2) if whole.ndim > 2 else (whole - without)[:, None]

@@ -133,7 +133,7 @@ def fit_to_data(
         for name, regression in regressions.items():
             A, B = components.A[name].mul_(_TINY), components.B[name].mul_(_TINY)
             fit = _fit if regression.rows.x.is_floating_point() else _fit_lookups
-            fit(regression, components_of_points, *((B.mT, A.mT) if regression.transposed else (A, B)))
+            fit(regression, components_of_points.to(A.device), *((B.mT, A.mT) if regression.transposed else (A, B)))
     return components_of_points
 
 
@@ -201,8 +201,8 @@ def _groups(regressions: list[_Regression], n_points: int, most: int) -> Int[Ten
             products = whitened.mT @ whitened
         gram = similarities_of_points(products, rows.gradients[:, kept], rows.points[kept], n_points)
         done = of.importance_of_own[kept].square()
-        similarities += done.sum() * cosines(gram)
-        squares.index_add_(0, rows.points[kept], done)
+        similarities += (done.sum() * cosines(gram)).to(similarities.device)
+        squares.index_add_(0, rows.points[kept].to(squares.device), done.to(squares.device))
     return grouped(similarities / squares.sum(), squares.sqrt(), most)
 
 

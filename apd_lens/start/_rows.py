@@ -174,7 +174,7 @@ def _shapes(part: WatchedPass, numbers: _Numbers, granularity: Granularity) -> I
     device = part.output.device
     if granularity == "position":
         shared_positions(part.calls)
-        return torch.where(_is_data(part.calls[0].y, part), numbers["positions"], -1)
+        return torch.where(_is_data(part.calls[0].y, part).to(device), numbers["positions"], -1)
     found = [numbers[key] for key in _shape_keys(part)]
     return torch.tensor(found, device=device)[:, None]
 
@@ -226,6 +226,7 @@ def _rows(
     """One row for every position of a call that is of one of the first data points and no padding."""
     gradient = call.gradient.flatten(2, -2) if call.y.ndim > 2 else call.gradient[:, :, None]
     _, examples, n_positions, _ = gradient.shape
+    points, shapes = points.to(gradient.device), shapes.to(gradient.device)
     positions = torch.arange(n_positions, device=points.device)
     kinds, of_kinds = shapes.unique(return_inverse=True)
     starts = torch.tensor([numbers[call.place, shape] for shape in kinds.tolist()], device=points.device)

@@ -153,7 +153,9 @@ class Run(Part):
         """Does what the signal would have done without us."""
         self._waiting, handler = 0, self._handlers[number]
         if not callable(handler):
-            raise SystemExit(128 + number)
+            error = SystemExit(128 + number)
+            error.add_note(f"The process was sent {signal.Signals(number).name}.")
+            raise error
         handler(number, frame)
 
     def reached(self, state: State, batches: Sequence[Batch]) -> None:
@@ -179,9 +181,16 @@ class Run(Part):
 
     def save_at_error(self, error: BaseException) -> None:
         """Saves the last step that was done, and says so in a note of the error."""
-        if self._checkpoint is None or self.state.step == self._saved:
+        if self._checkpoint is None:
             return
-        last = f"the newest checkpoint is that of step {self._saved}" if self._saved else "there is no checkpoint"
+        steps, last = _in_folder(self._folder), "there is no checkpoint."
+        if steps:
+            there = f"decompose(…, resume={str(self._folder)!r}) goes on from there."
+            last = f"the newest checkpoint is that of step {max(steps)}. {there}"
+        if self.state.step == self._saved:
+            if steps:
+                error.add_note(f"T{last[1:]}")
+            return
         is_whole = self.state.is_whole()
         try:
             if self.state.components.is_sharded:  # saved by all, or by none
@@ -189,11 +198,14 @@ class Run(Part):
                 _processes.check_same((self.state.step, is_whole), different)
             file = self._save() if is_whole else None
         except Exception as problem:
-            error.add_note(f"The last step could not be saved, so {last}: {problem}")
-        else:
-            saved = f"decompose(…, resume={str(file)!r}) goes on behind step {self.state.step - 1}."
-            begun = f"Step {self.state.step} had begun to change the components, so {last}."
-            error.add_note(begun if file is None else saved)
+            error.add_note(f"The last step could not be saved, so {last} Why it could not: {problem}")
+            return
+        note = f"decompose(…, resume={str(file)!r}) goes on behind step {self.state.step - 1}."
+        if file is None:
+            note = f"Step {self.state.step} had begun to change the components, so {last}"
+        elif not _processes.is_first():  # which may have ended
+            note = f"The first process saves step {self.state.step - 1}, if it can. Before, {last}"
+        error.add_note(note)
 
     def _look_at_batches(self) -> None:
         self._places = [

@@ -270,7 +270,6 @@ def init(
         )
     _check(settings, n_components)
     _check_start(settings, n_components, len(names))
-    _check_devices(settings, {target.weights[name].parameter.device for name in names})
     for name in names:
         value = target.weights[name].value()
         if not bool(value.isfinite().all()):
@@ -394,15 +393,6 @@ def first_batches(batches: Batches) -> Iterable[Batch]:
         return [batches(step) for step in range(FITTED_STEPS)]
     check_again(batches, 2)
     return islice(one_pass(batches), FITTED_BATCHES)
-
-
-def _check_devices(settings: Settings, devices: set[torch.device]) -> None:
-    if len(devices) > 1 and (settings.moves is not None or settings.optimization.start != "random"):
-        raise InvalidSetting(
-            f"The matrices are on {len(devices)} devices, {', '.join(sorted(map(str, devices)))}. Moves, and starts "
-            "that are not random, look at all matrices together, on one device. Give moves=None and start='random', or "
-            "put the model on one device."
-        )
 
 
 def _check_start(settings: Settings, n_components: int, n_matrices: int) -> None:

@@ -8,8 +8,12 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import outside
+from support.golden import GOLDEN
 from support.toy_models import ResidualMLP, Snapshot, decomposition_of
+from torch import nn
+from torch.testing import assert_close
 
 import apd_lens as apd
 from apd_lens.decomposition import _artifact
@@ -242,6 +246,19 @@ def test_an_artifact_of_the_first_release_loads(saved):
         apd.load(saved, model_of().bfloat16(), other_dtype=True)
 
 
+@pytest.mark.parametrize("version", ["0.1", "0.2"])
+def test_what_an_earlier_release_saved_is_what_it_was(version: str):
+    """The folders were written by those releases, on this model."""
+    expected = load_file(GOLDEN / "saved_by.safetensors")
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    model.load_state_dict({name.removeprefix("model."): value for name, value in expected.items() if "model" in name})
+    loaded = apd.from_pretrained(GOLDEN / f"saved_by_{version}", model)
+    assert_close(loaded.attributions(expected["x"]), expected[f"attributions.{version}"])
+    was = loaded.settings
+    then = (was.optimization.scaled, was.optimization.init_scale, was.losses.simplicity_floor, was.attribution.metric)
+    assert then == {"0.1": (False, 1.0, 0.0, "outputs"), "0.2": (True, 0.5, 0.5, "outputs")}[version]
+
+
 def as_earlier(folder) -> None:
     """Makes of an artifact what 0.1 and 0.2 saved."""
     (folder / "config.json").rename(folder / "decomposition.json")
@@ -373,3 +390,28 @@ def test_nothing_is_pickled(saved):
         apd.load({str(saved)!r}, ResidualMLP(4, 6, 5, 1))
         """
     )
+
+
+def test_directions_are_of_use_where_there_is_no_apd_lens(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(5, 4)
+    decomposition = decomposition_of(model)
+    decomposition.export_directions(tmp_path / "directions")
+    with torch.no_grad(), decomposition.ablate(3):
+        expected = model(x)
+    save_file(model.state_dict() | {"x": x, "expected": expected}, tmp_path / "given")
+    printed = outside.fresh(f"""
+        import sys
+        sys.modules["apd_lens"] = None
+        import torch
+        from safetensors.torch import load_file
+        directions, given = load_file({str(tmp_path / "directions")!r}), load_file({str(tmp_path / "given")!r})
+        x, expected = given.pop("x"), given.pop("expected")
+        for name in ("0.weight", "2.weight"):
+            read, write = directions[name + ".read"][3], directions[name + ".write"][3]
+            given[name] -= (read.T @ write).T
+        without = torch.relu(x @ given["0.weight"].T + given["0.bias"]) @ given["2.weight"].T + given["2.bias"]
+        print((without - expected).abs().max().item())
+    """)
+    with torch.no_grad():
+        assert float(printed) < 1e-6 < 1e-2 < (model(x) - expected).abs().max()

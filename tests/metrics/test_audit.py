@@ -273,6 +273,11 @@ def test_an_audit_is_printed_and_is_a_table():
     assert lines[-3].startswith("6 data points with 2 of 5 components active")
     assert list(audit.table().columns) == ["what", "n", "loss", "null", "random"]
     assert audit.table()["what"].tolist() == audit.what
+    measured = audit.metrics()
+    assert measured["active ones alone"] == rows(audit)["active ones alone"][0][0]
+    assert measured["active ones alone: null"] == rows(audit)["active ones alone"][0][1]
+    assert len(measured) == len(audit.what) + int((~audit.null.isnan()).sum())
+    apd.decomposition.Card(metrics=measured)
 
 
 def test_with_one_matrix_there_is_no_subset_of_matrices():

@@ -291,8 +291,8 @@ def failing(rank: int) -> dict[str, Any]:
     return errors | {"after": trained()}
 
 
-def dying(rank: int) -> tuple[float, str]:
-    """Seconds until the other one hears of it, and the message."""
+def dying(folder: Path, sharded: bool, rank: int) -> tuple[float, str, list[str]]:
+    """Seconds until another one hears of it, the message, and its notes."""
     ended = 0.0
 
     def on_step(step: int, info: apd.training.StepInfo) -> None:
@@ -301,7 +301,8 @@ def dying(rank: int) -> tuple[float, str]:
         in_the_second(lambda _: os._exit(3))(step, info)
 
     try:
-        apd.decompose(mlp(), [data()], **FEW, moves=None, on_step=on_step)
+        options = {"sharded": sharded, "checkpoint": apd.Checkpoint(folder, every=2)}
+        apd.decompose(mlp(), [data()], **FEW, moves=None, on_step=on_step, **options)
     except apd.ApdError as error:
-        return time.monotonic() - ended, str(error)
+        return time.monotonic() - ended, str(error), error.__notes__
     raise AssertionError("heard nothing")

@@ -19,6 +19,8 @@ from apd_lens._settings import learning_rate
 from apd_lens.decomposition import _decomposition
 from apd_lens.training import _checkpoint, _seen, _state
 
+pytestmark = pytest.mark.filterwarnings("ignore:The training diverged")  # in its few steps
+
 N = 3
 NEEDED = apd.BatchTopK(apd.masks.Needed(hold=0.0), least=0.1)
 
@@ -83,30 +85,15 @@ def assert_resumed_is_whole(folder: Path, make: Callable[[], Any], options: Call
 
 
 TARGETED = {"losses": apd.Losses(faithfulness=0.0), "others": [random((5, 4), 7), random((5, 4), 8)], "moves": None}
-LP = {"losses": apd.Losses(path=0.0)}
 KINDS: dict[str, dict[str, Any]] = {
-    "BatchTopK": {"selection": apd.BatchTopK(1.5)},
-    "TopK": {"selection": apd.TopK(1)},
-    "Needed": {"selection": NEEDED},
     "k of the batch": {"selection": apd.BatchTopK(lambda batch: 1.0 + (batch[0, 0] > 0).item())},
-    "Lp": {"selection": apd.Lp(threshold=1.0)} | LP,
-    "Lp and no moves": {"selection": apd.Lp(), "moves": None} | LP,
-    "a masking": {"masks": apd.Attributed(selection=NEEDED)},
-    "gates": {"masks": apd.Gates(hidden=8, teacher=apd.Attributed(selection=NEEDED))},
-    "gates, attacked": {
-        "masks": apd.Gates(hidden=8, teacher=None, blocks=1),
+    "Lp and no threshold": {"selection": apd.Lp(), "moves": None, "losses": apd.Losses(path=0.0)},
+    "gates without a teacher": {
+        "masks": apd.Gates(hidden=8, teacher=None),
         "losses": apd.Losses(attack=0.5, completeness=1.0, parts="matrices"),
     },
-    "gates, others": TARGETED | {"masks": apd.Gates(hidden=8)},
-    "integrated": {"attribution": apd.IntegratedGradients(steps=2)},
-    "ablation": {"attribution": apd.AblationAttribution()},
-    "activation": {"attribution": apd.ActivationAttribution()},
-    "projections": {"attribution": apd.GradientAttribution(projections=2)},
+    "noise for parts": {"losses": apd.Losses(parts="noise")},
     "fixed projections": {"attribution": apd.GradientAttribution(projections=2, fixed=True)},
-    "no moves": {"moves": None},
-    "cluster moves": {"moves": apd.moves.ClusterMoves(every=1, until=1.0)},
-    "division moves": {"moves": apd.moves.DivisionMoves(every=1, until=1.0)},
-    "others": TARGETED,
     "others with active ones": TARGETED | {"elsewhere": apd.Elsewhere(selection=NEEDED, simplicity=0.1)},
     "start of data": {"optimization": apd.Optimization(steps=2 * N, start="data")},
     "start of data, others": TARGETED | {"optimization": apd.Optimization(steps=2 * N, start="data")},
@@ -124,12 +111,115 @@ def test_what_was_resumed_ends_bit_for_bit_as_it_would_have(tmp_path, options: d
     assert_resumed_is_whole(tmp_path, mlp, lambda: few(**options))
 
 
-def test_in_float64(tmp_path):
-    assert_resumed_is_whole(tmp_path, lambda: mlp().double(), lambda: few(batches=[random((8, 4)).double()]))
+def gated(attribution: Any, losses: dict[str, float], **options: Any) -> dict[str, Any]:
+    return {"masks": apd.Gates(hidden=8, teacher=apd.Attributed(attribution, NEEDED), **options), "losses": losses}
 
 
-def test_of_a_model_in_bfloat16(tmp_path):
-    assert_resumed_is_whole(tmp_path, lambda: mlp().bfloat16(), lambda: few(batches=[random((8, 4)).bfloat16()]))
+# An attribution -> arguments; losses as a dict, to which others add theirs.
+MASKINGS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "Lp": lambda attribution: {
+        "attribution": attribution,
+        "selection": apd.Lp(threshold=1.0),
+        "losses": {"path": 0.0},
+    },
+    "TopK": lambda attribution: {"attribution": attribution, "selection": apd.TopK(1)},
+    "gates, attacked": lambda attribution: gated(attribution, {"attack": 0.5, "completeness": 1.0}, blocks=1),
+    "Needed": lambda attribution: {"masks": apd.Attributed(attribution, NEEDED)},
+    "gates": lambda attribution: gated(attribution, {}),
+    "BatchTopK": lambda attribution: {"attribution": attribution, "selection": apd.BatchTopK(1.5)},
+}
+ATTRIBUTIONS = {
+    "gradient": apd.GradientAttribution(),
+    "projections": apd.GradientAttribution(projections=2),
+    "integrated": apd.IntegratedGradients(steps=2),
+    "ablation": apd.AblationAttribution(),
+    "activation": apd.ActivationAttribution(),
+}
+MOVES = {
+    "split": apd.moves.SplitMoves(every=2, until=1.0),
+    "cluster": apd.moves.ClusterMoves(every=1, until=1.0),
+    "division": apd.moves.DivisionMoves(every=1, until=1.0),
+    "none": None,
+}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+def hooked() -> Any:
+    return pytest.importorskip("support.hooked", exc_type=ImportError).hooked_transformer()
+
+
+def bridge() -> Any:
+    bridges = pytest.importorskip("support.bridges", exc_type=ImportError)
+    torch.manual_seed(0)
+    return bridges.bridge("gpt2")
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    return tiny_llama(num_hidden_layers=3)
+
+
+def gpt() -> nn.Module:
+    torch.manual_seed(0)
+    return TinyGPT()
+
+
+def nnsight() -> Any:
+    return pytest.importorskip("nnsight", exc_type=ImportError).NNsight(mlp())
+
+
+# A model, and a batch of so many examples by a seed.
+NUMBERS: Callable[[int, int], torch.Tensor] = lambda n, seed: random((n, 4), seed)  # noqa: E731
+TOKENS: Callable[[int, int], torch.Tensor] = lambda n, seed: tokens(n, 5, seed)  # noqa: E731
+HOSTS: dict[str, tuple[Callable[[], Any], Any, dict[str, Any]]] = {
+    "module": (mlp, NUMBERS, {}),
+    "Hugging Face": (llama, TOKENS, {"weights": "model.layers.2.mlp*"}),
+    "HookedTransformer": (hooked, TOKENS, {"weights": "*mlp*"}),
+    "TransformerBridge": (bridge, TOKENS, {"weights": "*mlp*"}),
+    "nnsight": (nnsight, NUMBERS, {}),
+    "lookups": (gpt, TOKENS, {"weights": ["wte*", "fc.*"]}),
+}
+
+
+def combined(host: str, masking: dict[str, Any], dtype: torch.dtype, others: bool, **options: Any) -> Any:
+    """What makes the model, and arguments of a training; skips what is refused: `Lp` alone is, with some."""
+    make, batch, more = HOSTS[host]
+    floating = lambda batch: batch.to(dtype) if batch.is_floating_point() else batch  # noqa: E731
+    losses = masking.get("losses", {}) | ({"faithfulness": 0.0} if others else {})
+    arguments = few(batches=[floating(batch(8, seed)) for seed in range(4)], **more, **options)
+    arguments |= masking | {"losses": apd.Losses(**losses)}
+    if others:
+        arguments["others"] = [floating(batch(5, seed)) for seed in (7, 8)]
+    asked = {key: value for key, value in arguments.items() if key not in ("batches", "others", "progress")}
+    try:
+        apd.init(make().to(dtype), **asked, elsewhere=apd.Elsewhere() if others else None)
+    except apd.errors.InvalidSetting as refused:
+        assert isinstance(masking.get("selection"), apd.Lp)
+        pytest.skip(str(refused))
+    return lambda: make().to(dtype), lambda: arguments
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("others", [False, True], ids=["alone", "others"])
+@pytest.mark.parametrize("moves", MOVES)
+@pytest.mark.parametrize("attribution", ATTRIBUTIONS)
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_every_masking_with_every_attribution_moves_stream_and_dtype(
+    tmp_path, masking: str, attribution: str, moves: str, others: bool, dtype: torch.dtype
+):
+    masks = MASKINGS[masking](ATTRIBUTIONS[attribution])
+    assert_resumed_is_whole(tmp_path, *combined("module", masks, dtype, others, moves=MOVES[moves]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("others", [False, True], ids=["alone", "others"])
+@pytest.mark.parametrize("masking", MASKINGS)
+@pytest.mark.parametrize("host", HOSTS)
+def test_every_host_with_every_masking_stream_and_dtype(
+    tmp_path, host: str, masking: str, others: bool, dtype: torch.dtype
+):
+    masks = MASKINGS[masking](apd.GradientAttribution(projections=2))
+    assert_resumed_is_whole(tmp_path, *combined(host, masks, dtype, others))
 
 
 def test_whatever_the_default_dtype_and_device(tmp_path):
@@ -149,6 +239,12 @@ def test_whatever_the_default_dtype_and_device(tmp_path):
 def test_where_memory_is_short(tmp_path, monkeypatch):
     """What is kept of batches then depends on where the training began."""
     monkeypatch.setattr(_seen, "KEPT", 1500)
+    assert_resumed_is_whole(tmp_path, mlp, few)
+
+
+def test_where_checks_are_late(tmp_path, monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(_state, "on_gpu", lambda device: True)
     assert_resumed_is_whole(tmp_path, mlp, few)
 
 
@@ -182,6 +278,14 @@ def test_a_loader_that_knows_where_it_is(tmp_path, n: int, start):
     assert_resumed_is_whole(tmp_path, mlp, lambda: few(batches=Loader(n), optimization=optimization))
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # which torchdata takes from torch
+@pytest.mark.filterwarnings("ignore:batches was put back by its load_state_dict")
+@pytest.mark.parametrize("n", [8 * N, 8 * (N + 1)])  # at the end of a pass, and in the middle of one
+def test_a_stateful_dataloader_of_torchdata(tmp_path, n: int):
+    loader = pytest.importorskip("torchdata.stateful_dataloader", exc_type=ImportError).StatefulDataLoader
+    assert_resumed_is_whole(tmp_path, mlp, lambda: few(batches=loader(random((n, 4)), batch_size=8)))
+
+
 def test_a_loader_is_put_back_and_not_gone_through(tmp_path):
     trained(mlp(), few(batches=Loader(8), checkpoint=apd.Checkpoint(tmp_path, every=4)))
     loader = Loader(8)
@@ -200,11 +304,6 @@ def test_a_dataloader_that_shuffles_by_a_seed(tmp_path, start):
     assert_resumed_is_whole(tmp_path, mlp, options)
 
 
-def llama() -> nn.Module:
-    torch.manual_seed(0)
-    return tiny_llama(num_hidden_layers=3)
-
-
 def test_a_targeted_decomposition_of_a_hugging_face_model(tmp_path):
     """With what comes before the first decomposed matrix kept, by the fit at first."""
     assert_resumed_is_whole(
@@ -221,33 +320,7 @@ def test_a_targeted_decomposition_of_a_hugging_face_model(tmp_path):
     )
 
 
-def test_a_transformer_lens_model(tmp_path):
-    hooked = pytest.importorskip("support.hooked", exc_type=ImportError)
-    options = few(batches=[hooked.tokens(3)], weights="*mlp*", losses=apd.Losses(distance="kl"))
-    assert_resumed_is_whole(tmp_path, hooked.hooked_transformer, lambda: options)
-
-
-def test_a_transformer_bridge(tmp_path):
-    bridges = pytest.importorskip("support.bridges", exc_type=ImportError)
-
-    def gpt2() -> nn.Module:
-        torch.manual_seed(0)
-        return bridges.bridge("gpt2")
-
-    options = few(batches=[tokens(4, 5)], weights="*mlp*", losses=apd.Losses(distance="kl"))
-    assert_resumed_is_whole(tmp_path, gpt2, lambda: options)
-
-
-def test_an_nnsight_model(tmp_path):
-    nnsight = pytest.importorskip("nnsight", exc_type=ImportError)
-    assert_resumed_is_whole(tmp_path, lambda: nnsight.NNsight(mlp()), few)
-
-
 def test_positions_as_data_points(tmp_path):
-    def gpt() -> nn.Module:
-        torch.manual_seed(0)
-        return TinyGPT()
-
     selection = apd.BatchTopK(1.5, granularity="position")
     options = few(batches=[tokens(4, 5)], weights=["fc.*", "proj.*"], selection=selection)
     assert_resumed_is_whole(tmp_path, gpt, lambda: options)

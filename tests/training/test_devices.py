@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.processes import Padded
 from support.toy_models import ResidualMLP, Snapshot, TinyGPT, decomposition_of
 from support.two_devices import FIRST, SECOND, TwoDevices, placed
 from torch import nn
@@ -91,8 +92,6 @@ def test_a_model_on_two_devices(options: dict[str, Any]):
     for number, device in ((0, FIRST), (2, SECOND), (4, FIRST)):
         placed(model[number], device)
     with TwoDevices():
-        with pytest.raises(apd.errors.InvalidSetting, match=r"on 2 devices, cpu:0, cpu:1\. Moves, and starts"):
-            apd.init(model, n_components=2)
         found = apd.decompose(model, [x], **few)
         for name, factor in found.components.B.items():
             assert factor.device == model.get_parameter(name).device
@@ -100,6 +99,70 @@ def test_a_model_on_two_devices(options: dict[str, Any]):
     for ours, theirs in zip(found.components.parameters(), expected.components.parameters(), strict=True):
         assert_close(ours.inner, theirs, rtol=1e-5, atol=1e-6)
     assert_close(attributions.inner, expected.attributions(x), rtol=1e-4, atol=1e-5)
+
+
+def rows() -> tuple[nn.Module, list[torch.Tensor]]:
+    """Two layers, and data that use about one row of each."""
+    noise = torch.randn(46, 5, generator=torch.Generator().manual_seed(0)) / 10
+    model = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.copy_(torch.diag(torch.linspace(1, 2, 5)) + noise[:5] / 10)
+    return model, [torch.eye(5)[torch.arange(41) % 5] * torch.linspace(0.5, 1, 41)[:, None] + noise[5:]]
+
+
+def padded() -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
+    """A lookup, a product, and positions of which some are padding."""
+    torch.manual_seed(0)
+    mask = torch.ones(6, 4).tril(1).long()
+    return Padded(), [{"tokens": torch.arange(24).reshape(6, 4) % 9, "attention_mask": mask}]
+
+
+FITTED = {"moves": None, "optimization": apd.Optimization(steps=2, start="data")}
+POSITIONS = apd.BatchTopK(1.0, "position")
+MOVED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "cluster moves": (rows, {"moves": apd.moves.ClusterMoves(every=2, merge_above=0.3)}),
+    "split moves": (rows, {"moves": apd.moves.SplitMoves(every=2)}),
+    "division moves": (rows, {"moves": apd.moves.DivisionMoves(every=4), "rank": 5}),
+    "cluster moves at positions": (padded, {"moves": apd.moves.ClusterMoves(every=2), "selection": POSITIONS}),
+    "start of data": (rows, FITTED),
+    "start of data, in groups": (rows, FITTED | {"n_components": 42}),
+    "start of data, others": (rows, FITTED | ON_TWO["others"] | {"others": [torch.linspace(-1, 1, 20).view(4, 5)]}),
+    "start of data at positions": (padded, FITTED | {"selection": POSITIONS}),
+    "start of matrices": (rows, {"moves": None, "optimization": apd.Optimization(steps=2, start="matrices")}),
+}
+
+
+@pytest.mark.parametrize(("make", "options"), MOVED.values(), ids=MOVED)
+def test_moves_and_starts_on_two_devices(make: Any, options: dict[str, Any], tmp_path):
+    """What follows too: the result is saved, loaded, gone on with, and audited."""
+    expected_moves, moves = [], []
+    few = {
+        "n_components": 6,
+        "rank": 2,
+        "selection": apd.BatchTopK(1.0),
+        "optimization": apd.Optimization(steps=20, lr=2e-2),
+        "progress": False,
+    } | options
+    model, batches = make()
+    expected = apd.decompose(copy.deepcopy(model), batches, **few, on_step=lambda _, i: expected_moves.append(i.moves))
+    assert few["moves"] is None or sum(expected_moves)
+    for layer, device in zip(model.children(), (FIRST, SECOND), strict=True):
+        placed(layer, device)
+    with TwoDevices():
+        durable = {"checkpoint": apd.Checkpoint(tmp_path / "run", every=1), "resume": tmp_path / "run"}
+        found = apd.decompose(model, batches, **few, **durable, on_step=lambda _, i: moves.append(i.moves))
+        max((tmp_path / "run").iterdir()).unlink()
+        again = apd.decompose(model, batches, **few, **durable)
+        found.save(tmp_path / "result")
+        loaded = apd.load(tmp_path / "result", model)
+        table = apd.metrics.audit(found, batches, ladder=(1,), unions=(), n_draws=1, progress=False)
+    assert moves == expected_moves
+    for one in (found, again, loaded):
+        for ours, theirs in zip(one.components.parameters(), expected.components.parameters(), strict=True):
+            assert_close(ours.inner, theirs, rtol=1e-4, atol=1e-5)
+        assert {factor.device for factor in one.components.parameters()} == {FIRST, SECOND}
+    assert table is not None
 
 
 @needs_cuda
