@@ -100,7 +100,7 @@ def stability(
         alive = [torch.ones(some.n_components, dtype=torch.bool, device="cpu") for some in sets]
     _check_alive(alive, sets)
     twins = [random_components(components) for components in sets]
-    scales = _squared_norms(decompositions[0])
+    scales = squared_norms(decompositions[0])
     best = _best_by_assignment if one_to_one else _best_of_any
 
     def compare(others: Sequence[ParameterComponents], names: Sequence[str]) -> Float[Tensor, "S S"]:
@@ -179,7 +179,7 @@ def _best_by_assignment(cosines: Float[Tensor, "C D"], norms: Float[Tensor, " C"
     return matched
 
 
-def _squared_norms(decomposition: Decomposition | ParameterComponents) -> dict[str, float]:
+def squared_norms(decomposition: Decomposition | ParameterComponents) -> dict[str, float]:
     """‖W_l‖² of the target's matrices, or of the components' sums; 1 for a matrix that is 0."""
     if isinstance(decomposition, Decomposition):
         weights = decomposition.target.weights

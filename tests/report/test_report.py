@@ -1,5 +1,7 @@
 """The HTML page: what is in the file, and what a headless Chromium makes of it."""
 
+import base64
+import gzip
 import json
 import re
 import warnings
@@ -76,8 +78,10 @@ def features_page(tmp_path_factory) -> Path:
 
 
 def data_of(page: Path) -> dict:
-    (found,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page.read_text())
-    return json.loads(found)
+    """What the page's script reads, of its one decomposition."""
+    (packed,) = re.findall(r'<script id="data" type="text/plain">(.*?)</script>', page.read_text())
+    found = json.loads(gzip.decompress(base64.b85decode(packed.translate(str.maketrans(",.", "<&")))))
+    return found["sides"][0] | {"words": found["words"]}
 
 
 def rows(driver) -> list[list[str]]:
