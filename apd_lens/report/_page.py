@@ -43,9 +43,6 @@ from apd_lens.responses._responses import TopExamples
 # A list of names, one for each output unit, or a function of the unit.
 Names = Sequence[str] | Callable[[int], str]
 
-# What JSON may hold and a <script> may not, or not everywhere: the end of the script, and line ends of JavaScript. (All
-# beyond ASCII, U+2028 and U+2029 among it, json.dumps escapes.)
-_ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 # Base 85 without "<" and "&".
 _FOR_SCRIPTS = bytes.maketrans(b"<&", b",.")
 _N_TOGETHER, _N_TWINS = 6, 4
@@ -141,7 +138,9 @@ def write_report(
         matrices=_matrices(decomposition),
         settings=_settings(decomposition),
         versions=library_versions(model) | {"plotly": plotly.__version__},
-        data=_packed(script_json({"sides": sides, "names": names[: len(both)], "words": words.strings})),
+        data=_packed(
+            json.dumps({"sides": sides, "names": names[: len(both)], "words": words.strings}, cls=PlotlyJSONEncoder)
+        ),
         plotly=_packed_plotly(),
     )
     write_file(path, page.encode())
@@ -182,15 +181,6 @@ def _put_peers(
     )
     what = "Jaccard index" if score is active else "cosine"
     return (f"{what} with the closest component of {names[1]}", "mean over components alive", found, random)
-
-
-def script_json(value: Any) -> str:
-    """JSON that can stand in a <script>, whatever strings it holds.
-
-    >>> script_json("</script>")
-    '"\\\\u003c/script\\\\u003e"'
-    """
-    return json.dumps(value, cls=PlotlyJSONEncoder, separators=(",", ":")).translate(_ESCAPES)
 
 
 @cache
