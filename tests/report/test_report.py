@@ -409,15 +409,18 @@ def test_two_thousand_components_are_listed_in_half_a_second(driver, tmp_path: P
     batches = [torch.randint(0, 100, (16, 16))]
     page = decomposition.report(batches, tmp_path / "report.html")
     assert page.stat().st_size < 5_000_000
-    listed, worked = [], []
+    plain = tmp_path / "without_figures.html"
+    plain.write_text(page.read_text().replace("    await draw();\n", ""))
+    assert plain.stat().st_size < page.stat().st_size
+    listed, drawn = [], []  # seconds of processor time, which other work on the machine does not change
     browser.work(driver)
     for _ in range(3):
-        browser.open_page(driver, page)
-        worked.append(browser.work(driver))  # with all figures drawn
-        listed.append(driver.execute_script("return performance.getEntriesByName('list')[0].startTime / 1000"))
-    print(f"seconds to the list: {listed}, of processor time with all figures: {worked}")
-    assert min(listed) < 0.5
-    assert 0.1 < min(worked) < 3
+        for opened, seconds in ((plain, listed), (page, drawn)):
+            browser.open_page(driver, opened)
+            seconds.append(browser.work(driver))
+    print(f"seconds to the list: {listed}, with all figures: {drawn}")
+    assert 0.05 < min(listed) < 0.5
+    assert min(drawn) < 3
     assert driver.execute_script("return order.length") == 2000
     choose(driver, "#alive", "all", "change")
     click(driver, "[data-sort='number']")
