@@ -18,7 +18,7 @@ EXTRAS = {
     "hub": ("huggingface_hub", None),
     "plots": ("matplotlib", "apd_lens.plots"),
     "compare": ("pandas", "apd_lens.compare"),
-    "report": ("jinja2", "apd_lens.report"),
+    "report": ("plotly", "apd_lens.report"),
 }
 extra = sys.argv[1] if len(sys.argv) > 1 else None
 assert "site-packages" in apd.__file__, f"not the installed package: {apd.__file__}"
