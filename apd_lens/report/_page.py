@@ -215,8 +215,10 @@ def _rows(decomposition: Decomposition, numbers: Numbers) -> list[Row]:
     """What is stated at the top: what, explanation, of the components, of random ones."""
     found, null, responses = numbers.found, numbers.null, numbers.responses
     n, alive = responses.n_data_points, responses.active > 0
+    names = decomposition.components.names
+    called = dict(zip(names, short_names(names), strict=True)) | {"all": "all matrices"}
     residuals = [
-        (f"residual of {'all matrices' if name == 'all' else name}", "‖W − Σ P‖ / ‖W‖", value, null.residuals[name])
+        (f"residual of {called[name]}", "‖W − Σ P‖ / ‖W‖", value, null.residuals[name])
         for name, value in found.residuals.items()
     ]
     if len(residuals) == 2:  # one matrix, which is all
@@ -252,10 +254,13 @@ def distance_name(decomposition: Decomposition) -> str:
     return "KL divergence in nats" if distance == "kl" else getattr(distance, "__name__", "distance")
 
 
-def _matrices(decomposition: Decomposition) -> list[tuple[str, int, int, int]]:
-    """Name, d_in, d_out, rank of the components."""
-    A, B = decomposition.components.A, decomposition.components.B
-    return [(name, A[name].shape[1], B[name].shape[2], A[name].shape[2]) for name in A]
+def _matrices(decomposition: Decomposition) -> list[tuple[str, str, int, int, int]]:
+    """Short name, name, d_in, d_out, rank of the components."""
+    sizes = decomposition.components.sizes
+    return [
+        (short, name, d_in, d_out, m)
+        for short, (name, (d_in, m, d_out)) in zip(short_names(list(sizes)), sizes.items(), strict=True)
+    ]
 
 
 def _settings(decomposition: Decomposition) -> list[tuple[str, str]]:
