@@ -18,7 +18,7 @@ def random_components(components: ParameterComponents, seed: int = 0) -> Paramet
     """A null control: random components, each with the singular values of its counterpart in every matrix.
 
     They have the same norms and effective ranks; only their directions are random. Whatever you claim of the components
-    should fail for these.
+    should fail for these. So gates, too, read and say what random matrices of their singular values do.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -30,7 +30,11 @@ def random_components(components: ParameterComponents, seed: int = 0) -> Paramet
     for name in components.names:
         A[name] = random_orthonormal(components.A[name]) * singular_values(components, name)[:, None, :]
         B[name] = random_orthonormal(components.B[name].mT).mT
-    return ParameterComponents(A, B, copy.deepcopy(components.gates)).requires_grad_(False)
+    gates = copy.deepcopy(components.gates)
+    for values in [] if gates is None else [each for each in gates.parameters() if each.ndim == 2]:
+        reads, singular, writes = torch.linalg.svd(values, full_matrices=False)
+        values.copy_(random_orthonormal(reads) * singular @ random_orthonormal(writes.mT).mT)
+    return ParameterComponents(A, B, gates).requires_grad_(False)
 
 
 @no_grad()

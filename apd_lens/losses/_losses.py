@@ -31,8 +31,9 @@ class Losses:
         parts: what each inactive component is in the path loss. "uniform": on by an amount drawn from [0, 1].
             "matrices": the same in a random subset of the matrices of each example; the others are the model's own.
             "noise": random factors of Xavier's size stand in its place.
-        completeness: the inactive components change nothing where the active ones are off, either: a random part of
-            them gives what no component gives. So a copy of an active mechanism belongs to its component.
+        completeness: the inactive components and the rest change nothing where the active ones are off, either: all of
+            them, and a random part of them, give what no component gives. So a copy of an active mechanism belongs to
+            its component.
         attack: like path, with the amounts where they do most harm: found by gradient ascent that goes on from step to
             step beside the training.
         sparsity: few components are needed, as the masking counts it; of `Gates` alone.

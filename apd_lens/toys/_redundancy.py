@@ -12,8 +12,13 @@ from apd_lens._errors import InvalidSetting, ShapeMismatch
 from apd_lens.toys._shared import MLP, train_with_adamw
 
 
+# Makes a prediction sure though the rows of E have norm 1. Without it each block learns to write ten times what it reads,
+# logits have a standard deviation of 480 where the right one leads by 40, and a removal of anything changes everything.
+SHARPNESS = 10.0
+
+
 class Cipher(nn.Module):
-    """r = E[token]; r = r + on_b · MLP_b(r) for each block b; y = r Eᵀ. E has random rows of norm 1, and is frozen."""
+    """r = E[token]; r = r + on_b · MLP_b(r) for each block b; y = 10 r Eᵀ. E has random rows of norm 1, and is frozen."""
 
     E: Tensor
 
@@ -39,7 +44,7 @@ class Cipher(nn.Module):
         for index, block in enumerate(self.blocks):
             written = block(r)
             r = r + (written if on is None else written * on[:, index, None])
-        return r @ self.E.mT
+        return SHARPNESS * r @ self.E.mT
 
 
 @dataclass(frozen=True, eq=False)

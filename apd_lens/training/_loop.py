@@ -1,6 +1,7 @@
 """`decompose`: steps over a stream of batches."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from tqdm.auto import tqdm
 
 from apd_lens import _processes
 from apd_lens._block import Block, no_inference_mode
-from apd_lens._errors import InvalidSetting, NonFinite
+from apd_lens._errors import ApdWarning, InvalidSetting, NonFinite
 from apd_lens._settings import DEFAULTS, RANK, Elsewhere, Optimization
 from apd_lens.attribution._attribution import Attribution
 from apd_lens.data._inputs import ValidFn
@@ -142,8 +143,10 @@ def decompose(
     with Block(lambda: run), tqdm(total=n_steps, desc="decompose", **shown) as bar:
         try:
             with _processes.raised_in_all():  # before it is saved, which all do together
+                first = info = None
                 for some in run.batches if state.step < n_steps else ():
                     state, info = step(state, *some)
+                    first = first or info
                     run.reached(state, some)
                     if on_step is not None:
                         on_step(info.step, info)
@@ -153,6 +156,8 @@ def decompose(
                     if state.step == n_steps:
                         break
                 _processes.wait_for_all()
+            if first is not None and info is not None and state.settings.losses.normalization == "relative":
+                _warn_of_divergence(first, info)
             return state.decomposition()
         except BaseException as error:
             if state.late is not None:
@@ -165,6 +170,19 @@ def decompose(
                 error.decomposition = state.decomposition()  # type: ignore[attr-defined]
                 error.add_note(f"The components after {updates} steps are in this error's attribute `decomposition`.")
             raise
+
+
+def _warn_of_divergence(first: StepInfo, last: StepInfo) -> None:
+    """Warns where the components sum to something further from the weights than at the start, and than nothing is."""
+    start, end = (info.terms["faithfulness"].item() if "faithfulness" in info.terms else 0.0 for info in (first, last))
+    if _processes.is_first() and end > max(1.0, start):
+        warnings.warn(
+            f"The training diverged: W − Σ_c P_c has {end**0.5:.3g} times the norm of the weights, and had "
+            f"{start**0.5:.3g} times at the start. Give Optimization(lr=…) a smaller value, or leave out losses and moves "
+            "that were set.",
+            ApdWarning,
+            stacklevel=3,
+        )
 
 
 def _postfix(info: StepInfo) -> str:

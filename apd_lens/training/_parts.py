@@ -52,11 +52,12 @@ def noise(components: ParameterComponents, on: Mask, draws: torch.Generator, wit
 PARTS: dict[str, Part] = {"uniform": uniform, "matrices": in_some_matrices, "noise": noise}
 
 
-def inactive(components: ParameterComponents, on: Mask, draws: torch.Generator, with_rest: bool) -> Intercept:
-    """A random part of the inactive components and of the rest, without the active ones."""
-    off = 1 - on.to(torch.float32)
-    mask = off * _amounts(off, off.shape, draws)
-    return Mixture(components, own(mask), own(_amounts(off, (len(off),), draws)) if with_rest else 0.0)
+def inactive(components: ParameterComponents, on: Mask, draws: torch.Generator) -> Intercept:
+    """The inactive components and the rest without the active ones; in half of the examples a random part of each."""
+    off, n = 1 - on.to(torch.float32), len(on)
+    whole = _amounts(off, (n,), draws) < 0.5
+    parts = _amounts(off, off.shape, draws).masked_fill(whole.reshape(-1, *[1] * (off.ndim - 1)), 1.0)
+    return Mixture(components, own(off * parts), own(_amounts(off, (n,), draws).masked_fill(whole, 1.0)))
 
 
 def attacked(

@@ -37,7 +37,7 @@ def of_components(
     if losses.path:
         mixtures["path"] = PARTS[losses.parts](components, on, draws, with_rest)
     if losses.completeness:
-        mixtures["completeness"] = inactive(components, on, draws, with_rest)
+        mixtures["completeness"] = inactive(components, on, draws)
     if shares is not None:
         mixtures["attack"] = attacked(components, on, shares, with_rest)
     return mixtures

@@ -51,6 +51,7 @@ Numbers are the smallest to the largest over seeds. `judges.py` says what they m
 # What is given beside model, data, weights and n_components; nothing else is set, on any system.
 FORMS: dict[str, dict[str, Any]] = {
     "topk": {},
+    "complete": {"losses": apd.Losses(completeness=1)},
     # What the examples take for facts, of which one is active on each data point; here all systems are told so.
     "facts": {name: toys.facts_settings()[name] for name in ("selection", "losses", "moves", "optimization")},
     "lp": {"selection": apd.Lp(), "losses": apd.Losses(path=0), "moves": None},

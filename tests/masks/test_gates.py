@@ -187,6 +187,17 @@ def test_they_go_with_the_components(tmp_path):
         replace(decomposition, components=decomposition.components.picked(range(5))).select(x)
 
 
+def test_those_of_random_components_are_random_with_the_same_singular_values():
+    """What is claimed of components whose gates name them must fail for their random twins."""
+    state, x = state_of(ResidualMLP(4, 6, 5, 1)), torch.randn(7, 4)
+    decomposition = state.decomposition()
+    random = replace(decomposition, components=apd.random_components(decomposition.components))
+    own, twin = (each.components.gates for each in (decomposition, random))
+    assert_close(torch.linalg.svdvals(twin.weight), torch.linalg.svdvals(own.weight))
+    assert torch.equal(twin.bias, own.bias)
+    assert (random.attributions(x) - decomposition.attributions(x)).abs().mean() > 0.1
+
+
 def test_another_host_that_reads_otherwise_is_warned_of(tmp_path):
     model = nn.Linear(4, 3)
     decomposition = state_of(model).decomposition()

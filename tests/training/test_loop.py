@@ -409,6 +409,12 @@ def test_weights_that_are_not_finite_are_named(value: float):
     apd.init(model, weights="layers.0.mlp_in.weight", n_components=3)
 
 
+def test_a_training_that_diverges_is_warned_of():
+    model, steps = ResidualMLP(4, 6, 5, 1), apd.Optimization(steps=20, lr=30.0, scaled=False)
+    with pytest.warns(apd.ApdWarning, match="diverged.* times the norm of the weights"):
+        apd.decompose(model, batches(), **{**FEW, "optimization": steps})
+
+
 def test_a_step_that_fails_leaves_the_components_alone():
     state = apd.init(residual_mlp(), n_components=5, rank=2)
     before = [factor.detach().clone() for factor in state.components.parameters()]

@@ -56,11 +56,21 @@ def test_in_some_matrices_the_others_are_the_models_own(state: apd.State, with_r
 
 def test_what_is_inactive_leaves_the_active_ones_out(state: apd.State):
     x = torch.randn(3, 4)
-    everything = torch.ones_like(ON)
+    everything, again, last = torch.ones_like(ON), draws(0, "a"), torch.eye(6)[5]
+    whole = torch.rand(3, generator=again) < 0.5
+    torch.rand(ON.shape, generator=again)
+    rest = torch.rand(3, generator=again).masked_fill(whole, 1.0)
     assert_close(
-        run(state, inactive(state.components, everything, draws(0, "a"), False), x),
-        run(state, attacked(state.components, ~everything, torch.zeros(3, 6), False), x),
+        run(state, inactive(state.components, everything, draws(0, "a")), x),
+        run(state, attacked(state.components, ~everything, rest[:, None] * last, True), x),
     )
+
+
+def test_in_half_of_the_examples_all_that_is_inactive_is_on(state: apd.State):
+    """With a seed that draws both."""
+    x, nothing = torch.randn(40, 4), torch.zeros(40, 5, dtype=torch.bool)
+    off = (run(state, inactive(state.components, nothing, draws(0, "a")), x) - state.target.model(x)).abs().amax(1)
+    assert 10 < (off < 1e-6).sum() < 30
 
 
 def test_an_attack_of_all_is_everything(state: apd.State):
