@@ -71,7 +71,7 @@ lm: .venv/installed
 
 test-tl4: .venv-tl4/installed
 	OMP_NUM_THREADS=1 .venv-tl4/bin/python -m pytest -n auto --dist worksteal tests/adapters/test_bridge.py \
-		tests/test_imports.py tests/host/test_unsupported_hosts.py $(ARGS)
+		tests/test_imports.py tests/host/test_unsupported_hosts.py tests/examples/test_pipelines.py $(ARGS)
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
