@@ -12,31 +12,23 @@ from os import PathLike as _PathLike
 from pathlib import Path as _Path
 from typing import Any as _Any
 
+from apd_lens import errors as errors
 from apd_lens import language as language
 from apd_lens import metrics as metrics
 from apd_lens import monitor as monitor
 from apd_lens._checks import checked as _checked
 from apd_lens._codec import saved as saved
-from apd_lens._errors import AlreadyActive as AlreadyActive
 from apd_lens._errors import ApdError as ApdError
-from apd_lens._errors import ApdWarning as ApdWarning
 from apd_lens._errors import ArtifactError as ArtifactError
-from apd_lens._errors import InvalidBatches as InvalidBatches
-from apd_lens._errors import InvalidOutput as InvalidOutput
-from apd_lens._errors import InvalidSetting as InvalidSetting
-from apd_lens._errors import MissingExtra as MissingExtra
 from apd_lens._errors import NonFinite as NonFinite
 from apd_lens._errors import ShapeMismatch as ShapeMismatch
-from apd_lens._errors import SiteNotCalled as SiteNotCalled
 from apd_lens._errors import UnknownWeight as UnknownWeight
 from apd_lens._errors import UnsupportedModel as UnsupportedModel
-from apd_lens._errors import WeightsChanged as WeightsChanged
 from apd_lens._memory import memory as memory
 from apd_lens._schedules import HoldThenDecay as HoldThenDecay
 from apd_lens._schedules import Ramp as Ramp
 from apd_lens._settings import Elsewhere as Elsewhere
 from apd_lens._settings import Optimization as Optimization
-from apd_lens._settings import Settings as Settings
 from apd_lens._settings import language_model as language_model
 from apd_lens._settings import paper as paper
 from apd_lens.attribution._ablation import AblationAttribution as AblationAttribution
@@ -44,16 +36,11 @@ from apd_lens.attribution._activation import ActivationAttribution as Activation
 from apd_lens.attribution._gradient import GradientAttribution as GradientAttribution
 from apd_lens.attribution._integrated import IntegratedGradients as IntegratedGradients
 from apd_lens.components._components import ParameterComponents as ParameterComponents
-from apd_lens.components._measures import random_components as random_components
-from apd_lens.decomposition._card import Card as Card
 from apd_lens.decomposition._decomposition import Decomposition as Decomposition
-from apd_lens.decomposition._editing import Edit as Edit
 from apd_lens.decomposition._editing import apply_edit as apply_edit
 from apd_lens.decomposition._hub import from_pretrained as from_pretrained
 from apd_lens.decomposition._load import from_factors as _from_factors
 from apd_lens.decomposition._load import load as load
-from apd_lens.decomposition._observed import Observed as Observed
-from apd_lens.decomposition._summary import Summary as Summary
 from apd_lens.host._matrix import WeightMatrix as WeightMatrix
 from apd_lens.host._target import TargetModel as TargetModel
 from apd_lens.host._wrap import wrap as wrap
@@ -65,31 +52,20 @@ from apd_lens.masks._gates import Gates as Gates
 from apd_lens.masks._lp import Lp as Lp
 from apd_lens.masks._masking import Attributed as Attributed
 from apd_lens.masks._selection import BatchTopK as BatchTopK
-from apd_lens.masks._selection import Needed as Needed
 from apd_lens.masks._selection import TopK as TopK
-from apd_lens.moves._cluster import ClusterMoves as ClusterMoves
-from apd_lens.moves._division import DivisionMoves as DivisionMoves
-from apd_lens.moves._split import SplitMoves as SplitMoves
 from apd_lens.passes._positions import last_position as last_position
 from apd_lens.passes._positions import positions as positions
-from apd_lens.responses._responses import CoActivation as CoActivation
-from apd_lens.responses._responses import Effects as Effects
-from apd_lens.responses._responses import Responses as Responses
-from apd_lens.responses._responses import TopExamples as TopExamples
 from apd_lens.responses._top import responses as _responses
-from apd_lens.scan._result import Where as Where
 from apd_lens.scan._where import where as _where
 from apd_lens.training import _loop, _state
 from apd_lens.training._checkpoint import Checkpoint as Checkpoint
-from apd_lens.training._state import State as State
-from apd_lens.training._state import StepInfo as StepInfo
 from apd_lens.training._step import step as step
 
-decompose = _checked(_loop.decompose, InvalidSetting)
+decompose = _checked(_loop.decompose, errors.InvalidSetting)
 from_factors = _checked(_from_factors)
-init = _checked(_state.init, InvalidSetting)
-responses = _checked(_responses, InvalidSetting)
-where = _checked(_where, InvalidSetting)
+init = _checked(_state.init, errors.InvalidSetting)
+responses = _checked(_responses, errors.InvalidSetting)
+where = _checked(_where, errors.InvalidSetting)
 
 
 def _report(

@@ -46,7 +46,7 @@ def measured(seed: int, steps: int, completeness: float, **way: Any) -> list[Ten
     decomposition = apd.decompose(
         model, [x], n_components=8, rank=2, seed=seed, progress=False, losses=losses, optimization=optimization, **way
     )
-    random = apd.random_components(decomposition.components, seed)
+    random = apd.components.random_components(decomposition.components, seed)
     twins = apd.from_factors(model, random.A, random.B)
     mask = decomposition.select(x)
 

@@ -237,7 +237,7 @@ def run(name: str, seed: int, settings: dict[str, Any], share: float = 1.0) -> d
         model, batches, system.weights(target), n_components=system.n_components, seed=seed, **given, **settings
     )
     seconds = time.perf_counter() - start
-    random = replace(decomposition, components=apd.random_components(decomposition.components))
+    random = replace(decomposition, components=apd.components.random_components(decomposition.components))
     batch = batches(-2) if callable(batches) else batches[0]
     numbers, null = (
         {**system.measure(target, each), "residual": each.residuals()["all"]} for each in (decomposition, random)

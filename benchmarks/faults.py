@@ -190,7 +190,7 @@ def decompose(host: Host) -> None:
         rank=2,
         selection=apd.BatchTopK(2.0),
         losses=apd.Losses(path=1.0),
-        moves=apd.SplitMoves(every=1),
+        moves=apd.moves.SplitMoves(every=1),
         optimization=apd.Optimization(steps=2, lr=1e-2),
         progress=False,
     )

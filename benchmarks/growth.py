@@ -21,13 +21,14 @@ import apd_lens as apd
 from apd_lens import toys
 from apd_lens.attribution import _gradient as _attribution
 from apd_lens.data import _points
-from apd_lens.passes._watch import sparse_pass
+from apd_lens.passes._replace import Mixture
+from apd_lens.passes._watch import replaced_pass
 
 
 def residual_mlp(
     n_components: int = 100, rank: int = 8, width: int = 500, n_outputs: int = 100, n_layers: int = 1,
     attribution: apd.GradientAttribution | None = None,
-) -> tuple[apd.State, torch.Tensor]:  # fmt: skip
+) -> tuple[apd.training.State, torch.Tensor]:  # fmt: skip
     torch.manual_seed(0)
     model = toys.ResidualMLP(n_outputs, width, 25, n_layers).requires_grad_(False)
     state = apd.init(
@@ -45,7 +46,7 @@ def residual_mlp(
 
 def gpt2(
     length: int, vocabulary: int = 1000, n_components: int = 100, granularity: _points.Granularity = "position"
-) -> tuple[apd.State, torch.Tensor]:
+) -> tuple[apd.training.State, torch.Tensor]:
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=vocabulary, n_positions=512, n_embd=128, n_layer=2, n_head=4, use_cache=False,
@@ -63,7 +64,7 @@ def gpt2(
     return state, torch.randint(vocabulary, (4, length), generator=torch.Generator().manual_seed(0))
 
 
-Made = tuple[apd.State, torch.Tensor]
+Made = tuple[apd.training.State, torch.Tensor]
 
 
 def stepper(make: Callable[[], Made]) -> Callable[[], object]:
@@ -75,12 +76,13 @@ def step_ms_and_mb(make: Callable[[], Made], rounds: int) -> list[float]:
     return [1000 * median_seconds(stepper(make), rounds), peak_bytes(partial(stepper, make)) / 1e6]
 
 
-def sparse_ms(state: apd.State, batch: torch.Tensor, rounds: int) -> tuple[float, float]:
+def sparse_ms(state: apd.training.State, batch: torch.Tensor, rounds: int) -> tuple[float, float]:
     """On the active components; and with all multiplied, then masked."""
     mask = state.decomposition().select(batch)
 
     def run() -> None:
-        output, _ = sparse_pass(state.target, state.components, batch, mask, state.output)
+        replaced = Mixture(state.components, mask)
+        output, _ = replaced_pass(state.target, state.components.names, replaced, batch, state.output)
         output.square().mean().backward(inputs=list(state.components.parameters()))
 
     active = median_seconds(run, rounds)

@@ -309,7 +309,7 @@ def hostile(tries: int, seed: int = 0) -> tuple[int, int, Counter[str]]:
             selection=apd.BatchTopK(apd.Ramp(1.0, 2.0)),
             attribution=apd.IntegratedGradients(steps=2),
             losses=apd.Losses(simplicity=apd.HoldThenDecay(0.3), path=1.0),
-            moves=apd.SplitMoves(every=3),
+            moves=apd.moves.SplitMoves(every=3),
         ),
     ]
     with tempfile.TemporaryDirectory() as name:
@@ -343,7 +343,9 @@ def hostile(tries: int, seed: int = 0) -> tuple[int, int, Counter[str]]:
 
 def _outcome(folder: Path, model: nn.Module) -> str:
     try:
-        with warnings.catch_warnings(action="ignore", category=apd.ApdWarning):  # that other parameters may differ
+        with warnings.catch_warnings(
+            action="ignore", category=apd.errors.ApdWarning
+        ):  # that other parameters may differ
             loaded = apd.load(folder, model)
     except apd.ArtifactError:
         return "ArtifactError"

@@ -8,6 +8,7 @@ bytes are counted as they are dispatched, so the floor is that of the operations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -22,9 +23,11 @@ import apd_lens as apd
 from apd_lens.attribution._effects import effects_of_calls
 from apd_lens.attribution._over_outputs import sum_of_squares
 from apd_lens.attribution._pullback import jacobians_in_parts
+from apd_lens.losses._terms import weighted_sum
+from apd_lens.masks import Masks
 from apd_lens.passes._cotangents import one_hot_cotangents
 from apd_lens.passes._watch import watched_pass
-from apd_lens.training._step import _loss_terms
+from apd_lens.training._step import stream_terms
 
 _T = TypeVar("_T")
 
@@ -79,7 +82,17 @@ class Meter:
         return result
 
 
-def step_in_parts(state: apd.State, batch: Tensor, meter: Meter) -> None:
+@dataclass(frozen=True)
+class Given:
+    """A masking whose masks are known."""
+
+    known: Masks
+
+    def masks(self, *args: Any) -> Masks:
+        return self.known
+
+
+def step_in_parts(state: apd.training.State, batch: Tensor, meter: Meter) -> None:
     """What `apd_lens.step` does with exact attributions, part by part."""
     components, settings = state.components, state.settings
     hidden = settings.losses.hidden_at
@@ -103,9 +116,11 @@ def step_in_parts(state: apd.State, batch: Tensor, meter: Meter) -> None:
             squares.append(total)
     attributions = (torch.cat(squares) / watched.output.shape[1]).sqrt()
     mask = meter("selection", lambda: settings.selection(attributions, None))
-    terms = meter("sparse pass, losses", lambda: _loss_terms(state, batch, watched, mask))
-    loss = sum(getattr(settings.losses, name) * term for name, term in terms.items())
-    meter("backward", lambda: loss.backward(inputs=list(components.parameters())))
+    (stream,) = state.streams
+    stream = replace(stream, masking=Given(Masks(attributions, mask, mask, int(mask.sum()))))
+    terms, *_ = meter("sparse passes", lambda: stream_terms(state, stream, watched, 0.0, None))
+    loss = weighted_sum(settings.losses, terms, 0.0)
+    meter("backward of the rest", lambda: loss.backward(inputs=list(components.parameters())))
     meter("optimizer", state.optimizer.step)
     state.optimizer.zero_grad()
 

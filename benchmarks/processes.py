@@ -86,8 +86,8 @@ CASES: dict[str, dict[str, Any]] = {
     "Lp": {"selection": apd.Lp(0.9), "losses": apd.Losses(path=0.0)},
     "gates, attacked": {"masks": apd.Gates(hidden=16), "losses": apd.Losses(attack=0.5, completeness=1.0)},
     "two streams": {"others": lambda step: some_data(step, 77, 50)},
-    "cluster moves": {"moves": apd.ClusterMoves(every=10)},
-    "split moves": {"moves": apd.SplitMoves(every=10)},
+    "cluster moves": {"moves": apd.moves.ClusterMoves(every=10)},
+    "split moves": {"moves": apd.moves.SplitMoves(every=10)},
 }
 
 
@@ -127,7 +127,7 @@ def hold(n_components: int, width: int, sharded: bool) -> tuple[int, int]:
     layers = [layer for _ in range(6) for layer in (nn.Linear(width, width, bias=False), nn.ReLU())]
     model = nn.Sequential(*layers)
 
-    def steps(n_components: int) -> apd.State:
+    def steps(n_components: int) -> apd.training.State:
         options = {"n_components": n_components, "rank": 2, "selection": apd.TopK(4), "moves": None}
         state = apd.init(model, **options, attribution=apd.GradientAttribution(4), sharded=sharded)
         for step in range(3):

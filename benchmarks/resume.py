@@ -40,7 +40,7 @@ def batch(step: int, n: int = 16) -> Tensor:
 
 def listed() -> dict[str, Any]:
     """A list that comes again, k that the training finds, and moves."""
-    moves = apd.ClusterMoves(every=5)
+    moves = apd.moves.ClusterMoves(every=5)
     return {"batches": [batch(step) for step in range(5)], "moves": moves, "optimization": apd.Optimization(STEPS)}
 
 

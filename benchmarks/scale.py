@@ -53,7 +53,7 @@ def tokens(shape: Sequence[int], seed: int) -> Tensor:
     return torch.randint(49152, tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
-def state_of(model: LlamaForCausalLM, weights: Any, n_components: int, **settings: Any) -> apd.State:
+def state_of(model: LlamaForCausalLM, weights: Any, n_components: int, **settings: Any) -> apd.training.State:
     return apd.init(
         model,
         weights=weights,

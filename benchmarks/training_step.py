@@ -48,7 +48,7 @@ class Case:
             return toys.tms_data(self.batch_size, generator, n_features=40)
         return toys.residual_mlp_data(self.batch_size, generator)
 
-    def state(self, attribution: apd.GradientAttribution) -> apd.State:
+    def state(self, attribution: apd.GradientAttribution) -> apd.training.State:
         paper = apd.paper()["losses"]
         if self.system == "tms":
             losses = replace(paper, minimality=10.0, simplicity=20.0, schatten_p=0.9)
@@ -94,7 +94,7 @@ class Case:
 CASES = [Case("mlp", layers, batch) for layers in (1, 2) for batch in (256, 2048)] + [Case("tms", 1, 2048)]
 
 
-def textbook_runner(state: apd.State, batch: Tensor) -> Callable[[], Tensor]:
+def textbook_runner(state: apd.training.State, batch: Tensor) -> Callable[[], Tensor]:
     A, B = (
         {name: nn.Parameter(factor.detach().clone()) for name, factor in factors.items()}
         for factors in (state.components.A, state.components.B)

@@ -86,7 +86,7 @@ def areas(
     """Prints the AUROC of each score; gives the scores, and which data points are anomalous."""
     x = torch.cat([data.normal, data.anomalous])
     anomalous = torch.arange(len(x)) >= len(data.normal)
-    null = replace(decomposition, components=apd.random_components(decomposition.components))
+    null = replace(decomposition, components=apd.components.random_components(decomposition.components))
     monitor, null_monitor = (watch.fit(some, data.reference.split(5000), k=k) for some in (decomposition, null))
     scores, null_scores = monitor.score(x), null_monitor.score(x)
     found = {
@@ -155,7 +155,7 @@ def decompose_tms(target: toys.TMSTarget, steps: int) -> apd.Decomposition:
         rank=4,
         selection=apd.BatchTopK(apd.Ramp(2.0, 3.5)),
         losses=apd.Losses(simplicity=apd.HoldThenDecay(0.04)),
-        moves=apd.ClusterMoves(fewest=8),
+        moves=apd.moves.ClusterMoves(fewest=8),
         optimization=apd.Optimization(steps=steps, lr=1e-2, scaled=False, init_scale=0.5),
     )
 

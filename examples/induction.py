@@ -107,7 +107,7 @@ def measure(decomposition: apd.Decomposition, batch: Sequences, circuit: Bool[Te
     model = decomposition.target.model
     mask = decomposition.select(batch.tokens)
     halves = mask | (torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) < 0.5)
-    random = replace(decomposition, components=apd.random_components(decomposition.components))
+    random = replace(decomposition, components=apd.components.random_components(decomposition.components))
     rows = {
         "target": known_loss_and_accuracy(model, batch),
         "    its two heads alone": known_loss_and_accuracy(model, batch, ~circuit),

@@ -269,7 +269,9 @@ def main(steps: int, n_sentences: int, out: Path) -> None:
 
     kinds = {
         "components": decomposition,
-        "random components": replace(decomposition, components=apd.random_components(decomposition.components)),
+        "random components": replace(
+            decomposition, components=apd.components.random_components(decomposition.components)
+        ),
         "neurons": neurons(decomposition),
     }
     attributions = {name: [kind.attributions(batch) for batch in unseen] for name, kind in kinds.items()}

@@ -36,7 +36,7 @@ for name, (_, module) in EXTRAS.items() if extra is None else ():
         continue
     try:
         importlib.import_module(module)
-    except apd.MissingExtra as error:
+    except apd.errors.MissingExtra as error:
         message = str(error)
     else:
         message = "imported"

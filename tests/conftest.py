@@ -47,7 +47,8 @@ LONG = re.findall(
 )
 SLOW_IMPORT = re.compile(
     r"^ *(from|import) ((transformer_lens|transformers|nnsight|sae_lens|pyvene|tokenizers|subprocess)\b"
-    r"|support\.(attribution_hosts|bridges|examples|hooked|outside|padding|tools|words)\b|support import .*outside)"
+    r"|support\.(attribution_hosts|bridges|examples|hooked|outside|padding|processes|tools|words)\b"
+    r"|support import .*outside)"
     r"|tiny_gpt2|tiny_llama|importorskip\(\"(transformer_lens|nnsight|sae_lens)",
     re.MULTILINE,
 )

@@ -26,7 +26,7 @@ def test_a_block_gives_what_its_part_does_and_undoes_it():
     for _ in range(2):  # it can be entered again
         with block as entered:
             assert entered == "a"
-            with pytest.raises(apd.AlreadyActive, match="entered already"):
+            with pytest.raises(apd.errors.AlreadyActive, match="entered already"):
                 block.start()
     assert seen == ["do a", "undo a"] * 2
 

@@ -25,8 +25,8 @@ def test_another_error_may_be_asked_for():
     def first(x: list[int]) -> int:
         return x[0]
 
-    with pytest.raises(apd.InvalidBatches):
-        checked(first, apd.InvalidBatches)("text")
+    with pytest.raises(apd.errors.InvalidBatches):
+        checked(first, apd.errors.InvalidBatches)("text")
 
 
 def test_checks_leave_pythons_random_numbers_alone():
@@ -47,9 +47,9 @@ class Number:
 
 def test_fields_hold_what_they_are_annotated_with():
     check_fields(Number(1))  # an int is welcome
-    with pytest.raises(apd.InvalidSetting, match=r"Number\(value=\.\.\.\) takes float, got 'a'"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"Number\(value=\.\.\.\) takes float, got 'a'"):
         check_fields(Number("a"))  # type: ignore[arg-type]
-    with pytest.raises(apd.InvalidSetting, match="takes float, got True"):
+    with pytest.raises(apd.errors.InvalidSetting, match="takes float, got True"):
         check_fields(Number(True))
-    with pytest.raises(apd.InvalidSetting, match="takes a number, got NaN"):
+    with pytest.raises(apd.errors.InvalidSetting, match="takes a number, got NaN"):
         check_fields(Number(float("nan")))

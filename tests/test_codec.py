@@ -14,7 +14,7 @@ from apd_lens.masks._selection import Needed
         apd.Losses(simplicity=apd.HoldThenDecay(0.3), path=apd.Ramp(0.0, 1.0), hidden=1.0, hidden_at=("a", "b")),
         apd.BatchTopK(Needed(now=2.5), least=0.1),
         apd.Lp(0.7, threshold=0.2),
-        apd.ClusterMoves(every=7),
+        apd.moves.ClusterMoves(every=7),
         apd.IntegratedGradients(3, "zero", "exact"),
     ],
     ids=lambda settings: type(settings).__name__,
@@ -49,7 +49,7 @@ def test_settings_are_updated_where_they_differ():
         selection: apd.BatchTopK
         function: object
 
-    now, later = (apd.BatchTopK(apd.Needed(k), least=0.1) for k in (1.0, 3.0))
+    now, later = (apd.BatchTopK(apd.masks.Needed(k), least=0.1) for k in (1.0, 3.0))
     before = Unsaved(now, len)
     after = updated(before, encode_settings(Unsaved(later, len)))
     assert after == Unsaved(later, len)

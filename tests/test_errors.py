@@ -11,4 +11,4 @@ def test_every_error_is_ours_and_the_built_in_one_that_a_caller_expects(error: t
     built_in = [base for base in error.__mro__ if base.__module__ == "builtins"]
     assert built_in[0] not in (Exception, BaseException, object)
     assert error.__doc__
-    assert getattr(apd, error.__name__) is error
+    assert getattr(apd.errors, error.__name__) is error

@@ -57,8 +57,8 @@ for n_data, n_components, rank, options in [
     (2048, 64, 4, {"selection": apd.BatchTopK(2.0)}),
     (2048, 512, 1, {"selection": apd.BatchTopK(1.0)}),
     (512, 64, 4, {"selection": apd.TopK(2), "losses": apd.Losses(path=1.0)}),
-    (512, 32, 16, {"selection": apd.BatchTopK(4.0), "moves": apd.SplitMoves(every=2)}),
-    (512, 32, 4, {"selection": apd.BatchTopK(1.0), "moves": apd.ClusterMoves(every=2)}),
+    (512, 32, 16, {"selection": apd.BatchTopK(4.0), "moves": apd.moves.SplitMoves(every=2)}),
+    (512, 32, 4, {"selection": apd.BatchTopK(1.0), "moves": apd.moves.ClusterMoves(every=2)}),
 ]:
     x = torch.randn(n_data, 64, generator=torch.Generator().manual_seed(1))
     for _ in range(2):
@@ -126,7 +126,7 @@ def test_steps_beyond_the_last_go_on_as_at_the_end(schedule):
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("options", [{}, LP, {"moves": apd.SplitMoves(every=2)}])
+@pytest.mark.parametrize("options", [{}, LP, {"moves": apd.moves.SplitMoves(every=2)}])
 def test_training_with_gradients_switched_off_outside(off, options):
     expected, model, other = trained(**options), small_model(), small_model()
     with off():
@@ -172,7 +172,7 @@ def everything(decomposition: apd.Decomposition) -> dict[str, object]:
         "change": found.effects.change,
         "attribution": found.attribution,
         "summary": decomposition.summary(x).attribution,
-        "random": [*apd.random_components(decomposition.components).parameters()],
+        "random": [*apd.components.random_components(decomposition.components).parameters()],
         "residuals": decomposition.residuals()["all"],
         "stability": str(apd.metrics.stability([decomposition, decomposition])),
         "sparsity": str(sparsity),
@@ -196,7 +196,7 @@ def assert_alike(left: dict[str, object], right: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "moves", [None, apd.SplitMoves(every=2), apd.ClusterMoves(every=2), apd.DivisionMoves(every=2)]
+    "moves", [None, apd.moves.SplitMoves(every=2), apd.moves.ClusterMoves(every=2), apd.moves.DivisionMoves(every=2)]
 )
 def test_training_whatever_the_default_dtype_and_device(moves):
     expected, model, x = trained(moves=moves), small_model(), data()
@@ -268,7 +268,7 @@ import apd_lens as apd
 from apd_lens import compare
 model, x = torch.nn.Sequential(torch.nn.Linear(6, 3)), torch.randn(9, 6)
 before = random.getstate(), str(numpy.random.get_state()), torch.get_rng_state()
-moves = apd.SplitMoves(every=2)
+moves = apd.moves.SplitMoves(every=2)
 d = apd.decompose(model, [x], ["0.weight"], n_components=4, rank=2, progress=False, moves=moves,
                   losses=apd.Losses(path=1.0), optimization=apd.Optimization(steps=6))
 apd.responses(d, [x]); d.summary(x); apd.metrics.stability([d, d]); apd.monitor.fit(d, [x]); d.report([x], path)
@@ -329,7 +329,7 @@ d = apd.init(model, n_components=20, rank=2).decomposition()
 
 def test_nan_is_no_setting():
     for make in (lambda: apd.BatchTopK(float("nan")), lambda: apd.Optimization(lr=float("nan"))):
-        with pytest.raises(apd.InvalidSetting, match="takes a number, got NaN"):
+        with pytest.raises(apd.errors.InvalidSetting, match="takes a number, got NaN"):
             make()
 
 
@@ -342,7 +342,7 @@ def test_one_batch_in_the_place_of_several(batches):
         lambda: outside_checks(apd.decompose)(small_model(), batches, **FEW),
         lambda: apd.monitor.fit.__wrapped__(trained(), batches),
     ):
-        with pytest.raises(apd.InvalidBatches, match=r"Of one batch give \[batch\]"):
+        with pytest.raises(apd.errors.InvalidBatches, match=r"Of one batch give \[batch\]"):
             call()
 
 
@@ -353,9 +353,9 @@ def outside_checks(function):
 
 def test_loaders_of_pairs():
     loader = DataLoader(TensorDataset(data(), torch.zeros(9)), batch_size=4)
-    with pytest.raises(apd.InvalidBatches, match=r"pick it: batches=\[x for x, _ in loader\]"):
+    with pytest.raises(apd.errors.InvalidBatches, match=r"pick it: batches=\[x for x, _ in loader\]"):
         trained_on(loader)
-    with pytest.raises(apd.InvalidBatches, match="Sequential cannot be called with what the batch gives it"):
+    with pytest.raises(apd.errors.InvalidBatches, match="Sequential cannot be called with what the batch gives it"):
         trained().attributions({"inputs": data()})
     assert trained_on([x for x, _ in loader]).components.n_components == 4
 
@@ -376,18 +376,18 @@ def trained_on(batches) -> apd.Decomposition:
 
 
 def test_generators():
-    with pytest.raises(apd.InvalidBatches, match=r"gives each batch once.*list\(generator\)"):
+    with pytest.raises(apd.errors.InvalidBatches, match=r"gives each batch once.*list\(generator\)"):
         trained_on(data() for _ in range(2))
     used_up = (data() for _ in range(1))
     list(used_up)
-    with pytest.raises(apd.InvalidBatches, match=r"A generator can be gone through once only"):
+    with pytest.raises(apd.errors.InvalidBatches, match=r"A generator can be gone through once only"):
         apd.responses(trained(), used_up)
 
 
 def test_outputs_without_a_graph():
-    with pytest.raises(apd.InvalidOutput, match="detaches it"):
+    with pytest.raises(apd.errors.InvalidOutput, match="detaches it"):
         trained(output=lambda y: y.detach())
-    with pytest.raises(apd.InvalidOutput, match="has no gradient to any decomposed matrix"):
+    with pytest.raises(apd.errors.InvalidOutput, match="has no gradient to any decomposed matrix"):
         trained(output=lambda y: torch.ones_like(y))
 
 
@@ -430,9 +430,9 @@ def test_sae_files_are_read_as_the_kind_that_they_say(tmp_path: Path):
         ({"architecture": "standard", "normalize_activations": "layer_norm"}, "normalize_activations='layer_norm'"),
         ({"architecture": "topk", "k": 2, "rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm=True"),
     ]:
-        with pytest.raises(apd.InvalidSetting, match=message):
+        with pytest.raises(apd.errors.InvalidSetting, match=message):
             read(cfg)
-    with pytest.raises(apd.InvalidSetting, match="it holds r_mag"):
+    with pytest.raises(apd.errors.InvalidSetting, match="it holds r_mag"):
         read(None, r_mag=torch.ones(6))
     path = tmp_path / "sae.safetensors"
     assert compare.Dictionary.from_file(path, "0", activation="relu").activation == "relu"  # who says it, is believed
@@ -482,7 +482,7 @@ def test_circuits_that_cannot_be_read(tmp_path: Path):
         compare.read_circuit(table)
     other = tmp_path / "circuit.json"
     other.write_text(json.dumps([{"node": [0, 1, 2], "score": 1.0}]))
-    with pytest.raises(apd.InvalidSetting, match=r"or \(layer, head\), got \[0, 1, 2\]"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"or \(layer, head\), got \[0, 1, 2\]"):
         compare.read_circuit(other)
     nodes = [{"node_id": "1_9_1", "layer": "1", "feature_type": "lorsa"}]
     other.write_text(json.dumps({"nodes": nodes, "links": []}))

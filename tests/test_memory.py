@@ -30,7 +30,7 @@ def test_pieces_cover_everything_once():
 def test_a_limit_is_a_number_or_a_text():
     assert [n_bytes(text) for text in (5, "5", "2 KB", "1.5GB", "10 mb")] == [5, 5, 2000, 1_500_000_000, 10_000_000]
     for wrong in ("", "much", "4 TB", -1, 0):
-        with pytest.raises(apd.InvalidSetting, match="4 GB"):
+        with pytest.raises(apd.errors.InvalidSetting, match="4 GB"):
             n_bytes(wrong)
 
 

@@ -135,7 +135,9 @@ def test_combinations_never_seen_are_found_and_by_random_components_are_not():
     assert abs(apd.metrics.auroc(scores.residual, anomalous) - 0.5) < 0.1
     shuffled = apd.metrics.auroc(scores.surprise, anomalous[torch.randperm(600, generator=generator)])
     assert abs(shuffled - 0.5) < 0.1
-    null = replace(known_parts(apd.BatchTopK(2.0)), components=apd.random_components(decomposition.components, 1))
+    null = replace(
+        known_parts(apd.BatchTopK(2.0)), components=apd.components.random_components(decomposition.components, 1)
+    )
     assert apd.metrics.auroc(watch.fit(null, [reference]).score(x).surprise, anomalous) < 0.8
     assert apd.metrics.auroc(watch.mahalanobis([reference]).score(x), anomalous) == 1
 
@@ -247,11 +249,11 @@ def test_a_monitor_of_the_first_release_loads(tmp_path):
 
 def test_what_cannot_be_a_reference_is_refused():
     decomposition = known_parts(apd.TopK(1))
-    with pytest.raises(apd.InvalidBatches, match=r"Of one batch give \[batch\]"):
+    with pytest.raises(apd.errors.InvalidBatches, match=r"Of one batch give \[batch\]"):
         watch.fit(decomposition, torch.rand(5, 4))
-    with pytest.raises(apd.InvalidBatches, match="The stream of batches is empty"):
+    with pytest.raises(apd.errors.InvalidBatches, match="The stream of batches is empty"):
         watch.fit(decomposition, [])
-    with pytest.raises(apd.InvalidBatches, match="at least 2 data points"):
+    with pytest.raises(apd.errors.InvalidBatches, match="at least 2 data points"):
         watch.fit(decomposition, [torch.rand(1, 4)])
     with pytest.raises(apd.NonFinite):
         watch.fit(decomposition, [torch.full((5, 4), torch.nan)])
@@ -260,7 +262,7 @@ def test_what_cannot_be_a_reference_is_refused():
 def test_an_edited_model_is_not_watched():
     decomposition = known_parts(apd.TopK(1))
     monitor = watch.fit(decomposition, [torch.rand(5, 4)])
-    with apd.apply_edit(decomposition.target.model, decomposition, 0), pytest.raises(apd.AlreadyActive):
+    with apd.apply_edit(decomposition.target.model, decomposition, 0), pytest.raises(apd.errors.AlreadyActive):
         monitor.score(torch.rand(5, 4))
 
 

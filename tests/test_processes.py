@@ -3,41 +3,29 @@
 import os
 import re
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
-from support.processes import CASES, SHARDED, all_cases, begin, dying, failing, finish, go_on, mlp, together
+from support.processes import CASES, SHARDED, begin, dying, failing, finish, go_on, mlp, result, together
 
 import apd_lens as apd
 
 
-@pytest.fixture(scope="module")
-def of_one() -> dict[str, dict[str, Any]]:
-    return together(1, all_cases)[0]
-
-
-@pytest.fixture(scope="module", params=[2, 4])
-def of_each(request: pytest.FixtureRequest) -> list[dict[str, dict[str, Any]]]:
-    found = together(request.param, all_cases)
-    for one in found:
-        if isinstance(one, BaseException):
-            raise one
-    return found
-
-
+@pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize("case", [*CASES, *SHARDED])
-def test_several_processes_give_what_one_gives(case: str, of_one: dict[str, Any], of_each: list[dict[str, Any]]):
-    expected = of_one[SHARDED.get(case, case)]
-    for one in of_each:
-        came = one[case]
+def test_several_processes_give_what_one_gives(case: str, n: int):
+    expected = result(SHARDED.get(case, case), 0)
+    found = together(n, partial(result, case))
+    for came in found:
+        if isinstance(came, BaseException):
+            raise came
         assert came["selection"] == expected["selection"]
         assert came["moves"] == expected["moves"]
         assert came["k"] == pytest.approx(expected["k"])
         assert [*came["terms"][0]] == [*expected["terms"][0]]
         for ours, theirs in zip(came["terms"], expected["terms"], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-9)
-        for ours, theirs, first in zip(came["factors"], expected["factors"], of_each[0][case]["factors"], strict=True):
+        for ours, theirs, first in zip(came["factors"], expected["factors"], found[0]["factors"], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
             assert torch.equal(ours, first)
     if "moves" in case:
@@ -69,13 +57,16 @@ def test_what_goes_wrong_in_one_is_raised_in_all():
     one, other = together(2, failing)
     for name, (error, message) in {
         "NaN": (apd.NonFinite, "step 3: input tensor 0 of the batch"),
-        "different batches": (apd.InvalidBatches, "step 0: the processes were given different batches.*seed what"),
-        "another order": (apd.InvalidBatches, "different batches"),
-        "different sizes": (apd.InvalidBatches, "different batches"),
-        "different settings": (apd.InvalidSetting, "different models or settings"),
-        "different models": (apd.InvalidSetting, "different models or settings"),
-        "few examples": (apd.InvalidBatches, "1 examples, and each of the 2 processes takes a part"),
-        "a wrong call in one": (apd.InvalidSetting, "TopK.*needs 0 < k <= n_components"),
+        "different batches": (
+            apd.errors.InvalidBatches,
+            "step 0: the processes were given different batches.*seed what",
+        ),
+        "another order": (apd.errors.InvalidBatches, "different batches"),
+        "different sizes": (apd.errors.InvalidBatches, "different batches"),
+        "different settings": (apd.errors.InvalidSetting, "different models or settings"),
+        "different models": (apd.errors.InvalidSetting, "different models or settings"),
+        "few examples": (apd.errors.InvalidBatches, "1 examples, and each of the 2 processes takes a part"),
+        "a wrong call in one": (apd.errors.InvalidSetting, "TopK.*needs 0 < k <= n_components"),
         "an error in one": (apd.ApdError, "Process 1 stopped: ValueError: no more"),
     }.items():
         assert one[name][0] is error, name

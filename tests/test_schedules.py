@@ -21,5 +21,5 @@ def test_values_at_quarters(schedule, values):
     "make", [lambda: apd.HoldThenDecay(1.0, hold=0.9, zero=0.5), lambda: apd.Ramp(1.0, 2.0, hold=-0.1)]
 )
 def test_shares_in_the_wrong_order_are_refused(make):
-    with pytest.raises(apd.InvalidSetting, match="needs 0 <= hold <="):
+    with pytest.raises(apd.errors.InvalidSetting, match="needs 0 <= hold <="):
         make()

@@ -17,15 +17,15 @@ WRONG = {
     "apd.TopK(1.5)": "TopK(k=...) takes int, got 1.5.",
     "apd.TopK(1, granularity='token')": "TopK(granularity=...) takes Literal['example', 'position'], got 'token'.",
     "apd.BatchTopK('1')": "BatchTopK(k=...) takes float | Ramp | Needed | Callable[[Any], float], got '1'.",
-    "apd.Needed(0.05)": "Needed takes 0 < lowest <= now, and a growth of at least 1",
-    "apd.BatchTopK(apd.Needed())": "BatchTopK(k=Needed()) needs least > 0",
+    "apd.masks.Needed(0.05)": "Needed takes 0 < lowest <= now, and a growth of at least 1",
+    "apd.BatchTopK(apd.masks.Needed())": "BatchTopK(k=Needed()) needs least > 0",
     "apd.BatchTopK(1.0, least=1.0)": "least is a share of the largest attribution, 0 <= least < 1, got 1.0.",
     "apd.Lp(0.0)": "Lp needs a positive p, got p=0.0.",
     "apd.Lp(apd.Ramp(2.0, -1.0))": "Lp needs a positive p, got p=Ramp(start=2.0, end=-1.0",
     "apd.Lp(threshold=-1.0)": "Attributions are never negative, so threshold=-1.0 selects all.",
     "apd.GradientAttribution('exakt')": "GradientAttribution(projections=...) takes",
     "apd.GradientAttribution(0)": "projections must be at least 1, got 0.",
-    "apd.SplitMoves(every=0)": "SplitMoves needs every >= 1 step, got 0.",
+    "apd.moves.SplitMoves(every=0)": "SplitMoves needs every >= 1 step, got 0.",
     "apd.Optimization(steps=-1)": "Optimization needs 0 steps or more, got -1.",
     "apd.Optimization(schedule='cos')": "takes Literal['cosine', 'linear', 'constant'], got 'cos'.",
     "apd.Optimization(warmup=1.0)": "warmup is a share of the steps, 0 <= warmup < 1, got 1.0.",
@@ -60,8 +60,8 @@ def test_learning_rate(schedule, at_half: float):
 def test_nothing_said_is_the_default_settings_and_none_switches_moves_off():
     model = torch.nn.Linear(30, 20)
     state = apd.init(model, n_components=2)
-    assert state.settings == apd.Settings()
-    assert state.settings.moves == apd.ClusterMoves()
+    assert state.settings == apd.decomposition.Settings()
+    assert state.settings.moves == apd.moves.ClusterMoves()
     assert state.components.A["weight"].shape == (2, 30, 4)
     assert apd.init(model, n_components=2, moves=None).settings.moves is None
 

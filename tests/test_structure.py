@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 ROOMS = re.findall(
     r"\w+",
     """
-    _errors _block _files _memory _draws _checks _codec _table _schedules _processes _shards data host components passes
-    attribution losses masks moves start _settings decomposition training metrics responses scan language compare plots
-    monitor report toys __init__
+    _errors errors _block _files _memory _draws _checks _codec _table _schedules _processes _shards data host
+    components passes attribution losses masks moves start _settings decomposition training metrics responses scan
+    language compare plots monitor report toys __init__
     """,
 )
 

@@ -82,12 +82,6 @@ class ArchitectureMap(Printed):
         total = torch.stack([matrix.total for matrix in self.matrices]).sum(0)
         return self.amounts(level) / total.clamp_min(torch.finfo(total.dtype).tiny)[:, None]
 
-    def makeup(self, level: Level) -> Float[Tensor, "C nodes"]:
-        """Which components make up a node: the share of each node that each component holds. Columns sum to 1; an empty
-        node has zeros."""
-        amounts = self.amounts(level)
-        return amounts / amounts.sum(0).clamp_min(torch.finfo(amounts.dtype).tiny)
-
     def spread(self, level: Level) -> Float[Tensor, " C"]:
         """Over how many nodes each component spreads: exp of the entropy of its shares, scaled to sum to 1. It is 1 for
         a component in a single node and 0 for one in none."""
@@ -160,7 +154,7 @@ class ArchitectureMap(Printed):
 def weight_map(decomposition: Decomposition, units: Mapping[str, Units] | None = None) -> ArchitectureMap:
     """Where the weights of each component lie: its squared norm by matrix, layer, head and neuron.
 
-    The null: `dataclasses.replace(decomposition, components=apd_lens.random_components(decomposition.components))`.
+    The null: `replace(decomposition, components=apd_lens.components.random_components(decomposition.components))`.
 
     Args:
         units: pattern -> which side of the matching matrices is made of heads or neurons, where the adapter cannot know

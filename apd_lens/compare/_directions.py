@@ -28,7 +28,6 @@ from apd_lens._memory import fitting
 from apd_lens._table import Printed
 from apd_lens.compare._dictionaries import Dictionary
 from apd_lens.compare._matching import Matching, matching, side_by_side, with_null
-from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import MatrixInput as Inputs
 from apd_lens.components._measures import random_components
 from apd_lens.data._batch import Batch
@@ -51,7 +50,7 @@ class DirectionMatch(Printed):
             `direction_cosines`.
         found: which component matches which latent.
         random_directions: the same for as many latents with random directions.
-        random_components: the same for untrained components, or random ones with the same singular values.
+        random_components: the same for random components with the same singular values.
     """
 
     cosine: Float[Tensor, "C latents"]
@@ -107,8 +106,6 @@ def direction_match(
     batches: Iterable[Batch] | None = None,
     threshold: float = 0.7,
     components: Bool[Tensor, " C"] | None = None,
-    latents: Bool[Tensor, " latents"] | None = None,
-    untrained: ParameterComponents | None = None,
     seed: int = 0,
 ) -> DirectionMatch:
     """Compares what components write through a matrix with what latents write, or what both read.
@@ -120,11 +117,8 @@ def direction_match(
         batches: data that give cosines their sign, iterated twice. Without them cosines have no sign. A component that
             is never active on them has cosine 0.
         threshold: cosine above which two count as a match, for the number of matches that each has.
-        components, latents: which count, such as `decomposition.select(batch).flatten(0, -2).any(0)`; default all, or
-            with batches the components that are active on them.
-        untrained: for the null, components of the same matrices before training, such as
-            `apd.init(...).decomposition().components`; default `apd.random_components`, which are a stricter null as
-            they have the trained ones' singular values.
+        components: which count, such as `decomposition.select(batch).flatten(0, -2).any(0)`; default all, or with
+            batches those that are active on them.
 
     Raises:
         UnknownWeight: the matrix is none of the decomposed ones.
@@ -139,12 +133,12 @@ def direction_match(
     if batches is not None:
         check_again(batches, times=2)
     generator = torch.Generator().manual_seed(seed)
-    others = random_components(decomposition.components, seed) if untrained is None else untrained
+    twins = random_components(decomposition.components, seed)
     random = torch.randn(directions.shape, generator=generator, dtype=torch.float32, device="cpu")
     kinds = {
         "found": (decomposition, directions),
         "random_directions": (decomposition, random),
-        "random_components": (replace(decomposition, components=others), directions),
+        "random_components": (replace(decomposition, components=twins), directions),
     }
     signs = {}
     for some, _ in kinds.values():
@@ -158,7 +152,7 @@ def direction_match(
         if signed is not None:
             cosines[kind] = cosines[kind] * (signed @ of_latents.mT).sign()
             counts = signed.any(1) if components is None else components
-        matches[kind] = matching(cosines[kind], threshold, counts, latents)
+        matches[kind] = matching(cosines[kind], threshold, counts)
     return DirectionMatch(cosine=cosines["found"].cpu(), **matches)
 
 

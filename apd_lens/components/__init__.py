@@ -2,6 +2,7 @@
 
 from apd_lens._checks import checked
 from apd_lens.components import _measures, _products
+from apd_lens.components._measures import random_components as random_components
 
 masked_product = checked(_products.masked_product)
 component_outputs = checked(_products.component_outputs)

@@ -20,11 +20,9 @@ from apd_lens.metrics._mechanisms import ml2r as ml2r
 from apd_lens.metrics._mechanisms import mmcs as mmcs
 from apd_lens.metrics._mechanisms import neuron_contributions as neuron_contributions
 from apd_lens.metrics._sizes import DescriptionLength as DescriptionLength
-from apd_lens.metrics._sizes import alive_count as alive_count
 from apd_lens.metrics._sizes import description_length as description_length
 from apd_lens.metrics._sizes import layer_share as layer_share
 from apd_lens.metrics._sizes import ranks as ranks
-from apd_lens.metrics._sizes import total_rank as total_rank
 from apd_lens.metrics._stability import Stability as Stability
 
 stability = checked(_stability.stability)

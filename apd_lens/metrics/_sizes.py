@@ -13,16 +13,6 @@ from apd_lens.components._measures import singular_values
 
 
 @checked
-def alive_count(mask: Bool[Tensor, "batch *pos C"]) -> int:
-    """Components that are active on at least one data point.
-
-    >>> alive_count(torch.tensor([[True, False, False], [True, False, True]]))
-    2
-    """
-    return int(mask.flatten(0, -2).any(0).sum())
-
-
-@checked
 def layer_share(components: ParameterComponents) -> Float[Tensor, "C matrices"]:
     """‖P_c,l‖² / Σ_l ‖P_c,l‖²: the share of each component's squared norm in each matrix.
 
@@ -44,12 +34,6 @@ def ranks(components: ParameterComponents, tolerance: float = 0.01) -> Float[Ten
     """
     spectra = [singular_values(components, name) for name in components.names]
     return torch.stack([(spectrum > tolerance * spectrum.max()).sum(1) for spectrum in spectra], 1).to(spectra[0].dtype)
-
-
-@checked
-def total_rank(components: ParameterComponents, tolerance: float = 0.01) -> Float[Tensor, " C"]:
-    """Σ_l rank P_c,l, with ranks as `ranks` counts them."""
-    return ranks(components, tolerance).sum(1)
 
 
 @dataclass(frozen=True)
@@ -85,8 +69,8 @@ def description_length(
     """Σ_c s_c (log2 C + α Σ_l rank P_c,l) bits, mean over data points.
 
     Args:
-        rank: the rank of each component over all matrices, such as `total_rank(components)` or the sum of effective
-            ranks.
+        rank: the rank of each component over all matrices, such as `ranks(components).sum(1)` or the sum of
+            effective ranks.
         alpha: α, bits for each rank-one part. The paper leaves it open, so both terms are given.
 
     Source: the minimal mechanistic description length that the paper starts from.

@@ -1,6 +1,6 @@
 """Stability: whether runs that differ in their seed only find the same components."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from apd_lens._block import full_precision, no_grad
-from apd_lens._errors import InvalidSetting, MissingExtra, ShapeMismatch
+from apd_lens._errors import InvalidSetting, ShapeMismatch
 from apd_lens._table import Printed, example_of, frame, short_names, table
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import inner_products, sum_of_components
@@ -74,7 +74,6 @@ def stability(
     decompositions: Sequence[Decomposition] | Sequence[ParameterComponents],
     *,
     alive: Sequence[Bool[Tensor, " C"]] | None = None,
-    one_to_one: bool = False,
 ) -> Stability:
     """Mean max cosine similarity between the components of every pair of seeds.
 
@@ -88,13 +87,10 @@ def stability(
             target's, or where only components are given, of the first ones' sum.
         alive: for each seed the components that count, on both sides; such as
             `decomposition.select(batch).flatten(0, -2).any(0)`. Default all.
-        one_to_one: match the components of two seeds one to one, so that the norm-weighted sum of cosines is largest
-            (needs scipy); a component that is left over counts as 0.
 
     Raises:
         InvalidSetting: fewer than two, or not one `alive` for each.
         ShapeMismatch: components of other matrices than the first ones, or `alive` of another length.
-        MissingExtra: one_to_one without scipy.
     """
     sets = [some.components if isinstance(some, Decomposition) else some for some in decompositions]
     if len(sets) < 2:
@@ -105,12 +101,11 @@ def stability(
     _check_alive(alive, sets)
     twins = [random_components(components) for components in sets]
     scales = squared_norms(decompositions[0])
-    best = _best_by_assignment if one_to_one else _best_of_any
 
     def compare(others: Sequence[ParameterComponents], names: Sequence[str]) -> Float[Tensor, "S S"]:
         rows = [
             [
-                _similarity(one, other, {name: scales[name] for name in names}, counts, others_count, best)
+                _similarity(one, other, {name: scales[name] for name in names}, counts, others_count)
                 for other, others_count in zip(others, alive, strict=True)
             ]
             for one, counts in zip(sets, alive, strict=True)
@@ -159,28 +154,12 @@ def _similarity(
     scales: Mapping[str, float],
     counts: Bool[Tensor, " C"],
     others_count: Bool[Tensor, " D"],
-    best: Callable[[Tensor, Tensor], Tensor],
 ) -> Float[Tensor, ""]:
     found, norms = cosines(one, other, scales)
     found, norms = found[counts][:, others_count], norms[counts]
     if found.numel() == 0:
         return norms.new_zeros(())
-    return (norms * best(found, norms)).sum() / norms.sum().clamp_min(torch.finfo(norms.dtype).tiny)
-
-
-def _best_of_any(cosines: Float[Tensor, "C D"], norms: Float[Tensor, " C"]) -> Float[Tensor, " C"]:
-    return cosines.max(1).values
-
-
-def _best_by_assignment(cosines: Float[Tensor, "C D"], norms: Float[Tensor, " C"]) -> Float[Tensor, " C"]:
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError:
-        raise MissingExtra("Matching components one to one needs scipy: pip install scipy.") from None
-    rows, columns = linear_sum_assignment((norms[:, None] * cosines).cpu().numpy(), maximize=True)
-    matched = torch.zeros_like(norms)
-    matched[rows] = cosines[rows, columns]
-    return matched
+    return (norms * found.max(1).values).sum() / norms.sum().clamp_min(torch.finfo(norms.dtype).tiny)
 
 
 def squared_norms(decomposition: Decomposition | ParameterComponents) -> dict[str, float]:

@@ -13,7 +13,6 @@ from apd_lens._errors import InvalidOutput, ShapeMismatch, SiteNotCalled, Unsupp
 from apd_lens._memory import at_once, slices
 from apd_lens._processes import gathered
 from apd_lens.components._components import ParameterComponents
-from apd_lens.components._factors import Mask
 from apd_lens.data._batch import Batch
 from apd_lens.data._finite import Reading, count_not_finite, on_gpu, raise_first
 from apd_lens.data._inputs import Inputs
@@ -420,19 +419,6 @@ def _without_padding(run: Callable[[], Tensor], inputs: Inputs) -> tuple[Tensor,
 def without_nan(values: Tensor) -> Tensor:
     """The values with zeros for NaN."""
     return values.detach().nan_to_num(0, torch.inf, -torch.inf) if values.is_floating_point() else values
-
-
-def sparse_pass(
-    target: TargetModel,
-    components: ParameterComponents,
-    batch: Batch | Inputs,
-    mask: Mask,
-    output: OutputFn,
-    hidden: Iterable[str] = (),
-    n_active: int | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The explained output, and named hidden activations, of the model run on Σ_c mask_c P_c for each data point."""
-    return replaced_pass(target, components.names, Mixture(components, mask, n_active=n_active), batch, output, hidden)
 
 
 def replaced_pass(

@@ -5,14 +5,6 @@ Source: Braun et al. 2025, arXiv 2501.14926. Batches are drawn on the CPU from a
 there, and the same seed gives the same model and the same batches.
 """
 
-from apd_lens.toys._addition import AdditionMLP as AdditionMLP
-from apd_lens.toys._addition import AdditionTarget as AdditionTarget
-from apd_lens.toys._addition import frequency_power as frequency_power
-from apd_lens.toys._addition import train_addition as train_addition
-from apd_lens.toys._boolean import BooleanTarget as BooleanTarget
-from apd_lens.toys._boolean import gate_bits as gate_bits
-from apd_lens.toys._boolean import gate_values as gate_values
-from apd_lens.toys._boolean import train_boolean as train_boolean
 from apd_lens.toys._facts import FactsTarget as FactsTarget
 from apd_lens.toys._facts import centred_logits as centred_logits
 from apd_lens.toys._facts import facts_settings as facts_settings
@@ -28,13 +20,6 @@ from apd_lens.toys._induction import Sequences as Sequences
 from apd_lens.toys._induction import next_token_losses as next_token_losses
 from apd_lens.toys._induction import sequences as sequences
 from apd_lens.toys._induction import train_induction as train_induction
-from apd_lens.toys._programs import PROGRAMS as PROGRAMS
-from apd_lens.toys._programs import CompiledProgram as CompiledProgram
-from apd_lens.toys._programs import ProgramTarget as ProgramTarget
-from apd_lens.toys._programs import compile_program as compile_program
-from apd_lens.toys._redundancy import Cipher as Cipher
-from apd_lens.toys._redundancy import CipherTarget as CipherTarget
-from apd_lens.toys._redundancy import train_cipher as train_cipher
 from apd_lens.toys._residual_mlp import ResidualMLP as ResidualMLP
 from apd_lens.toys._residual_mlp import ResidualMLPTarget as ResidualMLPTarget
 from apd_lens.toys._residual_mlp import residual_mlp_data as residual_mlp_data

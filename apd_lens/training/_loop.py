@@ -69,12 +69,13 @@ def decompose(
         n_components: number of components C.
         rank: m, the rank that a component may have in each matrix, or what the matrix has if that is less; None for
             min(d_in, d_out).
-        selection: which components are active on a data point; the default, `BatchTopK(k=Needed(), least=0.15)`, finds
-            their number. `Lp()` is the form without a selection, which needs `losses=Losses(path=0)` and `moves=None`.
+        selection: which components are active on a data point; the default, `BatchTopK(k=masks.Needed(), least=0.15)`,
+            finds their number. `Lp()` is the form without a selection. It needs `losses=Losses(path=0)` and
+            `moves=None`.
         attribution: how much a component matters on a data point; default `GradientAttribution()`.
         losses: default `Losses()`.
         optimization: default `Optimization()`.
-        moves: `ClusterMoves()`, `SplitMoves()`, `DivisionMoves()`, or None for none.
+        moves: `ClusterMoves()`, `SplitMoves()` or `DivisionMoves()` of `apd_lens.moves`, or None for none.
         masks: a `Masking`, which says what is active in the place of selection and attribution.
         others: batches that the components are not about, in the same forms as `batches`; a step takes one of each.
             With them components hold what the `batches` use, and the rest W − Σ P_c stays in the model: on the others
@@ -178,8 +179,8 @@ def _warn_of_divergence(first: StepInfo, last: StepInfo) -> None:
     if _processes.is_first() and end > max(1.0, start):
         warnings.warn(
             f"The training diverged: W − Σ_c P_c has {end**0.5:.3g} times the norm of the weights, and had "
-            f"{start**0.5:.3g} times at the start. Give Optimization(lr=…) a smaller value, or leave out losses and moves "
-            "that were set.",
+            f"{start**0.5:.3g} times at the start. Give Optimization(lr=…) a smaller value, or leave out losses and "
+            "moves that were set.",
             ApdWarning,
             stacklevel=3,
         )

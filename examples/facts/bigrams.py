@@ -72,7 +72,7 @@ def decompose(model: HookedTransformer, prompts: Tensor, steps: int, seed: int) 
             distance="kl",
             normalization="relative",
         ),
-        moves=apd.SplitMoves(every=100, until=0.6),
+        moves=apd.moves.SplitMoves(every=100, until=0.6),
         optimization=apd.Optimization(steps=steps, lr=3e-3, scaled=False, init_scale=1),
         seed=seed,
     )

@@ -78,7 +78,7 @@ def measure(
     The null control is a decomposition into random components, twins of the real ones: each has the norm and the
     singular values of its twin in every matrix.
     """
-    null = replace(decomposition, components=apd.random_components(decomposition.components, seed))
+    null = replace(decomposition, components=apd.components.random_components(decomposition.components, seed))
     component, null_component = top_components(decomposition, target), top_components(null, target)
     mask, null_mask = decomposition.select(target.prompts), null.select(target.prompts)
     found, twin = forgetting(decomposition, component, target), forgetting(null, component, target)

@@ -310,7 +310,9 @@ def of_components(decomposition: apd.Decomposition, own: Sequence[int], names: S
 
 def of_random_components(decomposition: apd.Decomposition, own: Sequence[int], seed: int = 0) -> Edits:
     """The same of random components with the same singular values."""
-    return of_components(replace(decomposition, components=apd.random_components(decomposition.components, seed)), own)
+    return of_components(
+        replace(decomposition, components=apd.components.random_components(decomposition.components, seed)), own
+    )
 
 
 def of_other_components(task: Task, decomposition: apd.Decomposition, own: Sequence[int]) -> Edits:

@@ -317,7 +317,7 @@ def evaluated(
     decomposition: apd.Decomposition, model: Any, task: Task, differences: dict[str, Tensor], changes: Changes | None
 ) -> dict[str, Any]:
     """What is known of a decomposition of a changed model."""
-    components, twins = decomposition.components, apd.random_components(decomposition.components)
+    components, twins = decomposition.components, apd.components.random_components(decomposition.components)
     forgetting = apd.language.forgetting(
         decomposition, {"inputs_embeds": task.prompts}, [{"inputs_embeds": task.texts}], progress=False
     )

@@ -42,7 +42,7 @@ How exactly coefficients must be chosen, and whether seeds find the same compone
 """
 
 LOSSES = apd.Losses(simplicity=apd.HoldThenDecay(0.04))
-MOVES = apd.ClusterMoves(fewest=8)
+MOVES = apd.moves.ClusterMoves(fewest=8)
 
 Target = toys.TMSTarget | toys.ResidualMLPTarget | toys.GatedTarget
 Numbers = dict[str, float]
@@ -75,7 +75,7 @@ class System:
     steps: int = 2000
     batch_size: int = 512
     losses: apd.Losses = LOSSES
-    moves: apd.ClusterMoves | apd.DivisionMoves = MOVES
+    moves: apd.moves.ClusterMoves | apd.moves.DivisionMoves = MOVES
     start: Literal["random", "matrices"] = "random"
 
 
@@ -86,7 +86,7 @@ def decompose(
     *,
     steps: int | None = None,
     attribution: apd.GradientAttribution | None = None,
-    on_step: Callable[[int, apd.StepInfo], Any] | None = None,
+    on_step: Callable[[int, apd.training.StepInfo], Any] | None = None,
     progress: bool = True,
 ) -> apd.Decomposition:
     return apd.decompose(
@@ -306,7 +306,7 @@ SYSTEMS = {
         steps=200,
         batch_size=2048,
         # From random factors gradient descent does not find neurons that are off unless all that feeds them is there.
-        moves=apd.DivisionMoves(),
+        moves=apd.moves.DivisionMoves(),
         reference="cherry-picked, imperfect",
         goal="all 4 in 5 of 5 targets, share of weight ≥ 0.95",
     ),
@@ -325,7 +325,7 @@ def run(name: str, seed: int, steps: int | None, target_steps: int | None, out: 
     history: list[dict[str, float]] = []
     every = max(1, (steps or system.steps) // HISTORY)
 
-    def keep(step: int, info: apd.StepInfo) -> None:
+    def keep(step: int, info: apd.training.StepInfo) -> None:
         if step % every == 0 or info.moves:
             terms = {term: value.item() for term, value in info.terms.items()}
             history.append({"step": step, "alive": info.alive, "moves": info.moves, **terms})
@@ -333,7 +333,7 @@ def run(name: str, seed: int, steps: int | None, target_steps: int | None, out: 
     start = time.perf_counter()
     decomposition = decompose(system, target, seed, steps=steps, on_step=keep, progress=False)
     seconds = time.perf_counter() - start
-    random = replace(decomposition, components=apd.random_components(decomposition.components))
+    random = replace(decomposition, components=apd.components.random_components(decomposition.components))
     decomposition.save(out / f"{name}-{seed}")
     numbers, null = (system.measure(target, each) for each in (decomposition, random))
     return {

@@ -8,7 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from addition import AdditionTarget, frequency_power
+from boolean import BooleanTarget
 from jaxtyping import Bool, Float, Int
+from programs import ProgramTarget
+from redundancy import CipherTarget
 from torch import Tensor
 
 import apd_lens as apd
@@ -80,12 +84,12 @@ def squared_norms(decomposition: apd.Decomposition) -> dict[str, Float[Tensor, "
 # Redundancy: a component for each token, which holds all that the blocks do for it.
 
 
-def cipher_owners(target: toys.CipherTarget, decomposition: apd.Decomposition) -> Owners:
+def cipher_owners(target: CipherTarget, decomposition: apd.Decomposition) -> Owners:
     """The component with the largest attribution to each token, all blocks on."""
     return decomposition.attributions(target.tokens).argmax(1)
 
 
-def measure_cipher(target: toys.CipherTarget, decomposition: apd.Decomposition, owners: Owners) -> Numbers:
+def measure_cipher(target: CipherTarget, decomposition: apd.Decomposition, owners: Owners) -> Numbers:
     """A token is found if a component is its own, spans all blocks, and is all that makes the model know this token,
     whichever blocks are on, and no other with all of them on.
 
@@ -139,13 +143,13 @@ def cipher_in_superposition(numbers: Numbers) -> bool:
 # Boolean gates: a component for each gate.
 
 
-def boolean_data(target: toys.BooleanTarget) -> tuple[Tensor, Tensor]:
+def boolean_data(target: BooleanTarget) -> tuple[Tensor, Tensor]:
     """Bits that no step saw, and where each gate's output is on."""
     bits = target.batches(4096, seed=10**6)(0)
     return bits, target.labels(bits) > 0.5
 
 
-def boolean_owners(target: toys.BooleanTarget, decomposition: apd.Decomposition) -> Owners:
+def boolean_owners(target: BooleanTarget, decomposition: apd.Decomposition) -> Owners:
     """The component with the largest mean attribution to a gate's output, where it is on."""
     bits, on = boolean_data(target)
     owners = []
@@ -155,7 +159,7 @@ def boolean_owners(target: toys.BooleanTarget, decomposition: apd.Decomposition)
     return torch.stack(owners)
 
 
-def measure_boolean(target: toys.BooleanTarget, decomposition: apd.Decomposition, owners: Owners) -> Numbers:
+def measure_boolean(target: BooleanTarget, decomposition: apd.Decomposition, owners: Owners) -> Numbers:
     """A gate is found if a component is its own, and without it the gate's output is off where it was on, and that of
     other gates is not. Cases are data points at which a gate is on and the model right."""
     bits, on = boolean_data(target)
@@ -178,17 +182,17 @@ def measure_boolean(target: toys.BooleanTarget, decomposition: apd.Decomposition
 # Modular addition: a component for each key frequency.
 
 
-def component_power(target: toys.AdditionTarget, decomposition: apd.Decomposition) -> Float[Tensor, "C frequencies"]:
+def component_power(target: AdditionTarget, decomposition: apd.Decomposition) -> Float[Tensor, "C frequencies"]:
     parts = (decomposition.components.component_weights(name) for name in target.weights)
-    return toys.frequency_power(*parts, target.model)
+    return frequency_power(*parts, target.model)
 
 
-def addition_owners(target: toys.AdditionTarget, decomposition: apd.Decomposition) -> Owners:
+def addition_owners(target: AdditionTarget, decomposition: apd.Decomposition) -> Owners:
     """For each key frequency the component that has most of its power."""
     return component_power(target, decomposition)[:, target.key_frequencies].argmax(0)
 
 
-def measure_addition(target: toys.AdditionTarget, decomposition: apd.Decomposition, owners: Owners) -> Numbers:
+def measure_addition(target: AdditionTarget, decomposition: apd.Decomposition, owners: Owners) -> Numbers:
     """Alignment: the share of a component's own power that is at its frequency. A frequency is found if it has a
     component of its own with an alignment of 0.9, which has half of the target's power there or more."""
     keys, power = target.key_frequencies, component_power(target, decomposition)[owners]
@@ -210,12 +214,12 @@ def measure_addition(target: toys.AdditionTarget, decomposition: apd.Decompositi
     }
 
 
-def neurons_of_addition(target: toys.AdditionTarget) -> Numbers:
+def neurons_of_addition(target: AdditionTarget) -> Numbers:
     """The same of single neurons, in the matrices that have them; the strongest neuron of each frequency."""
     model, keys = target.model, target.key_frequencies
     one = torch.eye(model.mlp_in.out_features)
     read, written = model.mlp_in.weight.mT * one[:, None], model.mlp_out.weight.mT * one[..., None]
-    power = toys.frequency_power(torch.zeros(len(one), *model.embed.weight.shape), read, written, model)
+    power = frequency_power(torch.zeros(len(one), *model.embed.weight.shape), read, written, model)
     owners = power[:, keys].argmax(0)
     at_key = power[owners, keys]
     alignment = at_key / power[owners].sum(1)
@@ -230,14 +234,14 @@ def neurons_of_addition(target: toys.AdditionTarget) -> Numbers:
 # Compiled programs: components for each node.
 
 
-def node_shares(target: toys.ProgramTarget, parts: dict[str, Tensor]) -> Float[Tensor, "C node"]:
+def node_shares(target: ProgramTarget, parts: dict[str, Tensor]) -> Float[Tensor, "C node"]:
     """How much of each node's weights each component has: Σ ⟨P_c, M_n⟩ / Σ ‖M_n‖², over matrices."""
     held = [torch.einsum("cio,nio->cn", part, target.mechanisms[name]) for name, part in parts.items()]
     norms = [target.mechanisms[name].square().sum((1, 2)) for name in parts]
     return torch.stack(held).sum(0) / torch.stack(norms).sum(0)
 
 
-def node_aurocs(target: toys.ProgramTarget, parts: dict[str, Tensor]) -> Float[Tensor, " node"]:
+def node_aurocs(target: ProgramTarget, parts: dict[str, Tensor]) -> Float[Tensor, " node"]:
     """How well components tell the weights of a node from those of all others.
 
     A component is given to the node of which it has most. An entry of the program's weights, in the basis in which they
@@ -257,7 +261,7 @@ def node_aurocs(target: toys.ProgramTarget, parts: dict[str, Tensor]) -> Float[T
     return torch.tensor([apd.metrics.auroc(score, label) for score, label in pairs])
 
 
-def measure_program(target: toys.ProgramTarget, decomposition: apd.Decomposition, owners: None) -> Numbers:
+def measure_program(target: ProgramTarget, decomposition: apd.Decomposition, owners: None) -> Numbers:
     """A node is found if the AUROC of its components is 0.95."""
     parts = {name: decomposition.components.component_weights(name) for name in target.weights}
     aurocs = node_aurocs(target, parts)
@@ -274,7 +278,7 @@ def measure_program(target: toys.ProgramTarget, decomposition: apd.Decomposition
     }
 
 
-def matrices_of_program(target: toys.ProgramTarget) -> Numbers:
+def matrices_of_program(target: ProgramTarget) -> Numbers:
     """The same of each whole matrix as a component of its own."""
     whole = {name: target.mechanisms[name].sum(0) for name in target.weights}
     parts = {name: torch.zeros(len(whole), *matrix.shape) for name, matrix in whole.items()}

@@ -22,7 +22,11 @@ from typing import Any
 
 import judges
 import torch
+from addition import train_addition
+from boolean import train_boolean
 from judges import Numbers, Owners
+from programs import PROGRAMS, ProgramTarget, compile_program
+from redundancy import train_cipher
 from torch import Tensor
 
 import apd_lens as apd
@@ -52,6 +56,8 @@ Numbers are the smallest to the largest over seeds. `judges.py` says what they m
 FORMS: dict[str, dict[str, Any]] = {
     "topk": {},
     "complete": {"losses": apd.Losses(completeness=1)},
+    # Told that one component is active on each data point.
+    "one-complete": {"selection": apd.TopK(1), "losses": apd.Losses(completeness=1)},
     # What the examples take for facts, of which one is active on each data point; here all systems are told so.
     "facts": {name: toys.facts_settings()[name] for name in ("selection", "losses", "moves", "optimization")},
     "lp": {"selection": apd.Lp(), "losses": apd.Losses(path=0), "moves": None},
@@ -87,9 +93,9 @@ class System:
     baseline: tuple[str, Callable[[Any], Numbers]] | None = None
 
 
-def make_program(name: str, seed: int, steps: int | None = None) -> toys.ProgramTarget:
+def make_program(name: str, seed: int, steps: int | None = None) -> ProgramTarget:
     """A compiled program; of 0 steps one with random matrices of the same singular values in the place of its own."""
-    target = toys.compile_program(name, seed=seed)
+    target = compile_program(name, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for parameter in target.model.parameters() if steps == 0 else ():
         turns = (torch.linalg.qr(torch.randn(n, n, generator=generator))[0] for n in parameter.shape)
@@ -117,7 +123,7 @@ def cipher(
     """Of some width and number of neurons; the data are all tokens, or each of them with every subset of blocks."""
     return System(
         f"redundancy, {title}",
-        partial(toys.train_cipher, *sizes),
+        partial(train_cipher, *sizes),
         lambda target, seed: [target.data() if with_subsets else target.tokens],
         48,
         judges.cipher_owners,
@@ -149,7 +155,7 @@ SYSTEMS = {
     ),
     "boolean": System(
         "Boolean circuit, 16 gates in 20 neurons",
-        toys.train_boolean,
+        train_boolean,
         lambda target, seed: target.batches(512, seed=1000 + seed),
         24,
         judges.boolean_owners,
@@ -159,7 +165,7 @@ SYSTEMS = {
     ),
     "addition": System(
         "addition modulo 47",
-        toys.train_addition,
+        train_addition,
         lambda target, seed: target.batches(seed=1000 + seed),
         16,
         judges.addition_owners,
@@ -179,7 +185,7 @@ SYSTEMS = {
         goal="≥ 0.9 of the weight in the two heads; ≥ 0.7 of the right logit comes back, attacked",
         output=centred,
     ),
-    **{f"program-{name}": program(name) for name in toys.PROGRAMS},
+    **{f"program-{name}": program(name) for name in PROGRAMS},
 }
 
 
@@ -208,7 +214,7 @@ def run(name: str, form: str, seed: int, steps: int | None, target_steps: int | 
     numbers = {**system.measure(target, decomposition, owners), "residual": decomposition.residuals()["all"]}
     nulls = {}
     if target_steps != 0:
-        random = replace(decomposition, components=apd.random_components(decomposition.components))
+        random = replace(decomposition, components=apd.components.random_components(decomposition.components))
         nulls["random"] = system.measure(target, random, system.owners(target, random))
         if owners is not None:
             batches = system.batches(target, seed)

@@ -635,7 +635,7 @@ def test_a_leaf_that_is_not_called_is_an_error():
     model = bridge("gpt2")
     decomposition = decomposition_of(model, "blocks.0.mlp.*")
     vars(model.blocks[0].mlp)["forward"] = lambda x: x
-    with decomposition.sparse(MASK), pytest.raises(apd.SiteNotCalled, match=r"blocks\.0\.mlp\.in"):
+    with decomposition.sparse(MASK), pytest.raises(apd.errors.SiteNotCalled, match=r"blocks\.0\.mlp\.in"):
         model(tokens(3))
 
 

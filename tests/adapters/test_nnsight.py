@@ -457,7 +457,7 @@ def test_a_module_may_be_wrapped_inside_a_context(host: Host, use: Callable[[Hos
     untouched = copy.deepcopy(module)
     with decomposition.sparse(MASK):
         model = host.wrap(module)
-        with pytest.raises(apd.AlreadyActive), decomposition.ablate(0):
+        with pytest.raises(apd.errors.AlreadyActive), decomposition.ablate(0):
             pass
         came = use(host, model)
         copied, pickled = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
@@ -544,7 +544,7 @@ def test_a_context_may_be_inside_a_trace(case: Case):
 def test_a_context_behind_a_trace_in_one_statement_is_refused(case: Case):
     """nnsight runs the block without it."""
     with (
-        pytest.raises(apd.InvalidSetting, match="Put it before the trace"),
+        pytest.raises(apd.errors.InvalidSetting, match="Put it before the trace"),
         case.model.trace(case.host.batch),
         case.decomposition.sparse(MASK),
     ):
@@ -835,7 +835,7 @@ def test_a_path_around_a_matrix_is_reported_outside_traces():
     decomposition = decomposition_of(model, ["linear1.weight"])
     with (
         torch.no_grad(),
-        pytest.raises(apd.SiteNotCalled, match="went past linear1"),
+        pytest.raises(apd.errors.SiteNotCalled, match="went past linear1"),
         decomposition.only(0),
     ):
         model(torch.randn(2, 3, 8))

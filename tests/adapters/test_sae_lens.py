@@ -137,5 +137,5 @@ def test_a_deepcopy_runs_the_mlp_of_its_original_and_is_refused():
     """SAELens's own closure: it goes on calling the MLP that it was made for."""
     model = sae_transformer()
     decomposition = decomposition_of(copy.deepcopy(model), "*.mlp.*")
-    with pytest.raises(apd.SiteNotCalled, match=r"went past blocks.0.mlp.hook_post, blocks.0.mlp.hook_pre"):
+    with pytest.raises(apd.errors.SiteNotCalled, match=r"went past blocks.0.mlp.hook_post, blocks.0.mlp.hook_pre"):
         decomposition.attributions(tokens(3))

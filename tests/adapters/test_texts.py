@@ -96,5 +96,5 @@ def test_a_prompt_without_a_batch_axis(tokenizer):
 
 def test_a_model_without_a_tokenizer():
     config = HookedTransformerConfig(n_layers=1, d_model=8, n_ctx=8, d_head=4, d_vocab=9, act_fn="gelu", seed=0)
-    with pytest.raises(apd.InvalidBatches, match="has no tokenizer"):
+    with pytest.raises(apd.errors.InvalidBatches, match="has no tokenizer"):
         decomposition_of(HookedTransformer(config), "*mlp*").attributions(TEXTS)

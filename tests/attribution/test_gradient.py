@@ -342,7 +342,7 @@ def test_the_error_of_estimates_is_reported():
     assert errors[64].relative < errors[4].relative / 3
     assert 2 / 20 < errors[4].agreement < errors[64].agreement < 1
     assert exact.attribution_error(x) == AttributionError(0.0, 1.0)
-    with pytest.raises(apd.InvalidSetting, match="at least 2"):
+    with pytest.raises(apd.errors.InvalidSetting, match="at least 2"):
         attributing(decomposition, projections=1).attribution_error(x)
 
 

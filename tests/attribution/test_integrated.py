@@ -236,7 +236,7 @@ def test_ablations_of_matrices_on_different_positions_cannot_share_attributions(
     ],
 )
 def test_settings_that_cannot_work_are_refused(make, message):
-    with pytest.raises(apd.InvalidSetting, match=message):
+    with pytest.raises(apd.errors.InvalidSetting, match=message):
         make()
 
 

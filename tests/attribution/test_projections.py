@@ -29,5 +29,5 @@ def test_how_many_directions_are_pulled_back(n_outputs, projections, count, exac
 
 def test_none_is_refused():
     check_projections(1)
-    with pytest.raises(apd.InvalidSetting, match="at least 1, got 0"):
+    with pytest.raises(apd.errors.InvalidSetting, match="at least 1, got 0"):
         check_projections(0)

@@ -45,5 +45,5 @@ def test_scores_with_other_axes():
     assert compare.circuit_of_scores(scores, "layer head pos").top(1) == ["a0.0"]
     with pytest.raises(apd.ShapeMismatch, match=r"'layer head'.*\(1, 2, 2\)"):
         compare.circuit_of_scores(scores)
-    with pytest.raises(apd.InvalidSetting, match="'layer pos'"):
+    with pytest.raises(apd.errors.InvalidSetting, match="'layer pos'"):
         compare.circuit_of_scores(scores[0], "layer pos")

@@ -132,16 +132,16 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path):
         with pytest.raises(error, match=match):
             compare.Dictionary.from_file(path, "site", **{**options, **changes})
 
-    refused(apd.InvalidSetting, r"no tensor 'E' for the encoder. It holds .*W_enc \(3, 5\)", encoder="E")
-    refused(apd.InvalidSetting, r"no tensor 'b' for the encoder_bias.* or None", encoder_bias="b")
+    refused(apd.errors.InvalidSetting, r"no tensor 'E' for the encoder. It holds .*W_enc \(3, 5\)", encoder="E")
+    refused(apd.errors.InvalidSetting, r"no tensor 'b' for the encoder_bias.* or None", encoder_bias="b")
     refused(apd.ShapeMismatch, r"Which axis of the encoder \(3, 5\) is the latents'\? Known are unknown latents")
     refused(apd.ShapeMismatch, r"encoder is \(3, 5\), which does not fit 7 latents", n_latents=7)
     refused(apd.ShapeMismatch, r"Which axis of the encoder \(5, 5\)", encoder="square", n_latents=5)
     assert compare.Dictionary.from_file(path, "site", n_latents=5, **options).encoder.shape == (3, 5)
-    with pytest.raises(apd.InvalidSetting, match="There is no file"):
+    with pytest.raises(apd.errors.InvalidSetting, match="There is no file"):
         compare.Dictionary.from_file(tmp_path / "none.npz", "site")
     (tmp_path / "sae.h5").touch()
-    with pytest.raises(apd.InvalidSetting, match=r"ends in .safetensors, .npz or .pt, got sae.h5"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"ends in .safetensors, .npz or .pt, got sae.h5"):
         compare.Dictionary.from_file(tmp_path / "sae.h5", "site")
 
 
@@ -164,11 +164,11 @@ def test_tensors_that_do_not_fit_are_refused():
 
 
 def test_saes_without_a_place_or_a_decoder_are_refused():
-    with pytest.raises(apd.InvalidSetting, match="Expected an SAE or transcoder with W_enc and W_dec"):
+    with pytest.raises(apd.errors.InvalidSetting, match="Expected an SAE or transcoder with W_enc and W_dec"):
         compare.Dictionary.from_sae_lens(nn.Linear(2, 2))
     sae = sae_at(MLP_OUT, 8)
     sae.cfg.metadata.hook_name = None
-    with pytest.raises(apd.InvalidSetting, match="names no hook point"):
+    with pytest.raises(apd.errors.InvalidSetting, match="names no hook point"):
         compare.Dictionary.from_sae_lens(sae)
 
 
@@ -247,9 +247,9 @@ def test_the_model_is_as_it_was_after_errors_and_interrupts():
     before, x = Snapshot.of(model), torch.randn(2, 3)
     wrong = dictionary("0", d=4)
     for error, match, arguments in [
-        (apd.InvalidSetting, r"no submodule '2' .*closest are", ([dictionary("0"), dictionary("2")],)),
-        (apd.InvalidSetting, "Two dictionaries stand at '0'", ([dictionary("0"), dictionary("0")],)),
-        (apd.InvalidSetting, "one mask for each of 1", ([dictionary("0")], [])),
+        (apd.errors.InvalidSetting, r"no submodule '2' .*closest are", ([dictionary("0"), dictionary("2")],)),
+        (apd.errors.InvalidSetting, "Two dictionaries stand at '0'", ([dictionary("0"), dictionary("0")],)),
+        (apd.errors.InvalidSetting, "one mask for each of 1", ([dictionary("0")], [])),
         (apd.ShapeMismatch, "reads 4 activations", ([wrong],)),
     ]:
         with pytest.raises(error, match=match), compare.spliced(model, *arguments):

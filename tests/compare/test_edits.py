@@ -175,23 +175,23 @@ def test_the_model_is_left_alone_after_an_interrupt():
 
 
 def test_what_cannot_be_measured_is_refused(decomposition: apd.Decomposition):
-    with pytest.raises(apd.InvalidSetting, match="needs components to take out"):
+    with pytest.raises(apd.errors.InvalidSetting, match="needs components to take out"):
         compare.edit_effects(decomposition, [], [ON], [OTHER])
-    with pytest.raises(apd.InvalidSetting, match=r"3 components are taken out, and there are 1 others"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"3 components are taken out, and there are 1 others"):
         compare.edit_effects(decomposition, [0, 1, 2], [ON], [OTHER])
-    with pytest.raises(apd.InvalidSetting, match=r"distinct component numbers from 0 to 3, got \[9\]"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"distinct component numbers from 0 to 3, got \[9\]"):
         compare.edit_effects(decomposition, 1, [ON], [OTHER], others=[2, 9])
-    with pytest.raises(apd.InvalidBatches, match="got one tensor of shape"):
+    with pytest.raises(apd.errors.InvalidBatches, match="got one tensor of shape"):
         compare.edit_effects(decomposition, 1, ON, [OTHER])
-    with pytest.raises(apd.InvalidBatches, match="used up before"):
+    with pytest.raises(apd.errors.InvalidBatches, match="used up before"):
         compare.edit_effects(decomposition, 1, iter([ON]), [OTHER])
     with pytest.raises(apd.ShapeMismatch, match=r"one scalar an example, shape \(3,\), got \(3, 4\)"):
         compare.edit_effects(decomposition, 1, [ON], [OTHER], metric=lambda y: y)
     with pytest.raises(apd.NonFinite, match="edit_effects: input tensor 0"):
         compare.edit_effects(decomposition, 1, [ON / 0], [OTHER])
-    with pytest.raises(apd.InvalidSetting, match="not saved"):
+    with pytest.raises(apd.errors.InvalidSetting, match="not saved"):
         compare.edit_effects(replace(decomposition, output=None), 1, [ON], [OTHER])
-    with apd.apply_edit(decomposition.target.model, decomposition, 0), pytest.raises(apd.AlreadyActive):
+    with apd.apply_edit(decomposition.target.model, decomposition, 0), pytest.raises(apd.errors.AlreadyActive):
         compare.edit_effects(decomposition, 1, [ON], [OTHER])
 
 

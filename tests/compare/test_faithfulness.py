@@ -151,15 +151,15 @@ def test_neurons_of_a_torch_module_and_of_nnsight():
 def test_what_cannot_be_measured():
     decomposition, x = additive(), torch.ones(2, 4)
     curve = partial(compare.faithfulness_curve, decomposition)
-    with pytest.raises(apd.InvalidSetting, match="nothing to recover"):
+    with pytest.raises(apd.errors.InvalidSetting, match="nothing to recover"):
         curve([x], lambda y: 0 * total(y))
-    with pytest.raises(apd.InvalidSetting, match=r"between 0 and 4, got \[5\]"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"between 0 and 4, got \[5\]"):
         curve([x], total, sizes=[5])
     with pytest.raises(apd.ShapeMismatch, match=r"shape \(4,\)"):
         curve([x], total, scores=torch.ones(3))
     with pytest.raises(apd.ShapeMismatch, match="one scalar an example"):
         curve([x], lambda y: y)
-    with pytest.raises(apd.InvalidBatches):
+    with pytest.raises(apd.errors.InvalidBatches):
         curve(iter([x]), total)
-    with pytest.raises(apd.InvalidSetting, match="at least 1"):
+    with pytest.raises(apd.errors.InvalidSetting, match="at least 1"):
         curve([x], total, n_draws=0)

@@ -42,13 +42,13 @@ def test_overlap_of_known_numbers():
 
 def test_what_has_no_overlap():
     scores = {"a0.0": 0.9, "a0.1": 0.8}
-    with pytest.raises(apd.InvalidSetting, match=r"without a score: \['a7.7'\]"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"without a score: \['a7.7'\]"):
         compare.overlap(scores, ["a7.7"])
-    with pytest.raises(apd.InvalidSetting, match=r"circuit of some of the 2"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"circuit of some of the 2"):
         compare.overlap(scores, ["a0.0", "a0.1"])
-    with pytest.raises(apd.InvalidSetting, match=r"circuit\.top"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"circuit\.top"):
         compare.overlap(scores, compare.Circuit(scores, {}))
-    with pytest.raises(apd.InvalidSetting, match="k must be"):
+    with pytest.raises(apd.errors.InvalidSetting, match="k must be"):
         compare.overlap(scores, ["a0.0"], k=3)
 
 
@@ -94,9 +94,11 @@ def test_a_circuit_of_mlps_and_one_of_another_model():
     decomposition = decomposition_of(hooked_transformer(), "blocks.*.mlp.*", n_components=3)
     found = compare.locate(decomposition, [tokens(3)], ["m1"], level="mlp", n_null=1)
     assert found.nodes == ["m0", "m1"]
-    with pytest.raises(apd.InvalidSetting, match=r"None of the decomposed matrices has heads"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"None of the decomposed matrices has heads"):
         compare.locate(decomposition, [tokens(3)], ["a0.0"])
-    with pytest.raises(apd.InvalidSetting, match=r"among those of the decomposed matrices \(m0, m1\), got \['m4'\]"):
+    with pytest.raises(
+        apd.errors.InvalidSetting, match=r"among those of the decomposed matrices \(m0, m1\), got \['m4'\]"
+    ):
         compare.locate(decomposition, [tokens(3)], ["m4"], level="mlp")
 
 
@@ -116,7 +118,7 @@ def test_a_torch_module():
     found = compare.locate(decomposition, [torch.eye(4)], ["a0.1"], lambda y: y[:, 2:].sum(1), units=units)
     assert found.top == [0]
     assert found.shares() == (pytest.approx(1), pytest.approx(1))
-    other = replace(decomposition, components=apd.random_components(decomposition.components))
+    other = replace(decomposition, components=apd.components.random_components(decomposition.components))
     assert compare.weight_map(other, units).shares("head").max() < 0.95
 
 

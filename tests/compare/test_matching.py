@@ -29,7 +29,7 @@ def test_matching_known_by_hand():
     assert one.partner.tolist() == [1, -1]
     assert one.component.tolist() == [-1, 0]
     assert one.table(of="latent").shape == (1, 4)
-    with pytest.raises(apd.InvalidSetting, match="None of the 2 latents counts"):
+    with pytest.raises(apd.errors.InvalidSetting, match="None of the 2 latents counts"):
         compare.matching(torch.eye(2), latents=torch.zeros(2).bool())
     with pytest.raises(apd.ShapeMismatch, match="each of the 2 components"):
         compare.matching(torch.eye(2), components=torch.ones(3).bool())
@@ -54,12 +54,12 @@ def test_bad_data_and_settings_are_refused():
             compare.activation_match(decomposition, data, some, **options)
         before.assert_unchanged(model)
 
-    refused(apd.InvalidBatches, "There are no batches", data=[])
-    refused(apd.InvalidBatches, "cannot be shuffled", data=[torch.eye(6)[:1]])
-    refused(apd.InvalidSetting, "No latent of 6 latents .* is above 99", least=99.0)
-    refused(apd.InvalidSetting, "no submodule 'acts'.*'act'", some=compare.Dictionary.neurons("acts", 6))
+    refused(apd.errors.InvalidBatches, "There are no batches", data=[])
+    refused(apd.errors.InvalidBatches, "cannot be shuffled", data=[torch.eye(6)[:1]])
+    refused(apd.errors.InvalidSetting, "No latent of 6 latents .* is above 99", least=99.0)
+    refused(apd.errors.InvalidSetting, "no submodule 'acts'.*'act'", some=compare.Dictionary.neurons("acts", 6))
     refused(apd.NonFinite, "NaN or infinite", data=[torch.full((4, 6), torch.nan)])
-    with pytest.raises(apd.InvalidBatches, match="can be only once"):
+    with pytest.raises(apd.errors.InvalidBatches, match="can be only once"):
         compare.direction_match(decomposition, dictionary, "last.weight", batches=iter(batches))
     with interrupted_in_forward(model.act, 1), pytest.raises(KeyboardInterrupt):
         compare.activation_match(decomposition, batches, dictionary)

@@ -24,6 +24,6 @@ def test_units_that_the_user_gives():
     target = apd.wrap(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
     given = units_by_name(target, list(target.weights), {"0.*": Units("head", "out", 2)})
     assert given["0.weight"] == Units("head", "out", 2)
-    with pytest.raises(apd.InvalidSetting, match="cannot be cut into blocks of one width"):
+    with pytest.raises(apd.errors.InvalidSetting, match="cannot be cut into blocks of one width"):
         units_by_name(target, list(target.weights), {"0.*": Units("head", "out", 3)})
     assert torch.equal(unit_numbers(given["0.weight"], 4), torch.tensor([0, 0, 1, 1]))

@@ -86,7 +86,7 @@ def test_the_sum_comes_to_the_true_change_with_more_steps(changes):
 def test_the_null_random_components_do_not_predict_the_ablation_of_others():
     decomposition = decomposition_of(hooked_transformer(), "blocks.*.mlp.*", n_components=12)
     found = compare.signed_attributions(decomposition, [tokens(8)], logit_difference)
-    null = replace(decomposition, components=apd.random_components(decomposition.components))
+    null = replace(decomposition, components=apd.components.random_components(decomposition.components))
     other = compare.signed_attributions(null, [tokens(8)], logit_difference)
     assert abs(torch.corrcoef(torch.stack([other.attribution, found.ablation]))[0, 1]) < 0.6
 
@@ -104,5 +104,5 @@ def test_what_is_no_metric():
     decomposition = decomposition_of(nn.Linear(3, 2), n_components=2)
     with pytest.raises(apd.ShapeMismatch, match="one scalar an example"):
         compare.signed_attributions(decomposition, [torch.eye(3)], lambda y: y)
-    with pytest.raises(apd.InvalidSetting, match="at least 1 step"):
+    with pytest.raises(apd.errors.InvalidSetting, match="at least 1 step"):
         compare.signed_attributions(decomposition, [torch.eye(3)], lambda y: y[:, 0], steps=0)

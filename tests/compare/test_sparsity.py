@@ -173,9 +173,9 @@ def test_bad_settings_are_refused_and_leave_the_model():
     model, twin = decomposition.target.model, permuted_rows(decomposition)
     before = Snapshot.of(model)
     for error, match, ks, data, options in [
-        (apd.InvalidSetting, "from 0 on", (-1,), batches, {}),
-        (apd.InvalidSetting, "go together", (1,), batches, {"loss": "ce"}),
-        (apd.InvalidBatches, "no batches", (1,), [], {}),
+        (apd.errors.InvalidSetting, "from 0 on", (-1,), batches, {}),
+        (apd.errors.InvalidSetting, "go together", (1,), batches, {"loss": "ce"}),
+        (apd.errors.InvalidBatches, "no batches", (1,), [], {}),
         (apd.NonFinite, "NaN or infinite", (1,), [torch.full((2, 6), torch.nan)], {}),
     ]:
         with pytest.raises(error, match=match):

@@ -88,7 +88,7 @@ def test_singular_values_are_those_of_the_full_matrices(components: apd.Paramete
 
 
 def test_random_components_are_twins_in_singular_values_only(components: apd.ParameterComponents):
-    null = apd.random_components(components, seed=3)
+    null = apd.components.random_components(components, seed=3)
     for name in NAMES:
         assert_close(
             apd.components.singular_values(null, name),
@@ -100,8 +100,8 @@ def test_random_components_are_twins_in_singular_values_only(components: apd.Par
             null.component_weights(name).flatten(1), components.component_weights(name).flatten(1)
         )
         assert cosine.abs().max() < 0.9
-    assert not torch.equal(apd.random_components(components, seed=4).A[NAMES[0]], null.A[NAMES[0]])
-    assert torch.equal(apd.random_components(components, seed=3).A[NAMES[0]], null.A[NAMES[0]])
+    assert not torch.equal(apd.components.random_components(components, seed=4).A[NAMES[0]], null.A[NAMES[0]])
+    assert torch.equal(apd.components.random_components(components, seed=3).A[NAMES[0]], null.A[NAMES[0]])
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_shares_are_of_columns_and_rows(components: apd.ParameterComponents):
     ],
 )
 def test_sizes_that_cannot_be_are_refused(options: dict, message: str):
-    with pytest.raises(apd.InvalidSetting) as error:
+    with pytest.raises(apd.errors.InvalidSetting) as error:
         apd.init(torch.nn.Linear(5, 3), **{"n_components": 2, **options})
     assert message in str(error.value)
 
@@ -153,13 +153,13 @@ def test_matrices_can_start_whole_in_components_of_their_own(rank: int | None):
     [
         ({"n_components": 1}, "takes a component for each of the 1 matrices and needs others beside them"),
         (
-            {"n_components": 4, "moves": apd.DivisionMoves()},
+            {"n_components": 4, "moves": apd.moves.DivisionMoves()},
             "DivisionMoves have a start of their own, and Optimization",
         ),
     ],
 )
 def test_starts_that_cannot_be_are_refused(options: dict, message: str):
-    with pytest.raises(apd.InvalidSetting, match=message):
+    with pytest.raises(apd.errors.InvalidSetting, match=message):
         apd.init(torch.nn.Linear(5, 3), optimization=apd.Optimization(start="matrices"), **options)
 
 
@@ -170,10 +170,10 @@ def test_too_few_components_to_sum_to_a_matrix_are_warned_of():
         )
 
     warn_of_too_few(components(4))
-    with pytest.warns(apd.ApdWarning, match=r"b may have rank 8 \(2 matrices are like it\)") as seen:
+    with pytest.warns(apd.errors.ApdWarning, match=r"b may have rank 8 \(2 matrices are like it\)") as seen:
         warn_of_too_few(components(1))
     assert len(seen) == 1
     model = ResidualMLP(5, 4, 3, 1)
-    with pytest.warns(apd.ApdWarning, match=r"rank 2 at most.* Losses\(faithfulness=0\)"):
+    with pytest.warns(apd.errors.ApdWarning, match=r"rank 2 at most.* Losses\(faithfulness=0\)"):
         apd.init(model, n_components=2, rank=1)
     apd.init(model, n_components=2, rank=1, losses=apd.Losses(faithfulness=0.0))

@@ -38,7 +38,7 @@ def test_mapping_keeps_the_kind_of_a_batch():
 
 
 def test_a_batch_that_a_model_cannot_take_is_named():
-    with pytest.raises(apd.InvalidBatches, match=r"Linear cannot be called with .*\(Tensor, Tensor\)"):
+    with pytest.raises(apd.errors.InvalidBatches, match=r"Linear cannot be called with .*\(Tensor, Tensor\)"):
         call(nn.Linear(2, 1), (x, y))
 
 

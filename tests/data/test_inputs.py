@@ -129,7 +129,7 @@ def test_outputs_of_other_positions_than_the_mask(tmp_path):
     assert apd.responses(decomposition, [batch]).n_data_points == 3
     apd.step(state, batch)
     decomposition.save(tmp_path / "saved")
-    with pytest.raises(apd.InvalidSetting, match="Give it again"):
+    with pytest.raises(apd.errors.InvalidSetting, match="Give it again"):
         apd.load(tmp_path / "saved", model).attributions(batch)
     loaded = apd.load(tmp_path / "saved", model, valid=valid_behind_prefix)
     assert torch.equal(loaded.attributions(batch), decomposition.attributions(batch))
@@ -274,7 +274,7 @@ def test_what_cannot_be_told_is_refused():
             return self.linear(x - x.mean(0)) * scale
 
     decomposition = decomposition_of(OfAll(), "*", attribution=ABLATION)
-    with pytest.raises(apd.InvalidBatches, match="cannot be told which of the arguments"):
+    with pytest.raises(apd.errors.InvalidBatches, match="cannot be told which of the arguments"):
         decomposition.attributions((torch.randn(3, 3), torch.rand(3)))
 
 
@@ -479,12 +479,12 @@ def test_one_example_without_a_batch_axis():
 )
 def test_what_is_no_tensor_is_refused(x):
     decomposition = decomposition_of(nn.Linear(6, 3), "*")
-    with pytest.raises(apd.InvalidBatches, match=r"torch\.(as_)?tensor\("):
+    with pytest.raises(apd.errors.InvalidBatches, match=r"torch\.(as_)?tensor\("):
         decomposition.attributions(x)
 
 
 def test_texts_for_a_model_of_tokens_are_refused():
-    with pytest.raises(apd.InvalidBatches, match="return_tensors"):
+    with pytest.raises(apd.errors.InvalidBatches, match="return_tensors"):
         decomposition_of(gpt2(), "*mlp*").attributions(["some text"])
 
 

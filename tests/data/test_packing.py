@@ -61,7 +61,7 @@ def of_documents(values: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return values[valid]
 
 
-def both(host: str, attribution: Attribution, selection: Any, **options: Any) -> list[tuple[apd.State, dict]]:
+def both(host: str, attribution: Attribution, selection: Any, **options: Any) -> list[tuple[apd.training.State, dict]]:
     make_model, weights = HOSTS[host]
     states = []
     for batch in (packed(), one_by_one()):

@@ -72,7 +72,7 @@ def test_training_is_that_without_padding(host: str, granularity, distance):
                 distance=functions.get(distance, distance),
                 path=0.0,  # its draws have the batch's shape
             ),
-            moves=apd.SplitMoves(every=2, noise=0.0),
+            moves=apd.moves.SplitMoves(every=2, noise=0.0),
             optimization=apd.Optimization(steps=10, lr=1e-3),
         )
         for _ in range(3):

@@ -13,18 +13,18 @@ def test_an_iterable_is_gone_through_again_and_a_function_is_asked_for_each_step
 
 def test_one_pass_gives_every_batch_once():
     assert list(one_pass(iter([1, 2]))) == [1, 2]
-    with pytest.raises(apd.InvalidBatches, match="empty, or was used up"):
+    with pytest.raises(apd.errors.InvalidBatches, match="empty, or was used up"):
         list(one_pass([]))
 
 
 def test_a_stream_that_ends_is_an_error():
-    with pytest.raises(apd.InvalidBatches, match="ended after 2 and cannot be gone through again"):
+    with pytest.raises(apd.errors.InvalidBatches, match="ended after 2 and cannot be gone through again"):
         list(stream(iter([1, 2])))
-    with pytest.raises(apd.InvalidBatches, match="is empty"):
+    with pytest.raises(apd.errors.InvalidBatches, match="is empty"):
         list(stream([]))
 
 
 def test_a_generator_cannot_be_gone_through_twice():
     check_again([1], times=2)
-    with pytest.raises(apd.InvalidBatches, match="gone through 2 times"):
+    with pytest.raises(apd.errors.InvalidBatches, match="gone through 2 times"):
         check_again(iter([1]), times=2)

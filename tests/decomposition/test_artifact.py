@@ -30,7 +30,7 @@ def saved(tmp_path):
         rank=2,
         selection=apd.TopK(2),
         losses=apd.Losses(simplicity=apd.HoldThenDecay(0.3), distance=lambda a, b: (a - b).abs().mean(-1)),
-        moves=apd.SplitMoves(every=3),
+        moves=apd.moves.SplitMoves(every=3),
         optimization=apd.Optimization(steps=4),
         seed=7,
         progress=False,
@@ -58,7 +58,7 @@ def test_everything_comes_back(saved):
     assert settings.selection == apd.TopK(2)
     assert settings.attribution == apd.GradientAttribution()
     assert settings.losses.simplicity == apd.HoldThenDecay(0.3)
-    assert settings.moves == apd.SplitMoves(every=3)
+    assert settings.moves == apd.moves.SplitMoves(every=3)
     assert settings.optimization == apd.Optimization(steps=4)
     assert settings.seed == 7
     assert "<lambda>" in repr(settings.losses.distance)
@@ -90,7 +90,7 @@ def test_an_output_function_must_be_given_again(tmp_path):
     without = apd.load(tmp_path, model)
     with without.ablate(0):
         model(x)
-    with pytest.raises(apd.InvalidSetting, match=r"output function of your own, which is not saved.*output="):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"output function of your own, which is not saved.*output="):
         without.select(x)
     loaded = apd.load(tmp_path, model, output=first_two)
     assert torch.equal(loaded.attributions(x), decomposition.attributions(x))

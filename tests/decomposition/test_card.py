@@ -39,7 +39,7 @@ def test_what_is_known_is_said(tmp_path):
 
 
 def test_what_the_author_says(tmp_path):
-    card = apd.Card(
+    card = apd.decomposition.Card(
         title="Facts: “a” and 'b'",
         text="Made for a class.",
         base_model="me/model",

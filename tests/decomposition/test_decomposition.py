@@ -65,7 +65,7 @@ def test_summary(decomposition: apd.Decomposition):
     decomposition = apd.Decomposition(
         decomposition.target,
         decomposition.components,
-        apd.Settings(selection=apd.BatchTopK(1.0)),
+        apd.decomposition.Settings(selection=apd.BatchTopK(1.0)),
         decomposition.output,
         decomposition.fingerprints,
     )
@@ -91,7 +91,7 @@ def test_summary(decomposition: apd.Decomposition):
 @pytest.mark.parametrize("use", ["ablate", "only", "edited_state_dict"])
 @pytest.mark.parametrize("wrong", [5, [-1], [1, 1], [0, 7]])
 def test_components_that_are_not_there_are_refused(decomposition: apd.Decomposition, use: str, wrong):
-    with pytest.raises(apd.InvalidSetting, match="distinct component numbers from 0 to 4, got"):
+    with pytest.raises(apd.errors.InvalidSetting, match="distinct component numbers from 0 to 4, got"):
         getattr(decomposition, use)(wrong)
 
 

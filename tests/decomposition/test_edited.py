@@ -13,7 +13,7 @@ def test_a_model_with_components_out_is_refused_until_they_are_back():
     decomposition = decomposition_of(model)
     with apd.apply_edit(model, decomposition, [1, 3]):
         assert [edit.ablated for edit in edits_of(model)] == [[1, 3]]
-        with pytest.raises(apd.AlreadyActive, match=r"Components \[1, 3\] are out of this Linear's own weights"):
+        with pytest.raises(apd.errors.AlreadyActive, match=r"Components \[1, 3\] are out of this Linear's own weights"):
             check_unedited(model)
     check_unedited(model)
 

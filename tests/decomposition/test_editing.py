@@ -194,15 +194,17 @@ def test_edits_are_stacked_and_undone_in_reverse_order(decomposition: apd.Decomp
     between = Snapshot.of(model)
     second = apd.apply_edit(model, decomposition, [3])
     assert_close(outputs_of(model, TOKENS), expected, **SAME)
-    with pytest.raises(apd.InvalidSetting, match=r"Components \[0\] are out of this model already; out are \[0, 3\]"):
+    with pytest.raises(
+        apd.errors.InvalidSetting, match=r"Components \[0\] are out of this model already; out are \[0, 3\]"
+    ):
         apd.apply_edit(model, decomposition, [0, 1])
-    with pytest.raises(apd.AlreadyActive, match=r"Components \[3\] were taken out after \[0\]"):
+    with pytest.raises(apd.errors.AlreadyActive, match=r"Components \[3\] were taken out after \[0\]"):
         first.undo()
     second.undo()
     between.assert_unchanged(model)
     first.undo()
     before.assert_unchanged(model)
-    with pytest.raises(apd.AlreadyActive, match="undone already"):
+    with pytest.raises(apd.errors.AlreadyActive, match="undone already"):
         first.undo()
 
 
@@ -234,7 +236,9 @@ def test_no_decomposition_is_applied_to_an_edited_model(decomposition: apd.Decom
     ]
     with apd.apply_edit(model, decomposition, [1]):
         for use in uses:
-            with pytest.raises(apd.AlreadyActive, match=r"Components \[1\] are out of this TinyGPT's own weights"):
+            with pytest.raises(
+                apd.errors.AlreadyActive, match=r"Components \[1\] are out of this TinyGPT's own weights"
+            ):
                 use()
         apd.decompose(model, [TOKENS], n_components=2, rank=1, optimization=apd.Optimization(steps=1), progress=False)
     for use in uses:
@@ -279,9 +283,9 @@ def test_matrices_that_are_tied_in_the_model_cannot_be_edited_apart():
 
 def test_not_inside_a_context(decomposition: apd.Decomposition):
     model = decomposition.target.model
-    with decomposition.ablate([]), pytest.raises(apd.AlreadyActive, match="Leave it before editing"):
+    with decomposition.ablate([]), pytest.raises(apd.errors.AlreadyActive, match="Leave it before editing"):
         apd.apply_edit(model, decomposition, 0)
-    with pytest.raises(apd.InvalidSetting, match="distinct component numbers from 0 to 4"):
+    with pytest.raises(apd.errors.InvalidSetting, match="distinct component numbers from 0 to 4"):
         apd.apply_edit(model, decomposition, 5)
 
 
@@ -355,7 +359,7 @@ def test_a_dropped_edit_keeps_no_memory_and_no_model_alive():
     model = TinyGPT()
     decomposition = decomposition_of(model)
     apd.apply_edit(model, decomposition, 0)
-    with pytest.raises(apd.AlreadyActive):
+    with pytest.raises(apd.errors.AlreadyActive):
         decomposition.ablate(1)
     alive = weakref.ref(model)
     del model, decomposition

@@ -146,7 +146,9 @@ def test_a_folder_needs_neither_network_nor_account(tmp_path: Path, monkeypatch:
     decomposition.save(tmp_path / "run")
     assert_same(apd.from_pretrained(tmp_path / "run", model_of()), decomposition)
     assert_same(apd.from_pretrained(str(tmp_path / "run"), model_of()), decomposition)
-    with pytest.raises(apd.InvalidSetting, match=r"is a folder, which has no revisions. Leave revision='main' away"):
+    with pytest.raises(
+        apd.errors.InvalidSetting, match=r"is a folder, which has no revisions. Leave revision='main' away"
+    ):
         apd.from_pretrained(tmp_path / "run", model_of(), revision="main")
 
 
@@ -166,5 +168,5 @@ def test_a_missing_huggingface_hub_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
     decomposition = decomposition_of(model_of(), "layers.*")
     for call in (lambda: apd.from_pretrained("me/run", model_of()), lambda: decomposition.push_to_hub("me/run")):
-        with pytest.raises(apd.MissingExtra, match=r"pip install 'apd-lens\[hub\]'"):
+        with pytest.raises(apd.errors.MissingExtra, match=r"pip install 'apd-lens\[hub\]'"):
             call()

@@ -98,14 +98,16 @@ def test_a_matrix_that_is_not_there_is_named():
 
 def test_given_factors_are_a_decomposition():
     model, components = linear_of_known_parts()
-    given = apd.from_factors(model, components.A, components.B, settings=apd.Settings(selection=apd.TopK(1)))
+    given = apd.from_factors(
+        model, components.A, components.B, settings=apd.decomposition.Settings(selection=apd.TopK(1))
+    )
     assert given.residuals()["all"] == 0
     assert given.select(torch.eye(4)).equal(torch.eye(4).bool())
     components.A["weight"].data.zero_()  # it has factors of its own
     assert given.residuals()["all"] == 0
     with torch.no_grad():
         model.weight += 1
-    with pytest.raises(apd.WeightsChanged):
+    with pytest.raises(apd.errors.WeightsChanged):
         given.select(torch.eye(4))
 
 

@@ -42,10 +42,10 @@ def test_observe_shows_all_of_a_batch_in_one_pass(decomposition: apd.Decompositi
 
 
 def test_attributions_are_seen_where_nothing_says_what_is_active(decomposition: apd.Decomposition):
-    x, settings = torch.randn(8, 4), apd.Settings(selection=apd.Lp())
+    x, settings = torch.randn(8, 4), apd.decomposition.Settings(selection=apd.Lp())
     seen = replace(decomposition, settings=settings).observe(x)
     assert seen.attributions.shape == (8, 5)
-    with pytest.raises(apd.InvalidSetting, match="trained without a mask"):
+    with pytest.raises(apd.errors.InvalidSetting, match="trained without a mask"):
         seen.mask  # noqa: B018
     assert seen.select(2.0).sum() == 16
 
@@ -53,7 +53,7 @@ def test_attributions_are_seen_where_nothing_says_what_is_active(decomposition: 
 def test_a_summary_says_how_far_estimates_are_off_from_the_same_pass(decomposition: apd.Decomposition):
     x, model = torch.randn(8, 4), decomposition.target.model
     attribution = apd.GradientAttribution(projections=4)
-    settings = apd.Settings(selection=apd.BatchTopK(1.0), attribution=attribution)
+    settings = apd.decomposition.Settings(selection=apd.BatchTopK(1.0), attribution=attribution)
     estimated = replace(decomposition, settings=settings)
     with counted(model) as passes:
         summary = estimated.summary(x)
@@ -65,7 +65,7 @@ def test_a_summary_says_how_far_estimates_are_off_from_the_same_pass(decompositi
 def test_what_looks_at_a_batch_runs_the_target_once(decomposition: apd.Decomposition):
     """The other passes are those of sparse models: one of a monitor, many of an audit."""
     x, model = torch.randn(8, 4), decomposition.target.model
-    decomposition = replace(decomposition, settings=apd.Settings(selection=apd.BatchTopK(1.0)))
+    decomposition = replace(decomposition, settings=apd.decomposition.Settings(selection=apd.BatchTopK(1.0)))
     for look, n in (
         (lambda: decomposition.summary(x), 1),
         (lambda: apd.monitor.fit(decomposition, [x]), 2),

@@ -1,5 +1,7 @@
 """The pages under docs/: their code runs, with few steps; their links lead somewhere; the reference is complete."""
 
+import importlib
+import inspect
 import re
 import warnings
 from pathlib import Path
@@ -51,8 +53,20 @@ def test_what_a_page_points_to_is_there(page: Path):
 
 
 def test_every_public_name_is_in_the_reference():
-    listed = set(re.findall(r"^::: apd_lens\.(\w+)$", (DOCS / "api/apd_lens.md").read_text(), re.MULTILINE))
+    page = (DOCS / "api/apd_lens.md").read_text()
+    listed = set(re.findall(r"^::: apd_lens\.(?:\w+\._\w+\.)?(\w+)$", page, re.MULTILINE))
     pages = {page.stem for page in DOCS.glob("api/*.md")}
     ours = {name for name, value in vars(apd).items() if getattr(value, "__module__", "").startswith("apd_lens")}
     assert {name for name in ours if not name.startswith("_")} <= listed <= set(vars(apd))
     assert {"compare", "language", "metrics", "plots", "toys", "monitor"} <= pages
+
+
+def test_the_reference_shows_what_a_room_hands_out():
+    griffe = pytest.importorskip("griffe")
+    extensions = griffe.load_extensions(str(DOCS / "extensions/griffe_apd.py"))
+    package = griffe.load("apd_lens", search_paths=[DOCS.parent], extensions=extensions)
+    for room in ("compare", "language", "metrics", "plots", "toys"):
+        ours = importlib.import_module(f"apd_lens.{room}")
+        public = {name for name, value in vars(ours).items() if name[0] != "_" and not inspect.ismodule(value)}
+        shown = {name for name, member in package[room].members.items() if member.is_public}
+        assert shown >= public - {"annotations", "MissingExtra", "checked"}

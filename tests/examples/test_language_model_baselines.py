@@ -196,12 +196,15 @@ def test_relearning(task, start, forgetting):
     assert baselines.steps_until_back(slower) == 3
 
 
-def test_the_script_prints_every_kind(tmp_path):
+@pytest.mark.parametrize(
+    ("kinds", "number"), [("^components$|head", 2), pytest.param("", 14, marks=pytest.mark.thorough)]
+)
+def test_the_script_prints_every_kind(tmp_path, kinds: str, number: int):
     shared = ("--stand-in", "--out", str(tmp_path))
     run("language_model/run.py", *shared, "--steps", "2")
-    printed = run("language_model/baselines.py", *shared, "--facts", "0", "1")
-    for kind in ("components", "rank one, W_O", "low rank, 10 texts", "head", "Each fact answered", "fine-tuning"):
+    printed = run("language_model/baselines.py", *shared, "--facts", "0", "1", "--kinds", kinds)
+    for kind in ("components", "head", "Each fact answered", "fine-tuning"):
         assert kind in printed
     found = json.loads((tmp_path / "stand-in" / "results" / "baselines-stand-in.json").read_text())
-    assert len(found["all"]) == len(found["odd"]) == 14
-    assert set(found["rewired"]) < set(found["back"]) < set(found["all"])
+    assert len(found["all"]) == len(found["odd"]) == number
+    assert set(found["rewired"]) <= set(found["back"]) < set(found["all"])

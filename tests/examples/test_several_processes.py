@@ -3,9 +3,11 @@
 import subprocess
 import sys
 
+import pytest
 from support.examples import EXAMPLES
 
 
+@pytest.mark.thorough
 def test_two_processes_give_the_factors_of_one():
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     few = ["--steps", "4", "--target-steps", "50"]

@@ -7,10 +7,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from addition import frequency_power, train_addition
+from programs import compile_program
+from redundancy import train_cipher
 from support.examples import run
 
 import apd_lens as apd
-from apd_lens import toys
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +49,19 @@ def test_the_runner_goes_on_where_it_was(tmp_path):
 
 def test_the_nodes_of_a_program_are_found_where_components_are_its_nodes(judges: ModuleType):
     pytest.importorskip("tracr")
-    target = toys.compile_program("pair-balance", max_length=3)
+    target = compile_program("pair-balance", max_length=3)
     truth = decomposition_of(target.model, target.mechanisms)
     numbers = judges.measure_program(target, truth, None)
     assert numbers["found"] == numbers["of"] == 5
     assert numbers["least AUROC"] == 1
-    random = replace(truth, components=apd.random_components(truth.components))
+    random = replace(truth, components=apd.components.random_components(truth.components))
     assert judges.measure_program(target, random, None)["AUROC"] < 0.8
     assert judges.matrices_of_program(target)["found"] < 3
 
 
 def test_tokens_are_found_where_a_component_is_all_that_is_done_for_one(judges: ModuleType):
     """Blocks read one half of the stream and write the other, with a neuron for each token, so the truth is known."""
-    target = toys.train_cipher(8, 4, n_tokens=4, n_blocks=2, steps=0)
+    target = train_cipher(8, 4, n_tokens=4, n_blocks=2, steps=0)
     model, owner, mechanisms = target.model, torch.arange(4), {}
     halves = torch.eye(8).unflatten(0, (2, 4))
     model.E.copy_(halves.sum(0) / 2**0.5)
@@ -87,7 +89,7 @@ def test_tokens_are_found_where_a_component_is_all_that_is_done_for_one(judges: 
 
 def test_frequencies_are_found_where_components_are_of_one(judges: ModuleType):
     """Waves of two frequencies in the neurons, and a component for each."""
-    target = toys.train_addition(11, 6, 8, steps=0)
+    target = train_addition(11, 6, 8, steps=0)
     model, numbers = target.model, torch.arange(11)
     waves = torch.stack([(2 * torch.pi * f * numbers / 11).cos() for f in (2, 3)], 1)
     model.embed.weight.copy_(torch.cat([waves, torch.zeros(11, 4)], 1))
@@ -96,7 +98,7 @@ def test_frequencies_are_found_where_components_are_of_one(judges: ModuleType):
     model.mlp_out.weight.data.zero_()
     model.mlp_out.weight[:, :2] = waves
     parts = (model.embed.weight, model.mlp_in.weight.mT, model.mlp_out.weight.mT)
-    target = replace(target, power=toys.frequency_power(*parts, model))
+    target = replace(target, power=frequency_power(*parts, model))
     assert sorted(target.key_frequencies.tolist()) == [2, 3]
     E, W_in, W_out = (torch.zeros(2, *part.shape) for part in parts)
     for c in (0, 1):

@@ -6,6 +6,7 @@ import pytest
 from support.examples import run
 
 
+@pytest.mark.thorough
 def test_the_walkthrough(tmp_path: Path):
     printed = run("walkthrough.py", "--steps", "20", "--out", str(tmp_path))
     for part in ("components kept", "neurons kept", "one to one", "undone: 100.0% right", "random components"):

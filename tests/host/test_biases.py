@@ -198,8 +198,8 @@ def test_inside_an_nnsight_model():
 def test_training_with_moves_changes_nothing_on_the_model():
     model, x = with_random_biases(lambda: ResidualMLP(4, 6, 5, 1)), torch.randn(16, 4)
     before = Snapshot.of(model)
-    for moves in (apd.SplitMoves(every=2), apd.ClusterMoves(every=2)):
-        made: list[apd.StepInfo] = []
+    for moves in (apd.moves.SplitMoves(every=2), apd.moves.ClusterMoves(every=2)):
+        made: list[apd.training.StepInfo] = []
         decomposition = apd.decompose(
             apd.wrap(model, biases=True), [x], ["layers.*"], n_components=10, rank=2, selection=apd.TopK(1),
             moves=moves, losses=apd.Losses(path=1.0), optimization=apd.Optimization(10, lr=1e-2, unit_norm=True),
@@ -227,10 +227,10 @@ def batch(step):
 decomposition = apd.decompose(
     apd.wrap(model, biases=True), batch, n_components=2, rank=1, selection=apd.TopK(1),
     losses=apd.Losses(10, 1, apd.HoldThenDecay(0.05), simplicity_floor=0.0, path=1),
-    moves=apd.SplitMoves(every=50), optimization=apd.Optimization(1000, lr=3e-2, scaled=False, init_scale=1.0),
+    moves=apd.moves.SplitMoves(every=50), optimization=apd.Optimization(1000, lr=3e-2, scaled=False, init_scale=1.0),
     progress=False,
 )
-for components in (decomposition.components, apd.random_components(decomposition.components)):
+for components in (decomposition.components, apd.components.random_components(decomposition.components)):
     P = components.component_weights("0.weight")
     first = int(P[:, 0, 0].abs().argmax())
     print(*P[first][2].tolist(), *P[1 - first][2].tolist())

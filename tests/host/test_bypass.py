@@ -139,7 +139,7 @@ def test_a_matrix_that_is_only_read_bare_was_gone_past():
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(x) @ self.rows.weight.T
 
-    with pytest.raises(apd.SiteNotCalled, match=r"went past rows. rows\.weight is read in .*Model\.forward"):
+    with pytest.raises(apd.errors.SiteNotCalled, match=r"went past rows. rows\.weight is read in .*Model\.forward"):
         decomposition_of(Model(), "*").attributions(torch.randn(3, 8))
 
 
@@ -305,12 +305,12 @@ def test_weights_that_changed_since_are_an_error_everywhere(write: str, tmp_path
         lambda: apd.responses(decomposition, [x]),
         lambda: decomposition.report([x], tmp_path / "report.html"),
         lambda: apd.metrics.audit(decomposition, [x], masks=lambda _: mask),
-        lambda: (
-            list(apd.monitor.watch(decomposition, [x])) if hasattr(apd.monitor, "watch") else decomposition.select(x)
-        ),
+        lambda: apd.monitor.fit(decomposition, [x]),
     ]
     for ask in asks:
-        with pytest.raises(apd.WeightsChanged, match=r"0\.weight has other weights, or another dtype \(here torch"):
+        with pytest.raises(
+            apd.errors.WeightsChanged, match=r"0\.weight has other weights, or another dtype \(here torch"
+        ):
             ask()
     with pytest.raises(apd.ArtifactError, match=r"0\.weight has other weights"):
         apd.apply_edit(model, decomposition, 0)
@@ -331,7 +331,7 @@ def test_the_same_weights_in_another_place_are_the_same():
 def test_a_model_that_is_trained_while_it_is_decomposed_is_noticed():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(6, 8)
-    with pytest.raises(apd.WeightsChanged, match=r"0\.weight has other weights"):
+    with pytest.raises(apd.errors.WeightsChanged, match=r"0\.weight has other weights"):
         apd.decompose(
             model, [x], "0.weight", n_components=3, rank=1, progress=False, on_step=lambda step, info: trained(model)
         )
@@ -351,7 +351,7 @@ def test_loading_warns_of_other_parameters_that_differ(tmp_path):
         changed = copy.deepcopy(model)
         with torch.no_grad():
             change(changed)
-        with pytest.warns(apd.ApdWarning, match=named):
+        with pytest.warns(apd.errors.ApdWarning, match=named):
             apd.load(tmp_path, changed)
 
 

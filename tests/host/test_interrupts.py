@@ -125,7 +125,7 @@ def test_a_handler_of_sigterm_that_exits():
     model = dropout_mlp()
     before = Snapshot.of(model)
 
-    def terminate(step: int, info: apd.StepInfo) -> None:
+    def terminate(step: int, info: apd.training.StepInfo) -> None:
         if step == 2:
             handle = model[3].register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
             handles.append(handle)
@@ -148,7 +148,7 @@ def test_a_handler_of_sigterm_that_exits():
 def test_hooks_of_activations_are_removed():
     model = dropout_mlp()
     before = Snapshot.of(model)
-    with pytest.raises(apd.InvalidSetting, match="no submodule"), _activations(model, ["0", "nothing"]):
+    with pytest.raises(apd.errors.InvalidSetting, match="no submodule"), _activations(model, ["0", "nothing"]):
         pass
     before.assert_unchanged(model)
 

@@ -153,7 +153,7 @@ def test_of_two_threads_that_enter_at_once_one_is_refused(tiny: Case):
                     entered.wait()
                     tiny.assert_ablated()
                     return "ran"
-            except apd.AlreadyActive:
+            except apd.errors.AlreadyActive:
                 entered.wait()
                 return "refused"
 
@@ -192,7 +192,7 @@ def test_tasks_and_threads_of_the_block_run_on_components_and_other_tasks_are_re
 
         async def other() -> None:
             await inside.wait()
-            with pytest.raises(apd.AlreadyActive, match="in another asyncio task, callback or notebook cell"):
+            with pytest.raises(apd.errors.AlreadyActive, match="in another asyncio task, callback or notebook cell"):
                 case.output()
             await asyncio.to_thread(case.assert_plain)
             end.set()
@@ -206,7 +206,7 @@ def test_tasks_and_threads_of_the_block_run_on_components_and_other_tasks_are_re
 def test_a_context_that_is_left_open_in_another_notebook_cell_is_named(tiny: Case):
     context = tiny.decomposition.ablate([0, 1])
     contextvars.copy_context().run(context.__enter__)
-    with pytest.raises(apd.AlreadyActive, match="notebook cell"):
+    with pytest.raises(apd.errors.AlreadyActive, match="notebook cell"):
         tiny.output()
     context.__exit__(None, None, None)
     tiny.assert_plain()
@@ -228,7 +228,7 @@ def test_a_thread_that_python_did_not_start_is_refused(tiny: Case):
     with tiny.decomposition.ablate([0, 1]):
         _thread.start_new_thread(run, ())
         assert done.wait(30)
-    assert isinstance(came[0], apd.AlreadyActive)
+    assert isinstance(came[0], apd.errors.AlreadyActive)
     assert "did not start" in str(came[0])
 
 
@@ -241,10 +241,10 @@ def test_a_paused_generator_is_named(case: Case):
     generator = outputs()
     for _ in range(2):
         assert torch.equal(next(generator), case.ablated)
-        with pytest.raises(apd.AlreadyActive, match=r"The generator .*outputs \(.*test_owner.py:\d+\)"):
+        with pytest.raises(apd.errors.AlreadyActive, match=r"The generator .*outputs \(.*test_owner.py:\d+\)"):
             case.output()
         in_thread(case.assert_plain)
-        with pytest.raises(apd.AlreadyActive, match="is paused"):
+        with pytest.raises(apd.errors.AlreadyActive, match="is paused"):
             in_thread(with_this_context(case.output))
     generator.close()
     case.assert_plain()
@@ -273,7 +273,7 @@ def test_a_paused_asynchronous_generator_is_named(tiny: Case):
     async def main() -> None:
         async for output in outputs():
             assert torch.equal(output, tiny.ablated)
-            with pytest.raises(apd.AlreadyActive, match="outputs"):
+            with pytest.raises(apd.errors.AlreadyActive, match="outputs"):
                 tiny.output()
 
     asyncio.run(main())
@@ -314,7 +314,7 @@ def test_a_paused_generator_around_such_a_context_manager_is_named(tiny: Case):
 
     generator = outputs()
     assert torch.equal(next(generator), tiny.ablated)
-    with pytest.raises(apd.AlreadyActive, match="outputs"):
+    with pytest.raises(apd.errors.AlreadyActive, match="outputs"):
         tiny.output()
     generator.close()
     tiny.assert_plain()
@@ -335,7 +335,7 @@ def test_a_context_can_be_entered_again_but_not_twice_at_once(case: Case):
     for _ in range(2):
         with context:
             case.assert_ablated()
-            with pytest.raises(apd.AlreadyActive, match="Leave it before"), context:
+            with pytest.raises(apd.errors.AlreadyActive, match="Leave it before"), context:
                 pass
             case.assert_ablated()
         case.assert_plain()
@@ -352,7 +352,7 @@ def test_a_context_that_is_dropped_without_being_left_is_undone(tiny: Case):
 
 def test_a_context_is_not_entered_on_a_model_that_was_edited_since(tiny: Case):
     context = tiny.decomposition.ablate(0)
-    with apd.apply_edit(tiny.model, tiny.decomposition, 0), pytest.raises(apd.AlreadyActive), context:
+    with apd.apply_edit(tiny.model, tiny.decomposition, 0), pytest.raises(apd.errors.AlreadyActive), context:
         pass
 
 

@@ -26,9 +26,9 @@ def test_activations_are_read_and_written():
 
 
 def test_unknown_and_uncalled_sites_are_named():
-    with pytest.raises(apd.InvalidSetting, match=r"has no submodule '7'.*closest are"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"has no submodule '7'.*closest are"):
         site_module(model(), "7")
     with reading(module := model(), ["2"]) as kept:
         module[0](torch.randn(1, 3))
-    with pytest.raises(apd.SiteNotCalled, match="did not call '2'"):
+    with pytest.raises(apd.errors.SiteNotCalled, match="did not call '2'"):
         kept["2"]

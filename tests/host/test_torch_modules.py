@@ -321,7 +321,9 @@ def test_tied_matrices_can_be_untied(tmp_path):
     untied = TinyGPT()
     untied.load_state_dict(model.state_dict())
     untied.head.weight = nn.Parameter(untied.wte.weight.detach().clone())
-    with pytest.warns(apd.ApdWarning, match=r"head\.weight was decomposed apart .* different values under names"):
+    with pytest.warns(
+        apd.errors.ApdWarning, match=r"head\.weight was decomposed apart .* different values under names"
+    ):
         edited = decomposition.edited_state_dict(ablate=[0, 2])
     untied.load_state_dict(edited)
     assert torch.equal(untied.wte.weight, model.wte.weight)
@@ -463,7 +465,7 @@ def test_a_path_around_a_matrix_is_reported(record_property):
     x = vectors(2 * 3, 8).unflatten(0, (2, 3))
     with (
         torch.no_grad(),
-        pytest.raises(apd.SiteNotCalled, match=r"went past linear1\. .* Leave it out"),
+        pytest.raises(apd.errors.SiteNotCalled, match=r"went past linear1\. .* Leave it out"),
         decomposition.only(0),
     ):
         layer(x)
@@ -489,6 +491,6 @@ def test_a_layer_that_is_skipped_is_reported():
             return self.used(x)
 
     model = Skips()
-    with pytest.raises(apd.SiteNotCalled, match="went past unused"):
+    with pytest.raises(apd.errors.SiteNotCalled, match="went past unused"):
         decomposition_of(model).attributions(vectors(2, 2))
     decomposition_of(model, "used.weight").attributions(vectors(2, 2))

@@ -13,7 +13,7 @@ def test_changed_weights_are_named():
     known = {name: matrix.fingerprint() for name, matrix in target.weights.items()}
     check_unchanged(target, known)
     model[1].weight.data[0, 0] += 1
-    with pytest.raises(apd.WeightsChanged, match=r"1\.weight has other weights"):
+    with pytest.raises(apd.errors.WeightsChanged, match=r"1\.weight has other weights"):
         check_unchanged(target, known)
 
 
@@ -26,5 +26,5 @@ def test_a_warning_names_what_else_differs():
         warnings.simplefilter("error")
         warn_of_others(target, ["0.weight"], saved)
     model[1].bias.data[0] = 7
-    with pytest.warns(apd.ApdWarning, match=r"1 of its other 3 parameters and buffers .*: 1\.bias"):
+    with pytest.warns(apd.errors.ApdWarning, match=r"1 of its other 3 parameters and buffers .*: 1\.bias"):
         warn_of_others(target, ["0.weight"], saved)

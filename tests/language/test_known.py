@@ -36,7 +36,7 @@ def test_answers_in_words():
     found = known(model, tokens, ["Italy", "Italy"], floor=0.0, tokenizer=words)
     assert found.is_known.tolist() == (found.token == italy).tolist()
     assert isinstance(word, str)
-    with pytest.raises(apd.InvalidSetting, match="need tokenizer="):
+    with pytest.raises(apd.errors.InvalidSetting, match="need tokenizer="):
         known(model, tokens, ["Italy", "Italy"])
     with pytest.raises(apd.ShapeMismatch, match="one answer for each of the 2 prompts"):
         known(model, tokens, [1])

@@ -104,5 +104,5 @@ def test_inside_other_hosts():
     ],
 )
 def test_what_cannot_work_is_said(options, message):
-    with pytest.raises(apd.InvalidSetting, match=message):
+    with pytest.raises(apd.errors.InvalidSetting, match=message):
         sample_texts(TinyGPT(), **{"n": 2, "length": 4, **options})

@@ -89,7 +89,7 @@ def test_without_special_tokens():
     ],
 )
 def test_what_cannot_work_is_said(make, message):
-    with pytest.raises(apd.InvalidSetting, match=message):
+    with pytest.raises(apd.errors.InvalidSetting, match=message):
         make()
 
 

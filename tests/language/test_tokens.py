@@ -62,7 +62,7 @@ def test_it_is_readable():
 
 
 def test_what_cannot_work_is_said():
-    with pytest.raises(apd.InvalidSetting, match=r"has no tokenizer of its own\. Give decode="):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"has no tokenizer of its own\. Give decode="):
         component_tokens(decomposition(), torch.randint(13, (2, 4)))
-    with pytest.raises(apd.InvalidSetting, match="to give a string"):
+    with pytest.raises(apd.errors.InvalidSetting, match="to give a string"):
         component_tokens(decomposition(), torch.randint(13, (2, 4)), lambda token: token)

@@ -19,7 +19,7 @@ def test_a_tokenizer_or_a_function():
     assert decode is not None
     assert decode(italy) == " Italy"
     assert called(None, 3, "decode") == "3"
-    with pytest.raises(apd.InvalidSetting, match="Expected decode to give a string, got 3"):
+    with pytest.raises(apd.errors.InvalidSetting, match="Expected decode to give a string, got 3"):
         called(lambda token: token, 3, "decode")  # pyright: ignore[reportArgumentType]
 
 

@@ -20,7 +20,7 @@ ALONE = apd.Gates(hidden=8, teacher=None)
 TAUGHT = apd.Gates(hidden=8, teacher=apd.Attributed(selection=apd.TopK(1)))
 
 
-def state_of(model: nn.Module, gates: apd.Gates = ALONE, **options) -> apd.State:
+def state_of(model: nn.Module, gates: apd.Gates = ALONE, **options) -> apd.training.State:
     """Gates that do not all say the same, as they do at the start."""
     state = apd.init(model, n_components=5, rank=2, masks=gates, moves=None, **options)
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_the_teacher_says_what_is_active_until_it_is_done():
 def test_the_teacher_looks_at_what_the_gates_look_at():
     positions = apd.Gates(granularity="position")
     assert positions.teacher.selection.granularity == "position"
-    with pytest.raises(apd.InvalidSetting, match="of each position, and their teacher of each example"):
+    with pytest.raises(apd.errors.InvalidSetting, match="of each position, and their teacher of each example"):
         apd.Gates(granularity="position", teacher=apd.Attributed(selection=apd.TopK(1)))
     model, batch = gpt2(), padded((4, 3, 2, 4), width=4)  # as many examples as positions
     state = apd.init(model, weights=["*.mlp.*"], n_components=5, rank=2, masks=replace(positions, hidden=8), moves=None)
@@ -183,7 +183,7 @@ def test_they_go_with_the_components(tmp_path):
     assert torch.equal(loaded.attributions(x), decomposition.attributions(x))
     assert torch.equal(decomposition.on(copy.deepcopy(model)).attributions(x), decomposition.attributions(x))
     assert "gates" not in str(apd.from_factors(model, loaded.components.A, loaded.components.B).components)
-    with pytest.raises(apd.InvalidSetting, match="have no gates"):
+    with pytest.raises(apd.errors.InvalidSetting, match="have no gates"):
         replace(decomposition, components=decomposition.components.picked(range(5))).select(x)
 
 
@@ -191,7 +191,7 @@ def test_those_of_random_components_are_random_with_the_same_singular_values():
     """What is claimed of components whose gates name them must fail for their random twins."""
     state, x = state_of(ResidualMLP(4, 6, 5, 1)), torch.randn(7, 4)
     decomposition = state.decomposition()
-    random = replace(decomposition, components=apd.random_components(decomposition.components))
+    random = replace(decomposition, components=apd.components.random_components(decomposition.components))
     own, twin = (each.components.gates for each in (decomposition, random))
     assert_close(torch.linalg.svdvals(twin.weight), torch.linalg.svdvals(own.weight))
     assert torch.equal(twin.bias, own.bias)
@@ -203,7 +203,7 @@ def test_another_host_that_reads_otherwise_is_warned_of(tmp_path):
     decomposition = state_of(model).decomposition()
     decomposition.save(tmp_path / "saved")
     wider = replace(decomposition.settings, masks=replace(ALONE, hidden=10**7, blocks=1))  # nothing so large is made
-    with pytest.warns(apd.ApdWarning, match="read the matrices as another host uses them"):
+    with pytest.warns(apd.errors.ApdWarning, match="read the matrices as another host uses them"):
         assert replace(decomposition, settings=wider).on(copy.deepcopy(model)).components.gates is None
     impossible = replace(decomposition.settings, masks=replace(ALONE, hidden=10**12, blocks=1))
     with pytest.raises(apd.ArtifactError, match="gates that cannot be"):
@@ -215,7 +215,7 @@ def test_a_division_takes_the_gates_along():
     layer = nn.Linear(4, 4, bias=False)
     layer.weight.data = torch.eye(4)
     x = torch.eye(4).repeat(8, 1) * torch.linspace(0.5, 1, 32)[:, None]
-    moves = apd.DivisionMoves(every=1, until=1.0)
+    moves = apd.moves.DivisionMoves(every=1, until=1.0)
     state = apd.init(layer, n_components=4, rank=4, masks=TAUGHT, moves=moves)
     with torch.no_grad():
         state.components.gates.bias.copy_(torch.tensor([0.9, 0.1, 0.2, 0.3]))
@@ -238,7 +238,7 @@ def test_moves_take_the_gates_along():
 
 @pytest.mark.parametrize("wrong", [{"threshold": 1.0}, {"hidden": 0}, {"blocks": -1}, {"lr": 0.0}])
 def test_settings_that_cannot_work(wrong: dict[str, float]):
-    with pytest.raises(apd.InvalidSetting, match="Gates take"):
+    with pytest.raises(apd.errors.InvalidSetting, match="Gates take"):
         apd.Gates(**wrong)
 
 

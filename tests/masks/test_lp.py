@@ -25,7 +25,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def brute_force(state: apd.State, x: Tensor, p: float) -> dict[str, Tensor]:
+def brute_force(state: apd.training.State, x: Tensor, p: float) -> dict[str, Tensor]:
     """The terms by autograd through autograd: the Jacobian of every output to every weight, times P_c."""
     target, components, losses = state.target, state.components, state.settings.losses
     parameters = {name: target.weights[name].parameter.detach() for name in components.names}
@@ -140,7 +140,7 @@ def test_without_a_threshold_the_user_says_how_many():
     assert torch.equal(decomposition.select(x, k=1.5), apd.masks.batch_topk_mask(attributions, 1.5))
     assert decomposition.summary(x, k=1.5).active.sum().item() == pytest.approx(1.5)
     for ask in (decomposition.select, decomposition.summary):
-        with pytest.raises(apd.InvalidSetting, match=r"trained without a mask.*select\(batch, k=1.5\)"):
+        with pytest.raises(apd.errors.InvalidSetting, match=r"trained without a mask.*select\(batch, k=1.5\)"):
             ask(x)
 
 
@@ -171,21 +171,24 @@ REFUSED = {
     "hidden": ({"losses": replace(PAPER, hidden=1.0, hidden_at=("",))}, "no mask and no sparse pass"),
     "distance": ({"losses": replace(PAPER, distance="kl")}, "distance='kl'"),
     "attributions without gradients": ({"attribution": apd.AblationAttribution()}, "take gradients of"),
-    "cluster moves": ({"moves": apd.ClusterMoves()}, r"Give Lp\(threshold=\.\.\.\), or use SplitMoves"),
+    "cluster moves": ({"moves": apd.moves.ClusterMoves()}, r"Give Lp\(threshold=\.\.\.\), or use SplitMoves"),
 }
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_needs_a_mask_is_refused(options, message: str):
-    with pytest.raises(apd.InvalidSetting, match=message):
+    with pytest.raises(apd.errors.InvalidSetting, match=message):
         init(nn.Linear(3, 3), n_components=4, selection=apd.Lp(), **options)
 
 
 def test_moves_save_and_load(tmp_path):
     model, x = ResidualMLP(4, 6, 5, 1), torch.randn(32, 4)
     before = Snapshot.of(model)
-    for moves, selection in ((apd.SplitMoves(every=2), apd.Lp()), (apd.ClusterMoves(every=2), apd.Lp(threshold=1.0))):
-        infos: list[apd.StepInfo] = []
+    for moves, selection in (
+        (apd.moves.SplitMoves(every=2), apd.Lp()),
+        (apd.moves.ClusterMoves(every=2), apd.Lp(threshold=1.0)),
+    ):
+        infos: list[apd.training.StepInfo] = []
         decomposition = apd.decompose(
             model, [x], n_components=40, rank=2, selection=selection, moves=moves, progress=False,
             losses=PAPER, optimization=apd.Optimization(10, lr=1e-2, scaled=False, init_scale=1.0),
@@ -207,13 +210,13 @@ for seed in (0, 1, 2):
     target = toys.train_tms(5, 2, steps=1500, seed=seed)
     decomposition = apd.decompose(
         target.model, target.batches(512, seed=1000 + seed), "linear1*", n_components=8, rank=2,
-        selection=apd.Lp(p=0.5, threshold=0.02), moves=apd.ClusterMoves(),
+        selection=apd.Lp(p=0.5, threshold=0.02), moves=apd.moves.ClusterMoves(),
         losses=apd.Losses(10, apd.HoldThenDecay(3), apd.HoldThenDecay(3), simplicity_floor=0.0, path=0.0),
         optimization=apd.Optimization(steps=1000, lr=1e-2, scaled=False), seed=seed, progress=False,
     )
     alone = [
         metrics.features_alone(target.rows, components.component_weights("linear1.weight"))
-        for components in (decomposition.components, apd.random_components(decomposition.components))
+        for components in (decomposition.components, apd.components.random_components(decomposition.components))
     ]
     print(*alone, decomposition.residuals()["all"])
 """

@@ -41,7 +41,7 @@ def test_reordering_components_reorders_the_mask(selection):
     ],
 )
 def test_a_k_that_cannot_be_is_refused(select, message: str):
-    with pytest.raises(apd.InvalidSetting) as error:
+    with pytest.raises(apd.errors.InvalidSetting) as error:
         select(torch.rand(4, 3))
     assert message in str(error.value)
 
@@ -72,7 +72,7 @@ def test_least_does_not_count_padding_and_may_take_nothing():
 
 def test_needed_grows_while_too_little_is_given_back_and_shrinks_while_enough_is():
     """By the factor 2 in a tenth of the steps, not before `hold` and not below the lowest; at the end it only grows."""
-    needed, found = apd.Needed(now=2.0, lowest=1.0, minimality=0.1, hold=0.2, release=0.7), []
+    needed, found = apd.masks.Needed(now=2.0, lowest=1.0, minimality=0.1, hold=0.2, release=0.7), []
     for step, minimality in enumerate([0.5] * 20 + [0.5] * 10 + [0.05] * 50):
         needed = needed.after(minimality, progress=step / 100, steps=100)
         found.append(needed.now)
@@ -87,7 +87,7 @@ def test_training_with_needed_keeps_the_k_that_it_found():
     """Two features are always on, and one component can't do the work of two."""
     model, x = torch.nn.Linear(2, 2, bias=False), torch.rand(64, 2) + 0.5
     torch.nn.init.eye_(model.weight)
-    selection = apd.BatchTopK(apd.Needed(minimality=1e-9), least=1e-6)
+    selection = apd.BatchTopK(apd.masks.Needed(minimality=1e-9), least=1e-6)
     options = {"n_components": 4, "rank": 1, "selection": selection, "moves": None}
     state, ks = apd.init(model, optimization=apd.Optimization(steps=20), **options), []
     for _ in range(20):
@@ -141,13 +141,13 @@ def test_k_is_counted_exactly():
 @pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf"), "2", None, torch.ones(2)])
 def test_a_function_that_gives_no_number_is_refused(wrong):
     state = apd.init(torch.nn.Linear(4, 4), n_components=4, selection=apd.BatchTopK(lambda batch: wrong))
-    with pytest.raises(apd.InvalidSetting, match=r"mean number of active components.*for this batch it gave"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"mean number of active components.*for this batch it gave"):
         apd.step(state, torch.ones(2, 4))
 
 
 def test_a_function_that_asks_for_too_much_is_refused():
     state = apd.init(torch.nn.Linear(4, 4), n_components=3, selection=apd.BatchTopK(lambda batch: 3.5))
-    with pytest.raises(apd.InvalidSetting, match=r"selects int\(k·n\) = 7 of the n·C = 2 · 3"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"selects int\(k·n\) = 7 of the n·C = 2 · 3"):
         apd.step(state, torch.ones(2, 4))
 
 

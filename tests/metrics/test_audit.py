@@ -283,12 +283,12 @@ def test_with_one_matrix_there_is_no_subset_of_matrices():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"ladder": ()}, apd.InvalidSetting, "ladder must be whole numbers that rise from 1"),
-        ({"ladder": (4, 2)}, apd.InvalidSetting, r"got \(4, 2\)"),
-        ({"unions": (0, 2)}, apd.InvalidSetting, "unions must be"),
-        ({"n_draws": 0}, apd.InvalidSetting, "at least 1, got 0"),
-        ({"batches": [torch.eye(4)[:1]]}, apd.InvalidSetting, "at least two; got one"),
-        ({"batches": []}, apd.InvalidBatches, "empty"),
+        ({"ladder": ()}, apd.errors.InvalidSetting, "ladder must be whole numbers that rise from 1"),
+        ({"ladder": (4, 2)}, apd.errors.InvalidSetting, r"got \(4, 2\)"),
+        ({"unions": (0, 2)}, apd.errors.InvalidSetting, "unions must be"),
+        ({"n_draws": 0}, apd.errors.InvalidSetting, "at least 1, got 0"),
+        ({"batches": [torch.eye(4)[:1]]}, apd.errors.InvalidSetting, "at least two; got one"),
+        ({"batches": []}, apd.errors.InvalidBatches, "empty"),
         ({"batches": [torch.full((2, 4), math.nan)]}, apd.NonFinite, "input tensor 0"),
         ({"masks": lambda batch: torch.ones(4, 3)}, apd.ShapeMismatch, r"shape \(4, 4\) or .* got \(4, 3\)"),
         ({"masks": lambda batch: None}, apd.ShapeMismatch, "got NoneType"),
@@ -308,5 +308,5 @@ def test_what_cannot_be_audited_is_refused(options: dict, error: type, message: 
 
 @pytest.mark.parametrize("masks", [None, lambda batch: torch.eye(4)])
 def test_an_audit_needs_the_output_function(masks):
-    with pytest.raises(apd.InvalidSetting, match=r"load\(path, model, output=...\)"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"load\(path, model, output=...\)"):
         metrics.audit(replace(known_parts(), output=None), [torch.eye(4)], masks=masks, **FEW)

@@ -13,7 +13,7 @@ def test_it_is_the_share_of_pairs_in_order_and_ties_count_half():
 
 def test_what_has_none_is_refused():
     for anomalous in (torch.zeros(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool)):
-        with pytest.raises(apd.InvalidSetting, match="anomalous and"):
+        with pytest.raises(apd.errors.InvalidSetting, match="anomalous and"):
             auroc(torch.ones(3), anomalous)
     with pytest.raises(apd.NonFinite, match="NaN"):
         auroc(torch.tensor([float("nan"), 1.0]), torch.tensor([True, False]))

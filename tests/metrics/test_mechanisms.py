@@ -75,13 +75,6 @@ def test_scrubbed_masks_keep_the_responsible_and_anti_scrubbed_ones_remove_them(
     assert not torch.equal(metrics.scrubbed_mask(responsible), metrics.scrubbed_mask(responsible))
 
 
-def test_alive_count_is_over_examples_and_positions():
-    mask = torch.zeros(2, 3, 4, dtype=torch.bool)
-    assert metrics.alive_count(mask) == 0
-    mask[0, 2, 1] = mask[1, 0, 1] = mask[1, 1, 3] = True
-    assert metrics.alive_count(mask) == 2
-
-
 def test_layer_share_by_hand():
     """Component 0 has squared norms 9 and 16; component 1 lies in the first matrix; component 2 is nowhere."""
     one = torch.ones(3, 1, 1)
@@ -92,17 +85,17 @@ def test_layer_share_by_hand():
     assert_close(metrics.layer_share(components), torch.tensor([[0.36, 0.64], [1.0, 0.0], [0.0, 0.0]]))
 
 
-def test_total_rank_counts_what_is_above_the_tolerance_of_the_largest():
+def test_ranks_count_what_is_above_the_tolerance_of_the_largest():
     spectra = torch.tensor([[10.0, 1.0], [0.05, 0.04], [0.2, 0.05]])
     components = apd.ParameterComponents(
         {"weight": torch.diag_embed(spectra)}, {"weight": torch.eye(2).repeat(3, 1, 1)}
     )
-    assert metrics.total_rank(components).tolist() == [2, 0, 1]
-    assert metrics.total_rank(components, tolerance=0.2).tolist() == [1, 0, 0]
+    assert metrics.ranks(components).sum(1).tolist() == [2, 0, 1]
+    assert metrics.ranks(components, tolerance=0.2).sum(1).tolist() == [1, 0, 0]
     twice = apd.ParameterComponents(
         {name: torch.diag_embed(spectra) for name in "ab"}, {name: torch.eye(2).repeat(3, 1, 1) for name in "ab"}
     )
-    assert metrics.total_rank(twice).tolist() == [4, 0, 2]
+    assert metrics.ranks(twice).sum(1).tolist() == [4, 0, 2]
 
 
 def test_description_length_by_hand():

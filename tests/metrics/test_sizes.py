@@ -2,7 +2,7 @@ import torch
 from torch.testing import assert_close
 
 import apd_lens as apd
-from apd_lens.metrics._sizes import alive_count, description_length, layer_share, ranks, total_rank
+from apd_lens.metrics._sizes import description_length, layer_share, ranks
 
 
 def parts() -> apd.ParameterComponents:
@@ -15,13 +15,8 @@ def parts() -> apd.ParameterComponents:
 
 def test_ranks_and_shares_of_matrices():
     assert ranks(parts()).tolist() == [[2, 0], [1, 1]]
-    assert total_rank(parts()).tolist() == [2, 2]
     assert_close(layer_share(parts()).sum(1), torch.ones(2))
     assert_close(layer_share(parts()), torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
-
-
-def test_alive_are_those_that_are_active_anywhere():
-    assert alive_count(torch.tensor([[True, False, False], [True, True, False]])) == 2
 
 
 def test_description_length_by_hand():

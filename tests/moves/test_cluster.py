@@ -14,10 +14,10 @@ import apd_lens as apd
 from apd_lens.moves._cluster import opposite_clusters, twins
 from apd_lens.passes._watch import watched_pass
 
-QUIET = apd.ClusterMoves(noise=0.0, residual=False)
+QUIET = apd.moves.ClusterMoves(noise=0.0, residual=False)
 
 
-def state_of(parts: list[Tensor], rank: int = 2) -> apd.State:
+def state_of(parts: list[Tensor], rank: int = 2) -> apd.training.State:
     """A linear layer with W = diag(1, 2, 3, 4), and the given matrices as its components."""
     model = torch.nn.Linear(4, 4, bias=False)
     with torch.no_grad():
@@ -35,7 +35,7 @@ def diagonal(*entries: float) -> Tensor:
     return torch.diag(torch.tensor(entries, dtype=torch.float32))
 
 
-def moved(state: apd.State, x: Tensor, mask: Tensor, moves: apd.ClusterMoves) -> tuple[int, Tensor]:
+def moved(state: apd.training.State, x: Tensor, mask: Tensor, moves: apd.moves.ClusterMoves) -> tuple[int, Tensor]:
     watched = watched_pass(state.target, ["weight"], x, state.output)
     made = moves(context_of(state, watched, mask.float(), mask))
     return made, state.components.component_weights("weight").detach()
@@ -102,7 +102,7 @@ def test_twins_are_merged_and_one_is_free():
 def test_what_is_missing_is_given_to_a_free_component():
     state = state_of([diagonal(1, 2, 0, 0), diagonal(0, 0, 0, 0)])
     mask = torch.tensor([[True, False]] * 20)
-    made, parts = moved(state, one_hot_inputs(*[0] * 20), mask, apd.ClusterMoves(noise=0.0))
+    made, parts = moved(state, one_hot_inputs(*[0] * 20), mask, apd.moves.ClusterMoves(noise=0.0))
     assert made == 1
     assert_close(parts[1], diagonal(0, 0, 3.0, 4.0), rtol=0, atol=1e-5)
 
@@ -114,11 +114,11 @@ def test_dead_components_are_revived_without_splits_and_merges():
     mask = torch.zeros(40, 4, dtype=torch.bool)
     mask[:20, 0], mask[20:30, 1], mask[30:, 2] = True, True, True
     before = state.components.component_weights("weight").detach()
-    made, parts = moved(state, x, mask, apd.ClusterMoves(noise=0.0, merge_above=1, split_below=-1))
+    made, parts = moved(state, x, mask, apd.moves.ClusterMoves(noise=0.0, merge_above=1, split_below=-1))
     assert made == 1
     assert torch.equal(parts[:3], before[:3])
     assert_close(parts[3], diagonal(0, 0, 0, 4.0), rtol=0, atol=1e-5)
-    made, parts = moved(state, x, mask, apd.ClusterMoves(noise=0.0))  # the same with them
+    made, parts = moved(state, x, mask, apd.moves.ClusterMoves(noise=0.0))  # the same with them
     assert made > 1
     assert not torch.equal(parts[:3], before[:3])
 
@@ -130,7 +130,7 @@ def test_moments_of_the_touched_start_from_zero_and_noise_is_added():
     x = one_hot_inputs(*[0, 1] * 10, *[2] * 20)
     mask = torch.zeros(40, 3, dtype=torch.bool)
     mask[:20, 0], mask[20:, 2] = True, True
-    moved(state, x, mask, apd.ClusterMoves(noise=1e-3, residual=False))
+    moved(state, x, mask, apd.moves.ClusterMoves(noise=1e-3, residual=False))
     for factor in state.components.parameters():
         moments = state.optimizer.state[factor]["exp_avg"].flatten(1)
         assert [bool(row.any()) for row in moments] == [False, False, True]
@@ -164,7 +164,7 @@ def test_training_with_moves_over_several_matrices_and_tokens():
     before = Snapshot.of(model)
     moves = []
     apd.decompose(
-        model, [x], n_components=6, rank=2, selection=apd.TopK(1), moves=apd.ClusterMoves(every=2),
+        model, [x], n_components=6, rank=2, selection=apd.TopK(1), moves=apd.moves.ClusterMoves(every=2),
         losses=apd.Losses(path=1.0, simplicity_floor=0.5, normalization="relative"),
         optimization=apd.Optimization(steps=10, lr=1e-2, init_scale=0.5), progress=False,
         on_step=lambda step, info: moves.append(info.moves),
@@ -184,9 +184,9 @@ decomposition = apd.decompose(
     selection=apd.BatchTopK(apd.Ramp(0.25, 0.44)),
     losses=apd.Losses(path=1, simplicity=apd.HoldThenDecay(0.1), schatten_p=0.9, simplicity_floor=0.5,
                       normalization="relative"),
-    moves=apd.ClusterMoves(), optimization=apd.Optimization(steps=1500, lr=1e-2, scaled=False), progress=False,
+    moves=apd.moves.ClusterMoves(), optimization=apd.Optimization(steps=1500, lr=1e-2, scaled=False), progress=False,
 )
-for components in (decomposition.components, apd.random_components(decomposition.components)):
+for components in (decomposition.components, apd.components.random_components(decomposition.components)):
     parts = components.component_weights("linear1.weight")
     best = metrics.best_components(target.rows, parts)
     print(metrics.mmcs(target.rows, parts).item(), metrics.ml2r(target.rows, parts).item(), best.unique().numel())

@@ -12,10 +12,10 @@ from apd_lens.host._matrix import Use
 from apd_lens.moves._division import Flow, best_part, flows_of_data_points, two_groups
 from apd_lens.passes._watch import watched_pass
 
-QUIET = apd.DivisionMoves(noise=0.0)
+QUIET = apd.moves.DivisionMoves(noise=0.0)
 
 
-def linear_state(n_components: int = 3, moves: apd.DivisionMoves = QUIET) -> apd.State:
+def linear_state(n_components: int = 3, moves: apd.moves.DivisionMoves = QUIET) -> apd.training.State:
     """A linear layer with W = diag(1, 2, 3, 4)."""
     model = torch.nn.Linear(4, 4, bias=False)
     with torch.no_grad():
@@ -27,7 +27,7 @@ def one_hot_inputs(*features: int) -> torch.Tensor:
     return torch.eye(4)[list(features)] * torch.linspace(0.5, 1.0, len(features))[:, None]
 
 
-def divided(state: apd.State, x: torch.Tensor) -> tuple[int, torch.Tensor]:
+def divided(state: apd.training.State, x: torch.Tensor) -> tuple[int, torch.Tensor]:
     watched = watched_pass(state.target, ["weight"], x, state.output)
     attributions = torch.zeros(len(x), state.components.n_components)
     attributions[:, 0] = 1.0
@@ -112,7 +112,8 @@ def test_training_with_divisions_over_several_matrices(tmp_path):
     model, x = ResidualMLP(6, 8, 5, 2), torch.randn(64, 6)
     before = Snapshot.of(model)
     decomposition = apd.decompose(
-        model, [x], n_components=6, rank=2, selection=apd.TopK(1), moves=apd.DivisionMoves(every=2, projections=2),
+        model, [x], n_components=6, rank=2, selection=apd.TopK(1),
+        moves=apd.moves.DivisionMoves(every=2, projections=2),
         losses=apd.Losses(path=1.0, normalization="relative"), optimization=apd.Optimization(steps=10, lr=1e-2),
         progress=False,
     )  # fmt: skip
@@ -122,13 +123,13 @@ def test_training_with_divisions_over_several_matrices(tmp_path):
 
 
 def test_settings_that_cannot_be():
-    with pytest.raises(apd.InvalidSetting, match="every >= 1"):
-        apd.DivisionMoves(every=0)
-    with pytest.raises(apd.InvalidSetting, match="projections >= 1"):
-        apd.DivisionMoves(projections=0)
-    with pytest.raises(apd.InvalidSetting, match="DivisionMoves look at which components are active"):
+    with pytest.raises(apd.errors.InvalidSetting, match="every >= 1"):
+        apd.moves.DivisionMoves(every=0)
+    with pytest.raises(apd.errors.InvalidSetting, match="projections >= 1"):
+        apd.moves.DivisionMoves(projections=0)
+    with pytest.raises(apd.errors.InvalidSetting, match="DivisionMoves look at which components are active"):
         apd.init(
-            torch.nn.Linear(4, 4, bias=False), n_components=2, selection=apd.Lp(), moves=apd.DivisionMoves(),
+            torch.nn.Linear(4, 4, bias=False), n_components=2, selection=apd.Lp(), moves=apd.moves.DivisionMoves(),
             losses=apd.Losses(path=0.0),
         )  # fmt: skip
 
@@ -143,9 +144,9 @@ decomposition = apd.decompose(
     selection=apd.BatchTopK(apd.Ramp(0.2, 0.35)),
     losses=apd.Losses(path=1, simplicity=apd.HoldThenDecay(2), schatten_p=0.9, simplicity_floor=0.5,
                       normalization="relative"),
-    moves=apd.DivisionMoves(), optimization=apd.Optimization(steps=60, lr=2e-3, scaled=False), progress=False,
+    moves=apd.moves.DivisionMoves(), optimization=apd.Optimization(steps=60, lr=2e-3, scaled=False), progress=False,
 )
-for components in (decomposition.components, apd.random_components(decomposition.components)):
+for components in (decomposition.components, apd.components.random_components(decomposition.components)):
     owned = sum((components.component_weights(name).abs()[:, None] * mask).sum((2, 3))
                 for name, mask in target.owned.items())
     print((owned.max(0).values / owned.sum(0)).min().item(), owned.argmax(0).unique().numel())

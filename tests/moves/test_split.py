@@ -150,7 +150,7 @@ def test_the_optimizer_forgets_the_touched_components_only():
     attributions = torch.zeros(8, 4)
     attributions[:4, 0], attributions[4:6, 1], attributions[6:, 2] = 2.0, 1.0, 1.0
     before = [factor.detach().clone() for factor in state.components.parameters()]
-    assert apd.SplitMoves(noise=0.01)(context_of(state, watched, attributions)) == 1
+    assert apd.moves.SplitMoves(noise=0.01)(context_of(state, watched, attributions)) == 1
     for factor, was in zip(state.components.parameters(), before, strict=True):
         moments = state.optimizer.state[factor]
         assert (moments["exp_avg"][[0, 3]] == 0).all()
@@ -162,7 +162,7 @@ def test_the_optimizer_forgets_the_touched_components_only():
 def test_moves_are_made_when_asked_for():
     model, x = ResidualMLP(4, 6, 5, 1), torch.randn(8, 4)
     options = {"n_components": 9, "rank": 2, "selection": apd.TopK(1), "optimization": apd.Optimization(steps=20)}
-    state = apd.init(model, moves=apd.SplitMoves(every=5, until=0.6), **options)
+    state = apd.init(model, moves=apd.moves.SplitMoves(every=5, until=0.6), **options)
     splits = []
     for _ in range(20):
         state, info = apd.step(state, x)

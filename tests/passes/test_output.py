@@ -22,8 +22,8 @@ def test_a_tensor_or_its_logits():
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        ((1, 2), apd.InvalidOutput, "got tuple"),
-        (torch.ones(3, 2, dtype=torch.long), apd.InvalidOutput, r"a tensor of torch\.int64"),
+        ((1, 2), apd.errors.InvalidOutput, "got tuple"),
+        (torch.ones(3, 2, dtype=torch.long), apd.errors.InvalidOutput, r"a tensor of torch\.int64"),
         (torch.ones(2, 2), apd.ShapeMismatch, r"with 3 examples, got \(2, 2\)"),
         (torch.ones(3), apd.ShapeMismatch, r"got \(3,\)"),
     ],

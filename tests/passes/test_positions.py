@@ -133,7 +133,7 @@ def test_positions():
 
 @pytest.mark.parametrize("where", [(), (1, 1), (0.5,), (True,), ("last",)])
 def test_what_are_no_positions(where):
-    with pytest.raises(apd.InvalidSetting, match=r"distinct whole numbers, or one function of the batch"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"distinct whole numbers, or one function of the batch"):
         apd.positions(*where)
 
 
@@ -191,7 +191,7 @@ def test_all_that_is_asked_of_a_decomposition_goes_on_working(tmp_path):
 def test_a_function_of_positions_is_not_saved(tmp_path):
     decomposition = decomposed(tiny_llama(), apd.positions(lambda batch: batch["attention_mask"].sum(1) - 1))
     decomposition.save(tmp_path)
-    with pytest.raises(apd.InvalidSetting, match="output="):
+    with pytest.raises(apd.errors.InvalidSetting, match="output="):
         apd.load(tmp_path, decomposition.target.model).observe(padded())
     decomposed(decomposition.target.model, apd.positions(0, -1)).save(tmp_path)
     assert apd.load(tmp_path, decomposition.target.model).output == apd.positions(0, -1)

@@ -6,7 +6,8 @@ from torch.testing import assert_close
 
 import apd_lens as apd
 from apd_lens.passes._output import default_output
-from apd_lens.passes._watch import sparse_pass, watched_pass
+from apd_lens.passes._replace import Mixture
+from apd_lens.passes._watch import replaced_pass, watched_pass
 
 
 def model() -> nn.Sequential:
@@ -45,7 +46,7 @@ def test_an_output_without_a_graph_is_refused():
         def forward(self, x):
             return super().forward(x).detach()
 
-    with pytest.raises(apd.InvalidOutput, match="has no gradient to any decomposed matrix"):
+    with pytest.raises(apd.errors.InvalidOutput, match="has no gradient to any decomposed matrix"):
         watched(Detached(*model()), torch.randn(3, 4))
 
 
@@ -69,7 +70,7 @@ def test_memory_that_the_next_forward_writes_to_is_copied():
     for again in (False, True):
         torch.manual_seed(0)
         model, batches = Scratch(again), [torch.randn(8, 4) for _ in range(3)]
-        options = {"n_components": 5, "rank": 2, "moves": apd.SplitMoves(every=2), "progress": False}
+        options = {"n_components": 5, "rank": 2, "moves": apd.moves.SplitMoves(every=2), "progress": False}
         decomposition = apd.decompose(model, batches, **options, optimization=apd.Optimization(steps=8, lr=1e-2))
         found.append(list(decomposition.components.parameters()))
     for ours, theirs in zip(*found, strict=True):
@@ -86,9 +87,9 @@ def test_a_sparse_pass_is_the_sparse_context():
     module, x = model(), torch.randn(3, 4)
     decomposition, mask = decomposition_of(module), torch.rand(3, 5) < 0.5
     seen = watched(module, x)
-    output, hidden = sparse_pass(
-        decomposition.target, decomposition.components, seen.run.inputs, mask, default_output, ["1"]
-    )
+    replaced = Mixture(decomposition.components, mask)
+    names = decomposition.components.names
+    output, hidden = replaced_pass(decomposition.target, names, replaced, seen.run.inputs, default_output, ["1"])
     with decomposition.sparse(mask):
         assert_close(output, module(x))
         assert_close(hidden["1"], module[:2](x))

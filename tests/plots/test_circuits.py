@@ -23,7 +23,7 @@ def test_some_components_in_the_given_order_and_place():
     figure, ax = plt.subplots()
     assert plots.component_nodes(SHARES, NODES, order=[2, 0], ax=ax, measure="attribution") is figure
     assert_close(shown(ax), SHARES[[2, 0]].T, check_dtype=False)
-    with pytest.raises(apd.InvalidSetting, match="one for each node"):
+    with pytest.raises(apd.errors.InvalidSetting, match="one for each node"):
         plots.component_nodes(SHARES, NODES[:2])
 
 
@@ -51,5 +51,5 @@ def test_signed_attributions_by_position():
     assert ax.images[0].get_clim() == (-2.0, 2.0)
     ax, _ = plots.signed_by_position(by_position, components=[1], positions=["the", "cat"]).axes
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["the", "cat"]
-    with pytest.raises(apd.InvalidSetting, match="one for each position"):
+    with pytest.raises(apd.errors.InvalidSetting, match="one for each position"):
         plots.signed_by_position(by_position, positions=["the"])

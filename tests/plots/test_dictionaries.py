@@ -29,7 +29,7 @@ def test_cosines_with_a_sign_have_colours_around_0():
 
 def test_assignments_that_are_none_are_refused():
     for partner in ([2, 2, 0], [4, 0, 1]):
-        with pytest.raises(apd.InvalidSetting, match="a latent of its own below 4"):
+        with pytest.raises(apd.errors.InvalidSetting, match="a latent of its own below 4"):
             plots.match_matrix(SIMILARITY, torch.tensor(partner))
 
 
@@ -40,7 +40,7 @@ def test_histograms_of_what_was_found_and_of_its_null():
     assert ax.get_xlabel() == "best F1"
     steps = [patch for patch in ax.patches if patch.get_label().startswith(("SAE", "random"))]
     assert [max(patch.get_path().vertices[:, 1]) for patch in steps] == [1, 1]
-    with pytest.raises(apd.InvalidSetting, match="values under each name"):
+    with pytest.raises(apd.errors.InvalidSetting, match="values under each name"):
         plots.best_matches({"SAE": torch.tensor([torch.nan])})
 
 
@@ -56,7 +56,7 @@ def test_curves_are_sorted_and_leave_out_what_a_log_axis_cannot_show():
     assert ax.get_xscale() == ax.get_yscale() == "log"
     with pytest.raises(apd.ShapeMismatch, match=r"Expected losses of 'null' of shape \(2,\), got none"):
         plots.loss_against_sparsity(sparsity, {"components": loss["components"]})
-    with pytest.raises(apd.InvalidSetting, match="at most 6 curves"):
+    with pytest.raises(apd.errors.InvalidSetting, match="at most 6 curves"):
         plots.loss_against_sparsity(
             {str(i): torch.ones(1) for i in range(7)}, {str(i): torch.ones(1) for i in range(7)}
         )

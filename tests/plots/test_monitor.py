@@ -34,9 +34,9 @@ def test_edit_effects():
     assert_allclose(places["random components"], [[least, least], [least, 0.2]], rtol=1e-5)
     lines = [drawn for drawn in ax.collections if isinstance(drawn, LineCollection)]
     assert_allclose(lines[0].get_segments()[0], [[8 / 200, 3], [1, 3]], rtol=1e-6)
-    with pytest.raises(apd.InvalidSetting, match="Every distance is 0"):
+    with pytest.raises(apd.errors.InvalidSetting, match="Every distance is 0"):
         plots.edit_effects(kind, on_target * 0, other * 0)
-    with pytest.raises(apd.InvalidSetting, match="Expected 4 names, one for each edit"):
+    with pytest.raises(apd.errors.InvalidSetting, match="Expected 4 names, one for each edit"):
         plots.edit_effects(kind[:3], on_target, other)
 
 
@@ -51,7 +51,7 @@ def test_roc():
     }
     with pytest.raises(apd.ShapeMismatch, match=r"Expected 'residual' of shape \(4,\), got \(3,\)"):
         plots.roc(scores | {"residual": torch.ones(3)}, anomalous)
-    with pytest.raises(apd.InvalidSetting, match="AUROC compares"):
+    with pytest.raises(apd.errors.InvalidSetting, match="AUROC compares"):
         plots.roc(scores, torch.ones(4).bool())
 
 
@@ -61,5 +61,5 @@ def test_score_histogram():
     assert ax.get_legend_handles_labels()[1] == ["normal", "anomalous"]
     heights = [[bar.get_height() for bar in container] for container in ax.containers if len(container) == 4]
     assert_allclose(heights, [[1, 0, 0, 0], [0, 0, 0, 1]], rtol=1e-6)
-    with pytest.raises(apd.InvalidSetting, match="at least 1 bin"):
+    with pytest.raises(apd.errors.InvalidSetting, match="at least 1 bin"):
         plots.score_histogram(scores, anomalous, n_bins=0)

@@ -47,7 +47,7 @@ EVERY_FIGURE = {
     "edit_effects": lambda new: plots.edit_effects(["components", "random"], new(2, 1), new(2, 9)),
     "roc": lambda new: plots.roc({"surprise": new(8)}, torch.arange(8, device=new(1).device) > 4),
     "score_histogram": lambda new: plots.score_histogram(new(8), torch.arange(8, device=new(1).device) > 4),
-    "where": lambda new: plots.where(apd.Where.from_effects(new(3, 4), ["a", "b", "c"])),
+    "where": lambda new: plots.where(apd.scan.Where.from_effects(new(3, 4), ["a", "b", "c"])),
     "loss_curves": lambda new: plots.loss_curves([{"loss": new(1)[0]}] * 3),
     "alive_components": lambda new: plots.alive_components([{"alive": new(1)[0]}] * 3),
     "seed_stability": lambda new: plots.seed_stability(new(2, 3, 3), new(2, 3)),
@@ -101,7 +101,7 @@ def test_figures_of_several_plots_are_drawn_on_several_axes(draw):
     assert draw(grid[0]) is figure
     assert all(ax.has_data() for ax in grid[0])
     assert not any(ax.has_data() for ax in grid[1])
-    with pytest.raises(apd.InvalidSetting, match="2 plots: expected ax= of 2 axes, got 4"):
+    with pytest.raises(apd.errors.InvalidSetting, match="2 plots: expected ax= of 2 axes, got 4"):
         draw(list(grid.flat))
 
 
@@ -157,7 +157,7 @@ def test_neuron_contributions_show_the_target_above_and_each_features_component_
 
     swapped = drawing.neuron_contributions(target, components, component_of=torch.tensor([1, 2]))
     assert (swapped.axes[1].collections[0].get_offsets()[:, 1] == 0).all()
-    with pytest.raises(apd.InvalidSetting, match=r"numbers from 0 to 2, got \[0, 3\]"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"numbers from 0 to 2, got \[0, 3\]"):
         drawing.neuron_contributions(target, components, component_of=torch.tensor([0, 3]))
 
 
@@ -213,7 +213,7 @@ def test_single_feature_responses_have_a_panel_for_each_feature():
     assert len(drawing.single_feature_responses(target, sparse).axes[0].patches) == 0
     chosen = [ax.get_title() for ax in drawing.single_feature_responses(torch.eye(100), torch.eye(100)).axes]
     assert chosen == [f"feature {i} active" for i in (0, 20, 40, 59, 79, 99)]
-    with pytest.raises(apd.InvalidSetting, match=r"numbers from 0 to 3, got \[4\]"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"numbers from 0 to 3, got \[4\]"):
         drawing.single_feature_responses(target, sparse, features=[4])
 
 
@@ -259,7 +259,7 @@ def test_histograms_of_scrubbed_losses_hold_all_data_points():
     medians = [line.get_xdata()[0] for line in ax.get_lines()]
     assert medians == pytest.approx([values.median().item() for values in (target, scrubbed, anti)])
     assert legend_of(ax)[2] == f"anti-scrubbed, median {anti.median().item():.2g}"
-    with pytest.raises(apd.InvalidSetting, match="losses above zero"):
+    with pytest.raises(apd.errors.InvalidSetting, match="losses above zero"):
         drawing.scrubbed_losses(torch.zeros(3), torch.zeros(3), torch.zeros(3))
 
 
@@ -306,7 +306,7 @@ def test_an_audit_has_a_dot_for_each_row_and_a_line_for_each_attack():
     assert lines(right)["each data point's own: null, 20 steps"][1] == pytest.approx([0.7, 0.7])
     assert lines(right)["one for all: null, 20 steps"][1] == pytest.approx([0.8, 0.8])
     assert lines(right)["a random part of the others"][1] == pytest.approx([0.1, 0.1])
-    with pytest.raises(apd.InvalidSetting, match="above zero"):
+    with pytest.raises(apd.errors.InvalidSetting, match="above zero"):
         plots.audit(small_audit(torch.zeros(8), torch.zeros(8), torch.zeros(8)))
 
 
@@ -319,7 +319,7 @@ def test_the_coefficient_valley_has_a_line_for_each_coefficient():
         assert x == pytest.approx([0.25, 1, 4], rel=0.03)
     assert [label.get_text() for label in ax.get_xticklabels()] == ["×0.25", "×1", "×4"]
     for factors in ((1, 0.5, 4), (0, 1, 2), (1, 2)):
-        with pytest.raises(apd.InvalidSetting, match="3 factors that rise"):
+        with pytest.raises(apd.errors.InvalidSetting, match="3 factors that rise"):
             drawing.coefficient_valley(factors, success, ["path", "simplicity"])
 
 

@@ -13,15 +13,15 @@ import apd_lens as apd
 from apd_lens import plots
 
 
-def history_of_a_run(steps: int) -> list[apd.StepInfo]:
+def history_of_a_run(steps: int) -> list[apd.training.StepInfo]:
     model, _ = linear_of_known_parts()
-    history: list[apd.StepInfo] = []
+    history: list[apd.training.StepInfo] = []
     apd.decompose(
         model,
         lambda step: torch.eye(4)[torch.randint(4, (32,), generator=torch.Generator().manual_seed(step))],
         n_components=6,
         losses=apd.Losses(path=0.5, simplicity=apd.HoldThenDecay(0.7)),
-        moves=apd.SplitMoves(every=4),
+        moves=apd.moves.SplitMoves(every=4),
         optimization=apd.Optimization(steps=steps),
         on_step=lambda step, info: history.append(info),
         progress=False,
@@ -67,9 +67,9 @@ def test_alive_components_and_moves_are_those_of_the_run():
 
 @pytest.mark.parametrize("draw", [plots.loss_curves, plots.alive_components])
 def test_an_empty_history_is_refused(draw):
-    with pytest.raises(apd.InvalidSetting, match=r"decompose\(..., on_step=...\)"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"decompose\(..., on_step=...\)"):
         draw([])
-    with pytest.raises(apd.InvalidSetting, match=r"alive|no loss term"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"alive|no loss term"):
         draw([{"moves": 1}])
 
 
@@ -84,5 +84,5 @@ def test_seed_stability_has_the_null_below():
         assert ax.get_yticklabels()[-1].get_text() == "null"
         assert ax.texts[0].get_text() == f"{values[0, 0]:.2f}"
         assert len(ax.texts) == 12
-    with pytest.raises(apd.InvalidSetting, match="2 names, one for each matrix"):
+    with pytest.raises(apd.errors.InvalidSetting, match="2 names, one for each matrix"):
         plots.seed_stability(similarity, null, names=["W"])

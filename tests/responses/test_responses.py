@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import apd_lens as apd
+from apd_lens.responses import CoActivation
 from apd_lens.responses._ablation import ablation_effects
 
 
@@ -150,7 +151,7 @@ def test_the_null_of_co_activation_is_a_lift_of_one():
     mask = torch.rand(20_000, 6) < 0.1
     mask[:, 5] = mask[:, 4]
     counts = (mask.float().mT @ mask.float()).long()
-    together = apd.CoActivation(counts, len(mask))
+    together = CoActivation(counts, len(mask))
     independent = together.lift[:4, :4][~torch.eye(4, dtype=torch.bool)]
     assert (independent - 1).abs().max() < 0.25  # counts of 200, standard deviation 7 % of them
     assert together.lift[4, 5] == pytest.approx(10, rel=0.1)
@@ -167,7 +168,7 @@ def test_random_components_move_other_outputs_on_the_examples_of_the_real_ones()
         return int((promoted == torch.arange(3)).sum())
 
     assert hits(decomposition.components) == 3
-    random = [hits(apd.random_components(decomposition.components, seed)) for seed in range(20)]
+    random = [hits(apd.components.random_components(decomposition.components, seed)) for seed in range(20)]
     assert sum(random) < 30  # of 60, where chance is 15
 
 

@@ -277,15 +277,17 @@ def test_best_gives_what_moves_the_information_and_not_what_makes_it():
 def test_best_says_what_it_does_not_reach():
     one, none = torch.tensor([0.4]), torch.tensor([0.5])
     reached = Together("answer", ((0, 0),), one, none, total=1.0, total_kept=0.0, by_answers=True)
-    found = replace(apd.Where.from_effects(torch.ones(1, 1), ["a"]), together=(reached,))
+    found = replace(apd.scan.Where.from_effects(torch.ones(1, 1), ["a"]), together=(reached,))
     assert found.best(0.5) == ["a"]
-    with pytest.warns(apd.ApdWarning, match=r"the share 0.5 of what all.*Give where\(\.\.\., measure=\) more places"):
+    with pytest.warns(
+        apd.errors.ApdWarning, match=r"the share 0.5 of what all.*Give where\(\.\.\., measure=\) more places"
+    ):
         assert found.best(0.9) == ["a"]
     by_metric = replace(found, together=(replace(reached, by_answers=False),))
     assert by_metric.best(0.4) == ["a"]
-    with pytest.warns(apd.ApdWarning, match=r"the share 0.4"):
+    with pytest.warns(apd.errors.ApdWarning, match=r"the share 0.4"):
         by_metric.best(0.5)
-    with pytest.raises(apd.InvalidSetting, match="above 0 and at most 1"):
+    with pytest.raises(apd.errors.InvalidSetting, match="above 0 and at most 1"):
         found.best(0)
 
 
@@ -308,16 +310,16 @@ def test_the_table_has_every_place_and_the_largest_first():
 
 def test_results_that_the_user_has():
     effects = torch.tensor([[0.0, 0.1], [3.0, 0.2], [-1.0, 2.0], [0.1, float("nan")]])
-    found = apd.Where.from_effects(effects, ["a.0.w", "a.1.w", "a.2.w", "a.3.w"], ["subject", "last"], unit="nats")
+    found = apd.scan.Where.from_effects(effects, ["a.0.w", "a.1.w", "a.2.w", "a.3.w"], ["subject", "last"], unit="nats")
     assert found.best(0.5) == ["a.1.w"]
     assert found.best(0.9) == ["a.1.w", "a.2.w"]
     assert found.labels() == ["L0 w", "L1 w", "L2 w", "L3 w"]
     assert "7 of 8 places measured" in str(found)
     assert found.table()["matrix"][0] == "a.1.w"
-    with pytest.raises(apd.InvalidSetting, match="4 names and 2 positions"):
-        apd.Where.from_effects(effects, ["a"])
-    with pytest.raises(apd.InvalidSetting, match="No place has an effect above 0"):
-        apd.Where.from_effects(-effects[:1], ["a"]).best()
+    with pytest.raises(apd.errors.InvalidSetting, match="4 names and 2 positions"):
+        apd.scan.Where.from_effects(effects, ["a"])
+    with pytest.raises(apd.errors.InvalidSetting, match="No place has an effect above 0"):
+        apd.scan.Where.from_effects(-effects[:1], ["a"]).best()
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

@@ -201,19 +201,19 @@ def test_the_same_generator_gives_the_same_start():
 
 
 def test_one_component_is_too_few():
-    with pytest.raises(apd.InvalidSetting, match="n_components=1"):
+    with pytest.raises(apd.errors.InvalidSetting, match="n_components=1"):
         start(Facts(), [data()[0]], n_components=1)
 
 
 def test_batches_that_are_none():
-    with pytest.raises(apd.InvalidBatches, match="empty"):
+    with pytest.raises(apd.errors.InvalidBatches, match="empty"):
         start(Facts(), [])
-    with pytest.raises(apd.InvalidBatches, match="empty"):
+    with pytest.raises(apd.errors.InvalidBatches, match="empty"):
         start(Facts(), [data()[0]], [])
 
 
 def test_an_output_that_does_not_depend_on_the_weights():
-    with pytest.raises(apd.InvalidBatches, match="does not depend on any"):
+    with pytest.raises(apd.errors.InvalidBatches, match="does not depend on any"):
         start(Facts(), [data()[0]], output=lambda y: 0 * y)
 
 

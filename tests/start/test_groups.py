@@ -64,5 +64,5 @@ def test_as_few_data_points_as_groups_are_one_each():
 
 def test_grouping_needs_scipy(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "scipy.cluster.hierarchy", None)
-    with pytest.raises(apd.MissingExtra, match=r"Grouping 9 data points .* pip install scipy"):
+    with pytest.raises(apd.errors.MissingExtra, match=r"Grouping 9 data points .* pip install scipy"):
         grouped(torch.eye(9), torch.ones(9), 4)

@@ -305,9 +305,9 @@ class CoreContract(AdapterContract):
     def test_contexts_do_not_nest(self, target: apd.TargetModel):
         decomposition = self._decomposition(target)
         with decomposition.ablate(0):
-            with pytest.raises(apd.AlreadyActive, match="leave the first"), decomposition.only(0):
+            with pytest.raises(apd.errors.AlreadyActive, match="leave the first"), decomposition.only(0):
                 pass
-            with pytest.raises(apd.AlreadyActive):
+            with pytest.raises(apd.errors.AlreadyActive):
                 decomposition.attributions(self.batch(3))
         with decomposition.only(0):
             pass
@@ -326,7 +326,7 @@ class CoreContract(AdapterContract):
             rank=1,
             output=self.output,
             losses=apd.Losses(path=1.0),
-            moves=apd.SplitMoves(every=2),
+            moves=apd.moves.SplitMoves(every=2),
             optimization=apd.Optimization(steps=6, lr=1e-2),
             progress=False,
         )

@@ -24,7 +24,7 @@ class Case:
     names: dict[str, str]  # ours -> golden's
     hidden_at: tuple[str, ...]
 
-    def state(self, k: float, selection: Callable[[float], object] = apd.BatchTopK) -> apd.State:
+    def state(self, k: float, selection: Callable[[float], object] = apd.BatchTopK) -> apd.training.State:
         coefficients, paper = self.settings["coefficients"], apd.paper()
         state = apd.init(
             self.model,

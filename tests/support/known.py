@@ -106,5 +106,5 @@ def nan_from(step: int):
 def known_parts(k: float = 1.0) -> Decomposition:
     """y = x @ diag(1, 2, 3, 4), component c = the entry c."""
     model, components = linear_of_known_parts()
-    settings = apd.Settings(selection=apd.BatchTopK(k))
+    settings = apd.decomposition.Settings(selection=apd.BatchTopK(k))
     return Decomposition(apd.wrap(model), components.requires_grad_(False), settings, default_output, {})

@@ -8,7 +8,7 @@ from apd_lens.passes._watch import WatchedPass
 
 
 def context_of(
-    state: apd.State, watched: WatchedPass, attributions: Tensor, active: Tensor | None = None
+    state: apd.training.State, watched: WatchedPass, attributions: Tensor, active: Tensor | None = None
 ) -> MoveContext:
     """Of a training that has come so far."""
     return MoveContext(

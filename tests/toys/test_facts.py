@@ -37,5 +37,5 @@ def test_centred_logits_are_those_of_the_last_position():
 
 def test_a_missing_transformer_lens_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "transformer_lens", None)
-    with pytest.raises(apd.MissingExtra, match=r"apd-lens\[transformer-lens\]"):
+    with pytest.raises(apd.errors.MissingExtra, match=r"apd-lens\[transformer-lens\]"):
         toys.train_facts()

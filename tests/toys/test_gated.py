@@ -74,5 +74,5 @@ def test_gated_mechanisms_sum_to_the_weights_and_do_their_function_alone(gated: 
     ],
 )
 def test_sizes_that_cannot_be_are_refused(make, message: str):
-    with pytest.raises(apd.InvalidSetting, match=message):
+    with pytest.raises(apd.errors.InvalidSetting, match=message):
         make()

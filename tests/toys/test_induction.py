@@ -35,5 +35,5 @@ def test_two_heads_are_trained_and_the_others_stay():
 
 def test_a_missing_transformer_lens_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "transformer_lens", None)
-    with pytest.raises(apd.MissingExtra, match=r"apd-lens\[transformer-lens\]"):
+    with pytest.raises(apd.errors.MissingExtra, match=r"apd-lens\[transformer-lens\]"):
         toys.train_induction()

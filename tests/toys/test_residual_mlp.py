@@ -64,5 +64,5 @@ def test_contributions_are_what_neurons_do_to_their_own_outputs(residual_mlp: to
     ],
 )
 def test_sizes_that_cannot_be_are_refused(make, message: str):
-    with pytest.raises(apd.InvalidSetting, match=message):
+    with pytest.raises(apd.errors.InvalidSetting, match=message):
         make()

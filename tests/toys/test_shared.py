@@ -24,7 +24,7 @@ def test_adamw_finds_the_lowest_point():
 def test_sizes_that_cannot_be_are_refused():
     assert (group_size(5, False), group_size(6, True)) == (1, 2)
     check_divides(6, 3, "n")
-    with pytest.raises(apd.InvalidSetting, match="even, got 5"):
+    with pytest.raises(apd.errors.InvalidSetting, match="even, got 5"):
         group_size(5, True)
-    with pytest.raises(apd.InvalidSetting, match="n=5 and n_layers=2"):
+    with pytest.raises(apd.errors.InvalidSetting, match="n=5 and n_layers=2"):
         check_divides(5, 2, "n")

@@ -108,5 +108,5 @@ def test_features_that_co_occur_are_one_mechanism_and_the_identity_layer_is_one(
     ],
 )
 def test_sizes_that_cannot_be_are_refused(make, message: str):
-    with pytest.raises(apd.InvalidSetting, match=message):
+    with pytest.raises(apd.errors.InvalidSetting, match=message):
         make()

@@ -20,7 +20,7 @@ from apd_lens.decomposition import _decomposition
 from apd_lens.training import _checkpoint, _seen, _state
 
 N = 3
-NEEDED = apd.BatchTopK(apd.Needed(hold=0.0), least=0.1)
+NEEDED = apd.BatchTopK(apd.masks.Needed(hold=0.0), least=0.1)
 
 
 class Ended(Exception):
@@ -47,7 +47,7 @@ def few(**options: Any) -> dict[str, Any]:
         "batches": [random((8, 4), seed) for seed in range(4)],
         "n_components": 6,
         "rank": 2,
-        "moves": apd.SplitMoves(every=2, until=1.0),
+        "moves": apd.moves.SplitMoves(every=2, until=1.0),
         "optimization": apd.Optimization(steps=2 * N, lr=1e-2),
         "progress": False,
     }
@@ -58,7 +58,7 @@ def trained(model: Any, options: dict[str, Any], end_at: int | None = None) -> t
     """Factors and settings at the end, and the loss of each step; ended by an error after a number of steps."""
     losses = []
 
-    def on_step(step: int, info: apd.StepInfo) -> None:
+    def on_step(step: int, info: apd.training.StepInfo) -> None:
         losses.append(info.loss)
         if step + 1 == end_at:
             raise Ended
@@ -104,8 +104,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "projections": {"attribution": apd.GradientAttribution(projections=2)},
     "fixed projections": {"attribution": apd.GradientAttribution(projections=2, fixed=True)},
     "no moves": {"moves": None},
-    "cluster moves": {"moves": apd.ClusterMoves(every=1, until=1.0)},
-    "division moves": {"moves": apd.DivisionMoves(every=1, until=1.0)},
+    "cluster moves": {"moves": apd.moves.ClusterMoves(every=1, until=1.0)},
+    "division moves": {"moves": apd.moves.DivisionMoves(every=1, until=1.0)},
     "others": TARGETED,
     "others with active ones": TARGETED | {"elsewhere": apd.Elsewhere(selection=NEEDED, simplicity=0.1)},
     "start of data": {"optimization": apd.Optimization(steps=2 * N, start="data")},
@@ -259,7 +259,7 @@ def test_positions_as_data_points(tmp_path):
 def test_it_is_saved_every_few_steps_and_at_the_end_and_the_newest_are_kept(tmp_path):
     seen = []
 
-    def on_step(step: int, info: apd.StepInfo) -> None:
+    def on_step(step: int, info: apd.training.StepInfo) -> None:
         seen.append(sorted(os.listdir(tmp_path)))
 
     options = few(optimization=apd.Optimization(steps=7))
@@ -290,7 +290,7 @@ def test_more_steps_go_on_with_the_schedule_of_the_new_number(tmp_path):
     options |= {"optimization": longer, "resume": tmp_path}
     apd.decompose(mlp(), **options, on_step=lambda step, info: rates.append(info.learning_rate))
     assert rates == [learning_rate(longer, step) for step in range(2 * N, 4 * N)]
-    with pytest.raises(apd.InvalidSetting, match=r"is of step 12, and Optimization\(steps=3\) ends before it"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"is of step 12, and Optimization\(steps=3\) ends before it"):
         trained(mlp(), options | {"optimization": apd.Optimization(steps=3, lr=1e-2)})
 
 
@@ -298,7 +298,9 @@ def test_a_folder_of_another_training_is_refused(tmp_path):
     trained(mlp(), few(checkpoint=apd.Checkpoint(tmp_path, every=2)))
     before = sorted(os.listdir(tmp_path))
     for options in ({}, {"resume": tmp_path / "step-000004.safetensors"}):
-        with pytest.raises(apd.InvalidSetting, match=r"holds step-000006.safetensors, and this training is at step"):
+        with pytest.raises(
+            apd.errors.InvalidSetting, match=r"holds step-000006.safetensors, and this training is at step"
+        ):
             trained(mlp(), few(checkpoint=apd.Checkpoint(tmp_path)) | options)
     assert sorted(os.listdir(tmp_path)) == before
     (tmp_path / "file").touch()
@@ -319,7 +321,7 @@ def test_what_is_no_checkpoint(tmp_path):
     apd.monitor.fit(apd.decompose(mlp(), **options), options["batches"]).save(monitor)
     with pytest.raises(apd.ArtifactError, match="is no checkpoint that this apd_lens reads"):
         trained(mlp(), few(resume=monitor))
-    with pytest.raises(apd.InvalidSetting, match="needs every >= 1"):
+    with pytest.raises(apd.errors.InvalidSetting, match="needs every >= 1"):
         apd.Checkpoint(tmp_path, every=0)
 
 
@@ -332,11 +334,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path):
         newest.write_bytes(damaged)
         with pytest.raises(apd.ArtifactError, match=message):
             trained(mlp(), few(resume=newest))
-        with pytest.warns(apd.ApdWarning, match=message + ".*The one before it is gone on from"):
+        with pytest.warns(apd.errors.ApdWarning, match=message + ".*The one before it is gone on from"):
             came, _, losses = trained(mlp(), few(resume=tmp_path))
         assert len(losses) == 2
         assert [*map(torch.equal, came, expected)] == [True] * len(expected)
-    with pytest.warns(apd.ApdWarning, match=message):
+    with pytest.warns(apd.errors.ApdWarning, match=message):
         trained(mlp(), few(resume=tmp_path, checkpoint=apd.Checkpoint(tmp_path, every=2, keep=5)))
     assert sorted(os.listdir(tmp_path)) == ["step-000002.safetensors", before.name, newest.name]
     trained(mlp(), few(resume=newest))
@@ -361,9 +363,9 @@ def test_an_error_where_a_step_had_begun_to_change_the_components_saves_nothing(
     def fail(self: Any, context: Any) -> int:
         raise Ended
 
-    options = few(moves=apd.SplitMoves(every=4, until=1.0))
+    options = few(moves=apd.moves.SplitMoves(every=4, until=1.0))
     with monkeypatch.context() as patch:
-        patch.setattr(apd.SplitMoves, "__call__", fail)
+        patch.setattr(apd.moves.SplitMoves, "__call__", fail)
         with pytest.raises(Ended) as error:
             trained(mlp(), options | {"checkpoint": apd.Checkpoint(tmp_path, every=2)})
     notes = str(error.value.__notes__)
@@ -377,7 +379,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch):
     model = mlp()
     before = Snapshot.of(model)
 
-    def on_step(step: int, info: apd.StepInfo) -> None:
+    def on_step(step: int, info: apd.training.StepInfo) -> None:
         if step == 3:
             monkeypatch.setattr(os, "fsync", full)
 
@@ -411,7 +413,7 @@ def test_a_signal_waits_for_the_end_of_the_step(tmp_path, number):
     handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     called = []
 
-    class Moves(apd.SplitMoves):
+    class Moves(apd.moves.SplitMoves):
         def __call__(self, context: Any) -> int:
             if not called:
                 signal.raise_signal(number)
@@ -450,7 +452,7 @@ def test_a_handler_of_the_users_is_called_at_the_end_of_the_step(tmp_path):
     def note(number: int, frame: Any) -> None:
         noted.append(sorted(os.listdir(tmp_path)))
 
-    def on_step(step: int, info: apd.StepInfo) -> None:
+    def on_step(step: int, info: apd.training.StepInfo) -> None:
         if step == 3:
             signal.raise_signal(signal.SIGTERM)
             assert not noted
@@ -494,9 +496,11 @@ def test_a_generator_is_warned_of_and_refused_afterwards(tmp_path):
     def batches():
         return (random((8, 4), seed) for seed in range(20))
 
-    with pytest.warns(apd.ApdWarning, match="batches is a generator, .* saved but cannot be resumed. Give a list"):
+    with pytest.warns(
+        apd.errors.ApdWarning, match="batches is a generator, .* saved but cannot be resumed. Give a list"
+    ):
         trained(mlp(), few(batches=batches(), checkpoint=apd.Checkpoint(tmp_path, every=N)))
-    with pytest.raises(apd.InvalidBatches, match="is resumed at step 6, and batches is a generator"):
+    with pytest.raises(apd.errors.InvalidBatches, match="is resumed at step 6, and batches is a generator"):
         trained(mlp(), few(batches=batches(), resume=tmp_path))
 
 
@@ -580,7 +584,7 @@ def test_another_version_of_a_package_is_refused_and_of_torch_warned_of(saved: P
     torch.set_num_threads(n_threads + 1)
     try:
         with pytest.warns(
-            apd.ApdWarning, match=f"may differ in the last bits.*torch.*now '1.0'; threads: then {n_threads}"
+            apd.errors.ApdWarning, match=f"may differ in the last bits.*torch.*now '1.0'; threads: then {n_threads}"
         ):
             trained(mlp(), few(resume=saved))
     finally:
@@ -589,7 +593,7 @@ def test_another_version_of_a_package_is_refused_and_of_torch_warned_of(saved: P
 
 def test_settings_that_cannot_be_written_are_refused_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(_checkpoint, "about", lambda decomposition: {"versions": {"torch": ""}, "model": object()})
-    with pytest.raises(apd.InvalidSetting, match="cannot be written to a checkpoint: Object of type object"):
+    with pytest.raises(apd.errors.InvalidSetting, match="cannot be written to a checkpoint: Object of type object"):
         trained(mlp(), few(checkpoint=apd.Checkpoint(tmp_path)))
 
 
@@ -618,7 +622,7 @@ def on_step(step, info):
 
 decomposition = apd.decompose(
     model, lambda step: torch.randn(8, 4, generator=torch.Generator().manual_seed(step)), n_components=5, rank=2,
-    moves=apd.ClusterMoves(every=2), optimization=apd.Optimization(steps=10), progress=False, on_step=on_step,
+    moves=apd.moves.ClusterMoves(every=2), optimization=apd.Optimization(steps=10), progress=False, on_step=on_step,
     checkpoint=apd.Checkpoint(folder, every=4), resume=folder,
 )
 print([factor.double().sum().item().hex() for factor in decomposition.components.parameters()])

@@ -24,7 +24,7 @@ def assert_nearly(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def test_bfloat16_models():
     model, x = ResidualMLP(4, 6, 5, 1).bfloat16(), torch.randn(6, 4).bfloat16()
     before = Snapshot.of(model)
-    decomposition = apd.decompose(model, [x], **FEW, losses=apd.Losses(path=1.0), moves=apd.SplitMoves(every=2))
+    decomposition = apd.decompose(model, [x], **FEW, losses=apd.Losses(path=1.0), moves=apd.moves.SplitMoves(every=2))
     before.assert_unchanged(model)
     assert all(factor.dtype == torch.float32 for factor in decomposition.components.parameters())
     assert decomposition.attributions(x).dtype == torch.float32
@@ -91,7 +91,7 @@ def test_a_model_on_two_devices(options: dict[str, Any]):
     for number, device in ((0, FIRST), (2, SECOND), (4, FIRST)):
         placed(model[number], device)
     with TwoDevices():
-        with pytest.raises(apd.InvalidSetting, match=r"on 2 devices, cpu:0, cpu:1\. Moves, and starts"):
+        with pytest.raises(apd.errors.InvalidSetting, match=r"on 2 devices, cpu:0, cpu:1\. Moves, and starts"):
             apd.init(model, n_components=2)
         found = apd.decompose(model, [x], **few)
         for name, factor in found.components.B.items():
@@ -122,6 +122,6 @@ def test_cuda_path_loss_moves_and_autocast():
     before = Snapshot.of(model)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         apd.decompose(
-            model, [x], **FEW, selection=apd.TopK(1), losses=apd.Losses(path=1.0), moves=apd.SplitMoves(every=2)
+            model, [x], **FEW, selection=apd.TopK(1), losses=apd.Losses(path=1.0), moves=apd.moves.SplitMoves(every=2)
         )
     before.assert_unchanged(model)

@@ -48,25 +48,25 @@ BAD_INPUT = {
         apd.NonFinite,
         "^step 0: the target output holds . values that are NaN or infinite",
     ),
-    "no batches": (lambda: {"batches": []}, apd.InvalidBatches, "^The stream of batches is empty"),
+    "no batches": (lambda: {"batches": []}, apd.errors.InvalidBatches, "^The stream of batches is empty"),
     "an iterator": (
         lambda: {"batches": iter(batches())},
-        apd.InvalidBatches,
+        apd.errors.InvalidBatches,
         "ended after 3 and cannot be gone through again: a generator",
     ),
     "a bare tensor": (
         lambda: {"batches": batches()[0]},
-        apd.InvalidBatches,
+        apd.errors.InvalidBatches,
         r"got one tensor of shape \(6, 4\). .* give \[batch\]",
     ),
     "an output that is no tensor": (
         lambda: {"model": Wrong(lambda y: (y, y))},
-        apd.InvalidOutput,
+        apd.errors.InvalidOutput,
         "floating-point tensor, got tuple. Give output=",
     ),
     "an output of integers": (
         lambda: {"model": Wrong(lambda y: y.argmax(-1, keepdim=True))},
-        apd.InvalidOutput,
+        apd.errors.InvalidOutput,
         "got a tensor of torch.int64",
     ),
     "an output without outputs": (
@@ -86,13 +86,17 @@ BAD_INPUT = {
     ),
     "k of zero": (
         lambda: {"selection": apd.TopK(0)},
-        apd.InvalidSetting,
+        apd.errors.InvalidSetting,
         r"TopK\(k=0.*needs 0 < k <= n_components.* the 5 components",
     ),
-    "k above C": (lambda: {"selection": apd.BatchTopK(5.5)}, apd.InvalidSetting, r"BatchTopK\(k=5.5.*needs 0 < k"),
+    "k above C": (
+        lambda: {"selection": apd.BatchTopK(5.5)},
+        apd.errors.InvalidSetting,
+        r"BatchTopK\(k=5.5.*needs 0 < k",
+    ),
     "k·n below one": (
         lambda: {"selection": apd.BatchTopK(0.1)},
-        apd.InvalidSetting,
+        apd.errors.InvalidSetting,
         r"selects int\(k·n\) = 0 .* Choose k between 0.1667 and 5",
     ),
     "an unknown pattern": (lambda: {"weights": ["layers.9.*"]}, apd.UnknownWeight, r"No weight matches 'layers.9.\*'"),
@@ -102,17 +106,17 @@ BAD_INPUT = {
             "model": Wrong(lambda y: y),
             "losses": apd.Losses(hidden=1.0, hidden_at=("pair",)),
         },
-        apd.InvalidSetting,
+        apd.errors.InvalidSetting,
         "The submodule 'pair' returns a tuple, not a tensor",
     ),
     "a submodule that is not called": (
         lambda: {"losses": apd.Losses(hidden=1.0, hidden_at=("layers.0",))},
-        apd.SiteNotCalled,
+        apd.errors.SiteNotCalled,
         "did not call 'layers.0'",
     ),
     "a submodule that is not there": (
         lambda: {"losses": apd.Losses(hidden=1.0, hidden_at=("layers.0.relu",))},
-        apd.InvalidSetting,
+        apd.errors.InvalidSetting,
         "no submodule 'layers.0.relu'",
     ),
 }
@@ -128,7 +132,7 @@ def factors(decomposition: apd.Decomposition) -> list[torch.Tensor]:
 
 def test_the_same_seed_gives_the_same_factors_bit_for_bit():
     model = residual_mlp()
-    options = {**FEW, "losses": apd.Losses(path=1.0), "moves": apd.SplitMoves(every=2), "selection": apd.TopK(1)}
+    options = {**FEW, "losses": apd.Losses(path=1.0), "moves": apd.moves.SplitMoves(every=2), "selection": apd.TopK(1)}
     torch.manual_seed(1)
     first = apd.decompose(model, batches(), seed=3, **options)
     torch.manual_seed(2)
@@ -150,7 +154,7 @@ def test_the_global_random_state_is_left_alone():
 
 def test_decompose_is_init_and_steps():
     model = residual_mlp()
-    seen: list[apd.StepInfo] = []
+    seen: list[apd.training.StepInfo] = []
     decomposition = apd.decompose(model, batches(), on_step=lambda step, info: seen.append(info), **FEW)
     state = apd.init(model, n_components=5, rank=2, optimization=FEW["optimization"])
     infos = []
@@ -270,7 +274,7 @@ def test_known_parts_are_found_again_at_their_size():
             return apd.decompose(
                 model, batch, n_components=6, rank=2, selection=apd.TopK(1),
                 losses=apd.Losses(30, 1, simplicity, simplicity_floor=0.0),
-                moves=apd.SplitMoves(every=50), progress=False,
+                moves=apd.moves.SplitMoves(every=50), progress=False,
                 optimization=apd.Optimization(steps, lr=3e-2, scaled=False, init_scale=1.0),
             )
 
@@ -300,7 +304,7 @@ def test_positions_as_data_points():
         ["fc.*", "proj.*"],
         selection=apd.BatchTopK(1.5, granularity="position"),
         losses=apd.Losses(path=1.0, distance="kl"),
-        moves=apd.SplitMoves(every=3),
+        moves=apd.moves.SplitMoves(every=3),
         **FEW,
     )
     before.assert_unchanged(model)
@@ -353,7 +357,7 @@ def test_an_interrupt_leaves_the_model_alone_and_gives_what_there_is():
     before = Snapshot.of(model)
     output = model(batches()[0])
 
-    def stop(step: int, info: apd.StepInfo) -> None:
+    def stop(step: int, info: apd.training.StepInfo) -> None:
         if step == 4:
             raise KeyboardInterrupt
 
@@ -411,7 +415,7 @@ def test_weights_that_are_not_finite_are_named(value: float):
 
 def test_a_training_that_diverges_is_warned_of():
     model, steps = ResidualMLP(4, 6, 5, 1), apd.Optimization(steps=20, lr=30.0, scaled=False)
-    with pytest.warns(apd.ApdWarning, match="diverged.* times the norm of the weights"):
+    with pytest.warns(apd.errors.ApdWarning, match="diverged.* times the norm of the weights"):
         apd.decompose(model, batches(), **{**FEW, "optimization": steps})
 
 

@@ -230,7 +230,7 @@ def test_what_waits_is_found():
 
 
 def test_moves_wait_when_they_are_due_and_only_then():
-    case = (residual_mlp, batch, {"moves": apd.SplitMoves(every=3)})
+    case = (residual_mlp, batch, {"moves": apd.moves.SplitMoves(every=3)})
     with as_on_a_gpu():
         *before, due, after = waits_of_steps(case, 4)
     check_none_waits(before)
@@ -296,7 +296,7 @@ def run(wrong: str, at: int, **changes: Any) -> tuple[BaseException, list[int]]:
     def distance(target: Tensor, sparse: Tensor) -> Tensor:
         return (target - sparse).square().mean(-1) * (float("nan") if n_batches == at and wrong == "term" else 1.0)
 
-    def on_step(step: int, info: apd.StepInfo) -> None:
+    def on_step(step: int, info: apd.training.StepInfo) -> None:
         seen.append(step)
 
     few = {"n_components": 5, "rank": 2, "optimization": apd.Optimization(N_STEPS, lr=1e-2, unit_norm=True)}
@@ -333,7 +333,7 @@ def test_nan_is_reported_as_on_a_cpu(wrong: str, at: int):
 
 
 def test_an_interrupt_before_nan_was_looked_at():
-    def interrupt(step: int, info: apd.StepInfo) -> None:
+    def interrupt(step: int, info: apd.training.StepInfo) -> None:
         if step == 7:
             raise KeyboardInterrupt
 
@@ -351,7 +351,7 @@ def test_an_interrupt_before_nan_was_looked_at():
 
 
 def test_moves_are_not_made_on_nan():
-    every = {"moves": apd.SplitMoves(every=4)}  # after steps 3 and 7, counted from 0
+    every = {"moves": apd.moves.SplitMoves(every=4)}  # after steps 3 and 7, counted from 0
     optimization = apd.Optimization(2 * N_STEPS, lr=1e-2, unit_norm=True)
     at_once, _ = run("output", 7, optimization=optimization, **every)
     with as_on_a_gpu():

@@ -13,13 +13,13 @@ from apd_lens.passes._watch import replaced_pass
 from apd_lens.training._parts import PARTS, attacked, inactive
 
 
-def run(state: apd.State, replaced, x: Tensor) -> Tensor:
+def run(state: apd.training.State, replaced, x: Tensor) -> Tensor:
     with torch.no_grad():
         return replaced_pass(state.target, state.components.names, replaced, state.target.read(x), default_output)[0]
 
 
 @pytest.fixture
-def state() -> apd.State:
+def state() -> apd.training.State:
     torch.manual_seed(0)
     return apd.init(ResidualMLP(4, 6, 5, 2), n_components=5, rank=2, moves=None)
 
@@ -28,7 +28,7 @@ ON = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 1]], dtype=tor
 
 
 @pytest.mark.parametrize("with_rest", [False, True])
-def test_in_some_matrices_the_others_are_the_models_own(state: apd.State, with_rest: bool):
+def test_in_some_matrices_the_others_are_the_models_own(state: apd.training.State, with_rest: bool):
     x, model = torch.randn(3, 4), state.target.model
     found = run(state, PARTS["matrices"](state.components, ON, draws(0, "a"), with_rest), x)
     # the same draws again
@@ -54,7 +54,7 @@ def test_in_some_matrices_the_others_are_the_models_own(state: apd.State, with_r
         assert_close(found[[example]], expected)
 
 
-def test_what_is_inactive_leaves_the_active_ones_out(state: apd.State):
+def test_what_is_inactive_leaves_the_active_ones_out(state: apd.training.State):
     x = torch.randn(3, 4)
     everything, again, last = torch.ones_like(ON), draws(0, "a"), torch.eye(6)[5]
     whole = torch.rand(3, generator=again) < 0.5
@@ -66,20 +66,20 @@ def test_what_is_inactive_leaves_the_active_ones_out(state: apd.State):
     )
 
 
-def test_in_half_of_the_examples_all_that_is_inactive_is_on(state: apd.State):
+def test_in_half_of_the_examples_all_that_is_inactive_is_on(state: apd.training.State):
     """With a seed that draws both."""
     x, nothing = torch.randn(40, 4), torch.zeros(40, 5, dtype=torch.bool)
     off = (run(state, inactive(state.components, nothing, draws(0, "a")), x) - state.target.model(x)).abs().amax(1)
     assert 10 < (off < 1e-6).sum() < 30
 
 
-def test_an_attack_of_all_is_everything(state: apd.State):
+def test_an_attack_of_all_is_everything(state: apd.training.State):
     x = torch.randn(3, 4)
     found = run(state, attacked(state.components, ON, torch.ones(3, 6), True), x)
     assert_close(found, state.target.model(x))
 
 
-def test_noise_stands_for_inactive_ones_alone(state: apd.State):
+def test_noise_stands_for_inactive_ones_alone(state: apd.training.State):
     x, make = torch.randn(3, 4), PARTS["noise"]
     alone = run(state, attacked(state.components, torch.ones_like(ON), torch.zeros(3, 6), False), x)
     assert_close(run(state, make(state.components, torch.ones_like(ON), draws(0, "a"), False), x), alone)

@@ -50,7 +50,7 @@ def test_other_batches_are_refused():
         (torch.utils.data.DataLoader(torch.arange(30.0), 3), "gives for step 0 is another one"),
         (iter(some()), "is a list_iterator, which gives each batch once"),
     ]:
-        with pytest.raises(apd.InvalidBatches, match=message):
+        with pytest.raises(apd.errors.InvalidBatches, match=message):
             stream_from(place, other, 3, "batches")
 
 
@@ -60,7 +60,7 @@ def test_of_a_long_list_some_are_compared():
     assert 50 <= len(place.listed) <= 70
     other = some(1000)
     other[16 * 7] = other[16 * 7] + 1
-    with pytest.raises(apd.InvalidBatches, match=r"the first of them batches\[112\]"):
+    with pytest.raises(apd.errors.InvalidBatches, match=r"the first of them batches\[112\]"):
         stream_from(place, other, 3, "batches")
 
 
@@ -132,10 +132,12 @@ def test_the_state_of_a_loader_comes_back_as_it_was():
     assert torch.equal(next(came), some()[1])  # one was passed over
     for _ in range(3):
         next(came)
-    with pytest.warns(apd.ApdWarning, match="put back by its load_state_dict, and begins another pass now"):
+    with pytest.warns(apd.errors.ApdWarning, match="put back by its load_state_dict, and begins another pass now"):
         assert torch.equal(next(came), some()[0])
 
 
 def test_a_state_that_cannot_be_written_is_named():
-    with pytest.raises(apd.InvalidBatches, match="state_dict of the batches holds a set, which cannot be written"):
+    with pytest.raises(
+        apd.errors.InvalidBatches, match="state_dict of the batches holds a set, which cannot be written"
+    ):
         place_after(Loader({"a": {1, 2}}), 1, 1)

@@ -25,19 +25,19 @@ def passes(monkeypatch) -> list[str]:
     return found
 
 
-def state(**options) -> apd.State:
+def state(**options) -> apd.training.State:
     torch.manual_seed(1)
     model = ResidualMLP(4, 6, 5, 1)
     settings = {"n_components": 5, "rank": 2, "moves": None, "selection": apd.TopK(1)} | options
     return apd.init(model, **settings)
 
 
-def of_list(batches: list[tuple[torch.Tensor]], **options) -> apd.State:
+def of_list(batches: list[tuple[torch.Tensor]], **options) -> apd.training.State:
     """Of a training on a list, whose batches come again."""
     return state(batches=[x for (x,) in batches], **options)
 
 
-def run(state: apd.State, *batches) -> apd.State:
+def run(state: apd.training.State, *batches) -> apd.training.State:
     for batch in batches:
         state, _ = apd.step(state, *batch)
     return state
@@ -143,5 +143,5 @@ def test_what_a_fitted_start_looked_at_serves_the_steps():
 
 
 def test_a_fitted_start_needs_data():
-    with pytest.raises(apd.InvalidSetting, match=r"init\(…, batches="):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"init\(…, batches="):
         state(optimization=apd.Optimization(start="data"))

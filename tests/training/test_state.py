@@ -17,8 +17,8 @@ SELECTIONS = {
     "Needed": apd.BatchTopK(Needed(hold=0.0), least=0.1),
     "Lp": apd.Lp(threshold=1.0),
 }
-MOVES = {"none": None, "split": apd.SplitMoves(every=1), "cluster": apd.ClusterMoves(every=1)}
-MOVES["division"] = apd.DivisionMoves(every=1)
+MOVES = {"none": None, "split": apd.moves.SplitMoves(every=1), "cluster": apd.moves.ClusterMoves(every=1)}
+MOVES["division"] = apd.moves.DivisionMoves(every=1)
 
 
 def batch(step: int) -> torch.Tensor:
@@ -95,7 +95,7 @@ def test_a_state_is_whole_until_a_step_changes_it():
 
 
 def test_a_start_of_two_kinds_is_refused():
-    with pytest.raises(apd.InvalidSetting, match="needs others beside them"):
+    with pytest.raises(apd.errors.InvalidSetting, match="needs others beside them"):
         apd.init(torch.nn.Linear(3, 3), n_components=1, moves=None, optimization=apd.Optimization(start="matrices"))
-    with pytest.raises(apd.InvalidSetting, match="are its shorthands; give one"):
+    with pytest.raises(apd.errors.InvalidSetting, match="are its shorthands; give one"):
         apd.init(torch.nn.Linear(3, 3), n_components=2, masks=apd.Lp(), selection=apd.TopK(1))

@@ -14,7 +14,7 @@ from apd_lens.masks._selection import Needed
 from apd_lens.training._streams import Stream
 
 
-def states() -> tuple[apd.State, apd.State]:
+def states() -> tuple[apd.training.State, apd.training.State]:
     """With the settings of a stream of its own each, and the same components."""
     torch.manual_seed(1)
     model = ResidualMLP(4, 6, 5, 1)
@@ -52,7 +52,7 @@ def test_the_maskings_of_all_streams_go_on_and_are_restored():
 
 def test_every_stream_needs_a_batch():
     first, _ = states()
-    with pytest.raises(apd.InvalidBatches, match="a batch for each of the 1 streams, got 2"):
+    with pytest.raises(apd.errors.InvalidBatches, match="a batch for each of the 1 streams, got 2"):
         apd.step(first, torch.randn(8, 4), torch.randn(6, 4))
 
 
@@ -99,22 +99,22 @@ def test_with_others_the_rest_is_off_on_the_data_and_on_elsewhere():
 
 def test_with_others_nothing_may_ask_that_components_sum_to_the_weights():
     model = ResidualMLP(4, 6, 5, 1)
-    with pytest.raises(apd.InvalidSetting, match="faithfulness=0"):
+    with pytest.raises(apd.errors.InvalidSetting, match="faithfulness=0"):
         apd.init(model, n_components=5, losses=apd.Losses(), elsewhere=apd.Elsewhere())
-    with pytest.raises(apd.InvalidSetting, match="give others="):
+    with pytest.raises(apd.errors.InvalidSetting, match="give others="):
         apd.decompose(model, [torch.randn(3, 4)], n_components=5, elsewhere=apd.Elsewhere())
 
 
 def test_with_others_there_is_nothing_without_sparse_passes():
     model, losses = ResidualMLP(4, 6, 5, 1), apd.Losses(faithfulness=0.0, path=0.0)
-    with pytest.raises(apd.InvalidSetting, match=r"sparse passes alone say .*Lp\(.*Use TopK"):
+    with pytest.raises(apd.errors.InvalidSetting, match=r"sparse passes alone say .*Lp\(.*Use TopK"):
         apd.init(model, n_components=5, losses=losses, moves=None, masks=apd.Lp(), elsewhere=apd.Elsewhere())
 
 
 def test_with_others_what_components_lack_is_given_to_none():
     """Moves at each step, which would else give it to a component that is active on nothing."""
     model = ResidualMLP(4, 6, 5, 1)
-    moves = apd.ClusterMoves(every=1, until=1.0, merge_above=1.0, split_below=-1.0)
+    moves = apd.moves.ClusterMoves(every=1, until=1.0, merge_above=1.0, split_below=-1.0)
     options = {"n_components": 5, "rank": 2, "moves": moves, "selection": apd.TopK(1)}
     x, y = torch.rand(8, 4), torch.rand(6, 4)
     _, alone = apd.step(apd.init(model, **options), x)
@@ -127,7 +127,7 @@ def test_the_state_of_a_targeted_training_is_restored():
     torch.manual_seed(1)
     model = ResidualMLP(4, 6, 5, 1)
 
-    def fresh() -> apd.State:
+    def fresh() -> apd.training.State:
         losses = apd.Losses(faithfulness=0.0)
         return apd.init(model, n_components=5, rank=2, moves=None, losses=losses, elsewhere=apd.Elsewhere())
 

@@ -60,7 +60,7 @@ def test_steps_are_those_written_out():
     assert_close(state.components.B["weight"], B, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("moves", [apd.SplitMoves(every=2), apd.ClusterMoves(every=2)])
+@pytest.mark.parametrize("moves", [apd.moves.SplitMoves(every=2), apd.moves.ClusterMoves(every=2)])
 def test_norms_stay_one_in_training_with_moves(moves):
     model, x = TinyGPT(), torch.randint(11, (12, 4))
     norms, moved = [], 0

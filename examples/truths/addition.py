@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from apd_lens._errors import InvalidSetting
+from apd_lens.errors import InvalidSetting
 from apd_lens.toys._shared import batch_of_step
 
 

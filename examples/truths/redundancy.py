@@ -8,17 +8,18 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from apd_lens._errors import InvalidSetting, ShapeMismatch
+from apd_lens.errors import InvalidSetting, ShapeMismatch
 from apd_lens.toys._shared import MLP, train_with_adamw
 
-
-# Makes a prediction sure though the rows of E have norm 1. Without it each block learns to write ten times what it reads,
-# logits have a standard deviation of 480 where the right one leads by 40, and a removal of anything changes everything.
+# Makes a prediction sure though the rows of E have norm 1. Without it each block learns to write ten times what it
+# reads, logits have a standard deviation of 480 where the right one leads by 40, and a removal of anything changes
+# everything.
 SHARPNESS = 10.0
 
 
 class Cipher(nn.Module):
-    """r = E[token]; r = r + on_b · MLP_b(r) for each block b; y = 10 r Eᵀ. E has random rows of norm 1, and is frozen."""
+    """r = E[token]; r = r + on_b · MLP_b(r) for each block b; y = 10 r Eᵀ. E has random rows of norm 1, and is
+    frozen."""
 
     E: Tensor
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from apd_lens._errors import InvalidSetting, MissingExtra
+from apd_lens.errors import InvalidSetting, MissingExtra
 from apd_lens.toys._shared import MLP, batch_of_step
 
 # Name -> the program, from tracr's library and its `tokens`; its vocabulary; whether a token comes once at most.

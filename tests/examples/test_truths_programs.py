@@ -5,10 +5,10 @@ from itertools import pairwise, permutations, product
 
 import pytest
 import torch
+from programs import PROGRAMS, compile_program
 from torch.testing import assert_close
 
 import apd_lens as apd
-from apd_lens import toys
 
 # Sequence -> the index of the value at each position, or the number; None where nothing is said.
 PYTHON = {
@@ -25,10 +25,10 @@ def compiler():
     pytest.importorskip("tracr")
 
 
-@pytest.mark.parametrize("name", toys.PROGRAMS)
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_does_what_python_does(name: str):
-    target = toys.compile_program(name, max_length=4, seed=1)
-    _, vocabulary, once = toys.PROGRAMS[name]
+    target = compile_program(name, max_length=4, seed=1)
+    _, vocabulary, once = PROGRAMS[name]
     for place, length in enumerate((2, 3, 4)):
         sequences = list(permutations(vocabulary, length) if once else product(vocabulary, repeat=length))
         assert target.examples[place].shape == (len(sequences), length + 1)
@@ -46,7 +46,7 @@ def test_a_program_does_what_python_does(name: str):
 
 @pytest.mark.parametrize("name", ["reverse", "pair-balance"])
 def test_each_weight_belongs_to_one_node(name: str):
-    target = toys.compile_program(name, seed=3)
+    target = compile_program(name, seed=3)
     weights = apd.wrap(target.model).weights
     assert set(weights) == set(target.weights)
     for matrix, mechanisms in target.mechanisms.items():
@@ -61,7 +61,7 @@ def test_each_weight_belongs_to_one_node(name: str):
 
 
 def test_turning_changes_the_weights_and_not_the_function():
-    plain, turned = (toys.compile_program("pair-balance", turned=turned, seed=5) for turned in (False, True))
+    plain, turned = (compile_program("pair-balance", turned=turned, seed=5) for turned in (False, True))
     for ours, theirs in zip(plain.examples, turned.examples, strict=True):
         assert_close(plain.model(ours), turned.model(theirs), rtol=0, atol=1e-3)
     name = "blocks.1.query.weight"
@@ -71,16 +71,16 @@ def test_turning_changes_the_weights_and_not_the_function():
 
 
 def test_without_a_node_the_program_fails():
-    target = toys.compile_program("pair-balance", seed=2)
+    target = compile_program("pair-balance", seed=2)
     for node in range(len(target.nodes)):
-        model = toys.compile_program("pair-balance", seed=2).model
+        model = compile_program("pair-balance", seed=2).model
         for name, mechanisms in target.mechanisms.items():
             model.get_parameter(name).data -= mechanisms[node].mT
         assert not target.agrees(model(target.examples[-1])).all()
 
 
 def test_batches_are_sequences_of_one_length():
-    target = toys.compile_program("sort", max_length=3)
+    target = compile_program("sort", max_length=3)
     batches = target.batches(10, seed=1)
     assert [batches(step).shape for step in range(3)] == [(10, 3), (10, 4), (10, 3)]
     assert torch.equal(batches(1), batches(1))
@@ -88,14 +88,14 @@ def test_batches_are_sequences_of_one_length():
 
 
 def test_the_compiler_brings_in_neither_jax_nor_haiku():
-    toys.compile_program("hist", max_length=2)
+    compile_program("hist", max_length=2)
     assert not {"jax", "haiku"} & set(sys.modules)
     assert "tracr.compiler" not in sys.modules
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(apd.InvalidSetting, match="got 'quicksort'"):
-        toys.compile_program("quicksort")
-    monkeypatch.setattr("apd_lens.toys._programs.find_spec", lambda name: None)
-    with pytest.raises(apd.MissingExtra, match="tracr-pypi"):
-        toys.compile_program("hist")
+    with pytest.raises(apd.errors.InvalidSetting, match="got 'quicksort'"):
+        compile_program("quicksort")
+    monkeypatch.setattr("programs.find_spec", lambda name: None)
+    with pytest.raises(apd.errors.MissingExtra, match="tracr-pypi"):
+        compile_program("hist")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from apd_lens._errors import InvalidSetting
+from apd_lens.errors import InvalidSetting
 from apd_lens.toys._shared import Data, batch_of_step, fresh_data, train_with_adamw
 
 # The outputs of XOR, AND and OR for the bits 00, 01, 10 and 11.
