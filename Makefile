@@ -12,15 +12,17 @@
 # make gpu     on a machine with a CUDA GPU: all tests, those that need one too, and a language model in bfloat16
 # make check   ruff and pyright
 # make test-oldest      runs the quick tests with the oldest versions that pyproject.toml allows, hosts and torch apart
+# make test-newest      the same with the newest ones there are, torch apart
 # make release builds sdist and wheel under dist, and checks them
 # make wheel   installs into a bare environment, without any extra, and tries it there
+# make wheel-extras     then each extra, and nothing else, into an environment of its own
 # Each sets up what it needs. Arguments: make demo ARGS="--seeds 5", make test ARGS="-k golden"
 
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo demo-toy paper truths lm gpu test test-thorough test-tl4 test-oldest coverage-table docs bench check wheel release clean
+.PHONY: demo demo-toy paper truths lm gpu test test-thorough test-tl4 test-oldest test-newest coverage-table docs bench check wheel wheel-extras release clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -69,7 +71,7 @@ lm: .venv/installed
 
 test-tl4: .venv-tl4/installed
 	OMP_NUM_THREADS=1 .venv-tl4/bin/python -m pytest -n auto --dist worksteal tests/adapters/test_bridge.py \
-		tests/test_imports.py tests/host/test_unsupported_hosts.py $(ARGS)
+		tests/test_imports.py tests/host/test_unsupported_hosts.py tests/examples/test_pipelines.py $(ARGS)
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
@@ -79,6 +81,16 @@ test-tl4: .venv-tl4/installed
 
 test-oldest: .venv-oldest/installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --dist worksteal -m quick $(ARGS)
+
+# Newer torches may bring gigabytes of CUDA.
+.venv-newest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check --upgrade torch==2.13.0 \
+		-e '.[hub,plots,compare,report,dev]'
+	touch $@
+
+test-newest: .venv-newest/installed
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n auto --dist worksteal -m quick $(ARGS)
 
 coverage-table: .venv/installed
 	$(BIN)/python -m pytest --coverage-table -q -m "" tests/host/test_torch_modules.py \
@@ -111,6 +123,17 @@ wheel:
 	build/bare/bin/pip install --quiet --disable-pip-version-check -c constraints.txt .
 	cd build && bare/bin/python ../tests/bare_environment.py
 
+# An extra's environment sees the bare one, so that only the extra is installed.
+EXTRAS := transformer-lens nnsight hub plots compare report
+wheel-extras: wheel
+	set -e; for extra in $(EXTRAS); do \
+		rm -rf build/$$extra; $(PYTHON) -m venv build/$$extra; \
+		build/bare/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+			> $$(build/$$extra/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/bare.pth; \
+		build/$$extra/bin/pip install --quiet --disable-pip-version-check -c constraints.txt ".[$$extra]"; \
+		(cd build && $$extra/bin/python ../tests/bare_environment.py $$extra); \
+	done
+
 release:
 	rm -rf dist build/release
 	$(PYTHON) -m venv build/release
@@ -119,4 +142,4 @@ release:
 	build/release/bin/twine check --strict dist/*
 
 clean:
-	rm -rf .venv .venv-tl4 .venv-oldest build dist out
+	rm -rf .venv .venv-tl4 .venv-oldest .venv-newest build dist out

@@ -19,18 +19,24 @@ _SHOWN = 20
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names of matrices without what all of them share, as short as they stay distinct.
+    """Names of matrices without what all of them share, as short as they stay distinct; tables, figures and reports
+    have them. A name of one part stays.
 
     >>> short_names(["model.layers.3.self_attn.q_proj.weight", "model.layers.23.mlp.up_proj.weight", "lm_head.weight"])
     ['L3 q', 'L23 up', 'lm_head']
     >>> short_names(["blocks.0.attn.W_Q", "blocks.0.mlp.W_in", "embed.W_E"])
     ['L0 Q', 'L0 in', 'E']
+    >>> short_names(["W_in", "blocks.0.mlp.W_in"])
+    ['W_in', 'L0 in']
     >>> short_names(["a0.7", "a1.3", "a0.7"])
     ['a0.7', 'a1.3', 'a0.7']
     """
     cut = [_layer_and_rest(name) for name in names]
     for shorten in (_kernel, _last, lambda rest: rest):
-        short = [f"{layer} {shorten(rest)}".strip() for layer, rest in cut]
+        short = [
+            f"{layer} {shorten(rest)}".strip() if "." in name else name
+            for name, (layer, rest) in zip(names, cut, strict=True)
+        ]
         if len(set(short)) == len(set(names)):
             return short
     return list(names)

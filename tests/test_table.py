@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 import pkgutil
 
@@ -5,7 +6,10 @@ import pytest
 import torch
 
 import apd_lens
+from apd_lens import _codec
 from apd_lens._table import Printed, Tabled, as_table, example_of, frame, listed, short_names, table
+
+ROOMS = ("compare", "metrics", "language", "monitor")
 
 
 def test_numbers_stand_to_the_right_and_words_to_the_left():
@@ -83,3 +87,23 @@ def test_all_results_that_print_show_themselves_in_notebooks():
     assert {found for found in printed if found.__repr__ is not Printed.__repr__} == set()
     own = {found for found in classes - printed if "table" in vars(found) or "__str__" in vars(found)}
     assert {found.__name__ for found in own} <= {"Table", "DescriptionLength", "Dictionary"}
+
+
+def test_what_is_public_and_does_not_print_is_no_result():
+    """Of the dataclasses that users get or give: settings, which are saved, and those that hold no table of numbers."""
+    pytest.importorskip("scipy")
+    rooms = [importlib.import_module(name) for name in ("apd_lens", *(f"apd_lens.{room}" for room in ROOMS))]
+    public = {
+        found
+        for room in rooms
+        for name, found in vars(room).items()
+        if isinstance(found, type) and dataclasses.is_dataclass(found) and found.__module__.startswith("apd_lens")
+    }
+    shown = {found for found in public if issubclass(found, Printed)}
+    assert len(shown) > 15
+    silent = {found.__name__ for found in public - shown - set(_codec._CLASSES.values())}
+    assert silent <= {
+        "Card", "Observed", "WeightMatrix", "State", "StepInfo", "Checkpoint", "Mixture",
+        "ActivationSums", "MatrixAmounts", "Dictionary", "Agreement", "DescriptionLength", "Prompts", "Template",
+        "Monitor", "Mahalanobis",
+    }  # fmt: skip

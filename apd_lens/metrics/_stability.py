@@ -10,7 +10,7 @@ from torch import Tensor
 
 from apd_lens._block import full_precision, no_grad
 from apd_lens._errors import InvalidSetting, ShapeMismatch
-from apd_lens._table import Printed, frame, table
+from apd_lens._table import Printed, example_of, frame, short_names, table
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import inner_products, sum_of_components
 from apd_lens.components._measures import random_components
@@ -60,8 +60,12 @@ class Stability(Printed):
         return rows | {name: _row(self.matrix[name], self.matrix_null[name]) for name in self.matrix}
 
     def _parts(self) -> list[str]:
-        rows = [(name, *(f"{value:.4f}" for value in row)) for name, row in self._rows().items()]
-        return [table(("matrix", *_COLUMNS), rows), f"{len(self.whole)} seeds, mean over their ordered pairs"]
+        names = list(self.matrix)
+        short = short_names(names)
+        numbers = [[f"{value:.4f}" for value in row] for row in self._rows().values()]
+        rows = [(name, *row) for name, row in zip(["all", *short], numbers, strict=True)]
+        of_rows = table(("matrix", *_COLUMNS), rows, dict(zip(short, names, strict=True)))
+        return [of_rows, f"{len(self.whole)} seeds, mean over their ordered pairs", *example_of(short, names)]
 
 
 @no_grad()
@@ -96,7 +100,7 @@ def stability(
         alive = [torch.ones(some.n_components, dtype=torch.bool, device="cpu") for some in sets]
     _check_alive(alive, sets)
     twins = [random_components(components) for components in sets]
-    scales = _squared_norms(decompositions[0])
+    scales = squared_norms(decompositions[0])
 
     def compare(others: Sequence[ParameterComponents], names: Sequence[str]) -> Float[Tensor, "S S"]:
         rows = [
@@ -158,7 +162,7 @@ def _similarity(
     return (norms * found.max(1).values).sum() / norms.sum().clamp_min(torch.finfo(norms.dtype).tiny)
 
 
-def _squared_norms(decomposition: Decomposition | ParameterComponents) -> dict[str, float]:
+def squared_norms(decomposition: Decomposition | ParameterComponents) -> dict[str, float]:
     """‖W_l‖² of the target's matrices, or of the components' sums; 1 for a matrix that is 0."""
     if isinstance(decomposition, Decomposition):
         weights = decomposition.target.weights

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from apd_lens._checks import checked
 from apd_lens._errors import InvalidSetting
+from apd_lens._table import short_names
 from apd_lens.plots._draw import (
     NULL,
     POSITIVE,
@@ -129,7 +130,7 @@ def seed_stability(
         similarity: [l, i, j] is how well seed j's components have those of seed i in matrix l, such as the MMCS.
             A further "matrix" may be all of them as one.
         null: [l, j] is the same of seed j with random components.
-        names: names of the matrices; default their indices.
+        names: names of the matrices, which are shortened; default their indices.
         ax: one for each matrix; a new figure has a title above them.
 
     Raises:
@@ -138,6 +139,7 @@ def seed_stability(
     n_matrices, n_seeds, _ = similarity.shape
     names = [f"matrix {i}" for i in range(n_matrices)] if names is None else names
     check_names(names, n_matrices, "matrix")
+    names = short_names(names)
     similarity, null = plain(similarity), plain(null)
     side = max(2.4, 0.42 * n_seeds)
     figure, drawn = several(ax, n_matrices, ncols=n_matrices, figsize=(side * n_matrices + 1.4, side + 1.0))

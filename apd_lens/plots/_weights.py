@@ -9,6 +9,7 @@ from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 
 from apd_lens._checks import checked
+from apd_lens._table import short_names
 from apd_lens.plots._draw import (
     axes,
     check_names,
@@ -62,7 +63,7 @@ def rank_and_share(
     Args:
         rank: `effective_rank(singular_values(components, name))` for each matrix, stacked.
         share: from `apd_lens.metrics.layer_share`.
-        names: names of the matrices; default their indices.
+        names: names of the matrices, which are shortened; default their indices.
         order: order of the components; default by index.
         ax: two axes, above and below.
 
@@ -72,6 +73,7 @@ def rank_and_share(
     order = list(range(len(share))) if order is None else order
     names = [f"matrix {i}" for i in range(share.shape[1])] if names is None else names
     check_names(names, share.shape[1], "matrix")
+    names = short_names(names)
     rank_shown, share_shown = plain(rank)[order].numpy(), plain(share)[order].numpy()
     size = (max(6.4, 0.1 * len(order) + 2), 5)
     figure, (above, below) = several(ax, 2, nrows=2, figsize=size, sharex=True)

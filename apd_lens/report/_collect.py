@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,13 +16,16 @@ from apd_lens.data._stream import one_pass
 from apd_lens.decomposition._decomposition import Decomposition, output_with
 from apd_lens.decomposition._observed import Observed
 from apd_lens.masks._selection import K
+from apd_lens.metrics._stability import cosines, squared_norms
 from apd_lens.passes._replace import Mixture
 from apd_lens.responses._ablation import ablation_effects, distances, known_distance
-from apd_lens.responses._responses import Effects, Responses
-from apd_lens.responses._top import respond
+from apd_lens.responses._responses import Effects, Responses, TopExamples
+from apd_lens.responses._top import at_positions, look, respond
 
 # Data points in the figures that need a number for each: the attribution matrix, and the loss by k.
 _IN_MATRIX, _IN_CURVE = 200, 1024
+# Components that are named at a token, and tokens that have them: those of the first examples of each component.
+_N_HERE, _TOKENS = 5, 20_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +52,20 @@ class Run:
         return int((self.first_active < n_data_points).sum())
 
 
+# Number of an example -> components with the largest attributions at each of its positions, and these attributions.
+Here = dict[int, tuple[Int[Tensor, "pos few"], Float[Tensor, "pos few"]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Elsewhere:
+    """Other data, such as general text: share of data points on which each component is active, top examples."""
+
+    active: Float[Tensor, " C"]
+    n_data_points: int
+    top: TopExamples
+    here: Here
+
+
 @dataclass(frozen=True, eq=False)
 class Numbers:
     """All numbers of a report.
@@ -61,6 +79,10 @@ class Numbers:
         shares: of a component's squared norm that lies in each matrix.
         ranks: effective rank in each matrix.
         norms: Frobenius norm in each matrix.
+        alike: cosine of components with each other, over all matrices in units of ‖W_l‖; −1 with themselves.
+        alike_null: the largest cosine of each with a random component.
+        here: of the top examples.
+        others: what components do on other data, if it was given.
     """
 
     responses: Responses
@@ -73,6 +95,10 @@ class Numbers:
     shares: Float[Tensor, "C matrices"]
     ranks: Float[Tensor, "C matrices"]
     norms: Float[Tensor, "C matrices"]
+    alike: Float[Tensor, "C C"]
+    alike_null: Float[Tensor, " C"]
+    here: Here
+    others: Elsewhere | None
 
 
 @dataclass(eq=False)
@@ -134,6 +160,7 @@ class _Running:
 def collect(
     decomposition: Decomposition,
     batches: Iterable[Batch],
+    others: Iterable[Batch] | None = None,
     *,
     examples: int,
     k: K | None,
@@ -160,6 +187,8 @@ def collect(
     spectra = [singular_values(components, name).cpu() for name in components.names]
     norms = torch.stack([spectrum.norm(dim=1) for spectrum in spectra], 1)
     squares = norms.square()
+    memory = measured["memory"]
+    scales = squared_norms(decomposition)
     return Numbers(
         responses=found,
         found=running.run(found.effects),
@@ -171,7 +200,57 @@ def collect(
         shares=squares / squares.sum(1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny),
         ranks=torch.stack([effective_rank(spectrum) for spectrum in spectra], 1),
         norms=norms,
+        alike=cosines(components, components, scales)[0].fill_diagonal_(-1).cpu(),
+        alike_null=cosines(components, null.components, scales)[0].amax(1).cpu(),
+        here=_here(decomposition, found.top, memory),
+        others=None if others is None else _elsewhere(decomposition, others, examples, k, memory),
     )
+
+
+def _elsewhere(
+    decomposition: Decomposition, batches: Iterable[Batch], examples: int, k: K | None, memory: int
+) -> Elsewhere:
+    observations = (decomposition.observe(batch, k) for batch in one_pass(batches))
+    seen = look(decomposition, observations, examples, memory)
+    active = seen["together"].counts.diagonal() / max(1, seen["n_data_points"])
+    return Elsewhere(active, seen["n_data_points"], seen["top"], _here(decomposition, seen["top"], memory))
+
+
+def _here(decomposition: Decomposition, top: TopExamples, memory: int) -> Here:
+    """Of the first examples of every component, then of the second ones, as far as the tokens go."""
+    here: Here = {}
+    width = 1 if top.positions is None else top.positions.shape[2]
+    numbers = islice(dict.fromkeys(top.example.T.flatten().tolist()), max(1, _TOKENS // width))
+    some = replace(top, read={number: top.read[number] for number in numbers})
+
+    def keep(numbers: list[int], found: Tensor) -> None:
+        values, which = found.cpu().topk(min(_N_HERE, found.shape[-1]))
+        here.update(zip(numbers, zip(which, values, strict=True), strict=True))
+
+    at_positions(decomposition, some, keep, memory)
+    return here
+
+
+def in_both(one: Decomposition, other: Decomposition, batches: Iterable[Batch], k: K | None) -> tuple[Tensor, Tensor]:
+    """Of the components of two decompositions, `C D` each: cosine in the matrices that both have, NaN if there are
+    none; Jaccard index of the data points on which they are active, NaN where these are not the same for both."""
+    first, second = one.components, other.components
+    shared = [name for name in first.names if name in second.names]
+    shape = (first.n_components, second.n_components)
+    alike = active = torch.full(shape, float("nan"), dtype=torch.float32, device="cpu")
+    if shared:
+        scales = squared_norms(one)
+        alike = cosines(first, second, {name: scales[name] for name in shared})[0].cpu()
+    if one.settings.selection.granularity == other.settings.selection.granularity:
+        both, alone, others = torch.zeros(shape, device="cpu"), *(torch.zeros(n, device="cpu") for n in shape)
+        for batch in batches:
+            left, right = (some.observe(batch, k) for some in (one, other))
+            left, right = left.data(left.mask).float().cpu(), right.data(right.mask).float().cpu()
+            if len(left) != len(right):
+                return alike, active
+            both, alone, others = both + left.T @ right, alone + left.sum(0), others + right.sum(0)
+        active = both / (alone[:, None] + others - both).clamp_min(1)
+    return alike, active
 
 
 def _numbers_of_components(n: int) -> list[int]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import compress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,11 +62,16 @@ class Shower:
     """Shows examples of one target; words are put into `words`."""
 
     def __init__(
-        self, target: TargetModel, decode: Decode | None, input_names: Sequence[str] | None, before: int, after: int
+        self,
+        target: TargetModel,
+        decode: Decode | None,
+        input_names: Sequence[str] | None,
+        before: int,
+        after: int,
+        words: Words,
     ):
         self.target, self.decode, self.input_names = target, decode, input_names
-        self.before, self.after = before, after
-        self.words = Words()
+        self.before, self.after, self.words = before, after, words
         self._tokens: dict[int, list[int] | None] = {}
         self._decoded: dict[int, int] = {}
 
@@ -75,14 +81,31 @@ class Shower:
             self._decoded[token] = self.words.number(called(self.decode, token, "decode"))
         return self._decoded[token]
 
-    def shown(self, top: TopExamples, component: int) -> list[Shown]:
-        """The examples of one component; shades are relative to the largest of them all."""
+    def tokens(self, inputs: Inputs, number: int) -> list[int] | None:
+        """Of an example, padding too; None for a model of other inputs."""
+        if number not in self._tokens:
+            self._tokens[number] = tokens_of(inputs.batch, self.target.model)
+        return self._tokens[number]
+
+    @property
+    def has_tokens(self) -> bool:
+        return any(tokens is not None for tokens in self._tokens.values())
+
+    def at_tokens(self, inputs: Inputs, number: int, rows: Sequence[Any]) -> list[Any]:
+        """Those of the rows, one for each position, that are not of padding; none if they are of something else."""
+        tokens, valid = self.tokens(inputs, number), inputs.valid
+        if tokens is None or len(rows) != len(tokens):
+            return []
+        return list(compress(rows, valid[0].tolist())) if valid is not None and valid.shape[1] == len(rows) else [*rows]
+
+    def shown(self, top: TopExamples, component: int, largest: float = 0.0) -> list[Shown]:
+        """The examples of one component; shades are relative to the largest attribution of them all, or a larger one
+        that is given."""
         numbers = top.example[component].tolist()
         values: list[list[float]] = [[]] * len(numbers)
         active: list[list[bool]] = [[]] * len(numbers)
-        largest = 0.0
         if top.positions is not None:
-            largest = top.positions[component].nan_to_num(0).max().item()
+            largest = max(largest, top.positions[component].nan_to_num(0).max().item())
             rows = top.positions[component].tolist()
             values = [[value for value in row if not math.isnan(value)] for row in rows]
         if top.active_positions is not None:
@@ -92,18 +115,11 @@ class Shower:
     def _shown(
         self, inputs: Inputs, number: int, values: Sequence[float], active: Sequence[bool], largest: float
     ) -> Shown:
-        if number not in self._tokens:
-            self._tokens[number] = tokens_of(inputs.batch, self.target.model)
-        tokens = self._tokens[number]
+        tokens = self.tokens(inputs, number)
         if tokens is None:
             return self._features(number, inputs.batch)
-        if len(values) != len(tokens):  # positions of something else
-            values, active = [], []
-        valid = inputs.valid
-        if valid is not None and valid.shape[1] == len(tokens):
-            kept = valid[0].tolist()
-            tokens, values = list(compress(tokens, kept)), list(compress(values, kept))
-            active = list(compress(active, kept))
+        values, active = (self.at_tokens(inputs, number, some) for some in (values, active[: len(tokens)]))
+        tokens = self.at_tokens(inputs, number, tokens)
         centre = max(range(len(values)), key=values.__getitem__, default=0)
         first = max(0, min(centre - self.before, len(tokens) - self.before - self.after - 1))
         window = slice(first, first + self.before + self.after + 1)

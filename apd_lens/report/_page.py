@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 import plotly
+import torch
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from plotly.utils import PlotlyJSONEncoder
@@ -23,26 +25,27 @@ from apd_lens._codec import UserFunction, encode_settings
 from apd_lens._errors import ArtifactError, InvalidSetting
 from apd_lens._files import user_path, write_file
 from apd_lens._memory import BUDGET
+from apd_lens._table import short_names
 from apd_lens.compare._architecture import weight_map
+from apd_lens.components._measures import random_components
 from apd_lens.data._batch import Batch
+from apd_lens.data._stream import one_pass
 from apd_lens.decomposition._artifact import library_versions
 from apd_lens.decomposition._decomposition import Decomposition
-from apd_lens.language._words import Decode, called, own_decode, tokens_of
+from apd_lens.language._words import Decode, called, decode_with, own_decode, tokens_of
 from apd_lens.masks._selection import K
-from apd_lens.report._collect import Numbers, collect
-from apd_lens.report._examples import Shower
+from apd_lens.report._collect import Here, Numbers, collect, in_both
+from apd_lens.report._examples import Shower, Shown, Words
 from apd_lens.report._figures import figures
 from apd_lens.responses._ablation import LossFn, known_distance
+from apd_lens.responses._responses import TopExamples
 
 # A list of names, one for each output unit, or a function of the unit.
 Names = Sequence[str] | Callable[[int], str]
 
-# What JSON may hold and a <script> may not, or not everywhere: the end of the script, and line ends of JavaScript. (All
-# beyond ASCII, U+2028 and U+2029 among it, json.dumps escapes.)
-_ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 # Base 85 without "<" and "&".
 _FOR_SCRIPTS = bytes.maketrans(b"<&", b",.")
-_N_TOGETHER = 6
+_N_TOGETHER, _N_TWINS = 6, 4
 _N_HEADS = 6
 
 
@@ -55,6 +58,9 @@ def write_report(
     output_names: Names | None = None,
     input_names: Sequence[str] | None = None,
     matches: pd.DataFrame | None = None,
+    others: Iterable[Batch] | None = None,
+    beside: Decomposition | None = None,
+    names: tuple[str, str] = ("this", "the other"),
     examples: int = 8,
     outputs: int = 8,
     context: int = 16,
@@ -65,7 +71,32 @@ def write_report(
     memory: int = BUDGET,
     seed: int = 0,
 ) -> Path:
-    """`Decomposition.report`, whose arguments these are."""
+    """Writes one self-contained HTML page to look at, which `Decomposition.report` does too.
+
+    Args:
+        batches: all batches to look at; iterated once.
+        path: the file to write.
+        decode: a tokenizer, or a function of a token; default the model's own.
+        output_names: names of the output units, or a function of the unit; default tokens, or their numbers.
+        input_names: names of the numbers of an input without tokens.
+        matches: a table with a column "component", of what components were matched with, such as
+            `apd_lens.compare.direction_match(...).table()`.
+        others: other data, such as general text. Of every component it is shown how often it is on there, and where.
+        beside: another decomposition of this model. Each component is shown side by side with its closest one there.
+        names: what the two are called.
+        examples, outputs, k, centred, loss, memory: as of `apd_lens.responses`.
+        context: tokens that are shown in front of the one at which a component matters most, and half as many behind.
+        title: default the model's class and the number of components.
+        seed: of random components.
+
+    Returns:
+        The path.
+
+    Raises:
+        ArtifactError: the path is a folder.
+        InvalidSetting: names of another number than there are units, or a table without the column.
+        InvalidBatches: an empty stream.
+    """
     path = user_path(path)
     if os.path.isdir(path):
         raise ArtifactError(f"Expected a file to write the report to, but {path} is a folder. Try {path}/report.html.")
@@ -75,29 +106,30 @@ def write_report(
             f"{context=}."
         )
     n_components = decomposition.components.n_components
-    of_components = _matches_of_components(matches, n_components)
-    numbers = collect(
-        decomposition,
-        batches,
-        examples=examples,
-        k=k,
-        seed=seed,
-        outputs=outputs,
-        centred=centred,
-        loss=loss,
-        memory=memory,
-    )
-    decode = own_decode(decomposition.target.model) if decode is None else decode
-    shower = Shower(decomposition.target, decode, input_names, before=context, after=context // 2)
-    data = _data(decomposition, numbers, shower, decode, output_names, of_components)
-    title = (
-        f"{type(decomposition.target.model).__name__} in {n_components} component{'s' * (n_components > 1)}"
-        if title is None
-        else title
-    )
+    tables = [_matches_of_components(matches, n_components), _Matches([], {})]
+    both = [decomposition] if beside is None else [decomposition, beside]
+    if beside is not None:  # each goes through all data
+        batches, others = list(one_pass(batches)), None if others is None else list(one_pass(others))
+    measured = {"outputs": outputs, "centred": centred, "loss": loss, "memory": memory}
+    found = [collect(one, batches, others, examples=examples, k=k, seed=seed, **measured) for one in both]
+    model = decomposition.target.model
+    decode = own_decode(model) if decode is None else decode_with(decode)
+    words = Words()
+    sides, rows = [], []
+    for one, numbers, table in zip(both, found, tables, strict=False):
+        showers = [Shower(one.target, decode, input_names, context, context // 2, words) for _ in range(2)]
+        sides.append(_data(one, numbers, showers, decode, output_names, table))
+        rows.append(_rows(one, numbers))
+    if beside is not None:
+        del sides[1]["figures"]  # those of the first are drawn
+        rows[0].append(_put_peers(decomposition, beside, batches, k, seed, names, sides))
+    numbers = found[0]
     page = _template().render(
-        title=title,
-        rows=_rows(decomposition, numbers),
+        title=f"{type(model).__name__} in {n_components} component{'s' * (n_components > 1)}"
+        if title is None
+        else title,
+        columns=["components", "random components"] if beside is None else [names[0], "random", names[1], "random"],
+        rows=_side_by_side(rows),
         n_examples=numbers.responses.n_examples,
         n_data_points=numbers.responses.n_data_points,
         of_positions=decomposition.settings.selection.granularity == "position",
@@ -105,28 +137,61 @@ def write_report(
         n_alive=numbers.found.n_alive(numbers.responses.n_data_points),
         matrices=_matrices(decomposition),
         settings=_settings(decomposition),
-        versions=library_versions(decomposition.target.model) | {"plotly": plotly.__version__},
-        data=Markup(script_json(data)),
-        plotly=Markup(_packed_plotly()),
+        versions=library_versions(model) | {"plotly": plotly.__version__},
+        data=_packed(
+            json.dumps({"sides": sides, "names": names[: len(both)], "words": words.strings}, cls=PlotlyJSONEncoder)
+        ),
+        plotly=_packed_plotly(),
     )
     write_file(path, page.encode())
     return path
 
 
-def script_json(value: Any) -> str:
-    """JSON that can stand in a <script>, whatever strings it holds.
+Row = tuple[str, str, float | None, float | None]
 
-    >>> script_json("</script>")
-    '"\\\\u003c/script\\\\u003e"'
-    """
-    return json.dumps(value, cls=PlotlyJSONEncoder, separators=(",", ":")).translate(_ESCAPES)
+
+def _side_by_side(rows: list[list[Row]]) -> list[tuple[str, str, list[float | None]]]:
+    """What and explanation, with the numbers of each decomposition beside those of random components."""
+    about = {name: text for side in reversed(rows) for name, text, *_ in side}
+    of_each = [{name: values for name, _, *values in side} for side in rows]
+    return [(n, about[n], [value for side in of_each for value in side.get(n, [None, None])]) for n in about]
+
+
+def _put_peers(
+    one: Decomposition,
+    other: Decomposition,
+    batches: Iterable[Batch],
+    k: K | None,
+    seed: int,
+    names: Sequence[str],
+    sides: list[dict[str, Any]],
+) -> Row:
+    """Gives each component of each its closest one in the other, by cosine, or if they have no matrix in common by when
+    they are active. Returns the mean of the first's, and of the same with random components in the other's place."""
+    alike, active = in_both(one, other, batches, k)
+    score = active if bool(alike.isnan().all()) else alike
+    for side, scores, numbers in ((sides[0], score, (alike, active)), (sides[1], score.T, (alike.T, active.T))):
+        closest = scores.nan_to_num(-1).argmax(1).tolist()
+        side["peers"] = [[d, *(_plain(values[c, d]) for values in numbers)] for c, d in enumerate(closest)]
+    null = in_both(one, replace(other, components=random_components(other.components, seed)), batches, k)
+    alive = torch.tensor(sides[0]["activity"], device="cpu") > 0
+    found, random = (
+        values[alive].amax(1).mean().item() if bool(alive.any()) else None
+        for values in (score, null[1] if score is active else null[0])
+    )
+    what = "Jaccard index" if score is active else "cosine"
+    return (f"{what} with the closest component of {names[1]}", "mean over components alive", found, random)
 
 
 @cache
-def _packed_plotly() -> str:
-    """plotly.js, gzip in base 85."""
-    packed = base64.b85encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0))
-    return packed.translate(_FOR_SCRIPTS).decode()
+def _packed_plotly() -> Markup:
+    return _packed(get_plotlyjs())
+
+
+def _packed(text: str) -> Markup:
+    """Gzip in base 85, which holds nothing that ends a script."""
+    packed = base64.b85encode(gzip.compress(text.encode(), 9, mtime=0))
+    return Markup(packed.translate(_FOR_SCRIPTS).decode())
 
 
 @cache
@@ -146,12 +211,14 @@ def _number(value: float | None) -> str:
     return f"{value:.4g}" if 1e-4 <= abs(value) < 1e6 else f"{value:.3e}"
 
 
-def _rows(decomposition: Decomposition, numbers: Numbers) -> list[tuple[str, str, float | None, float | None]]:
+def _rows(decomposition: Decomposition, numbers: Numbers) -> list[Row]:
     """What is stated at the top: what, explanation, of the components, of random ones."""
     found, null, responses = numbers.found, numbers.null, numbers.responses
     n, alive = responses.n_data_points, responses.active > 0
+    names = decomposition.components.names
+    called = dict(zip(names, short_names(names), strict=True)) | {"all": "all matrices"}
     residuals = [
-        (f"residual of {'all matrices' if name == 'all' else name}", "‖W − Σ P‖ / ‖W‖", value, null.residuals[name])
+        (f"residual of {called[name]}", "‖W − Σ P‖ / ‖W‖", value, null.residuals[name])
         for name, value in found.residuals.items()
     ]
     if len(residuals) == 2:  # one matrix, which is all
@@ -171,6 +238,9 @@ def _rows(decomposition: Decomposition, numbers: Numbers) -> list[tuple[str, str
          mean(found.effects.change), mean(null.effects.change)),
         (f"as {unit}", "the same change", mean(found.effects.distance), mean(null.effects.distance)),
     ]  # fmt: skip
+    if len(alive) > 1:
+        twins = mean(numbers.alike.amax(1)), mean(numbers.alike_null)
+        rows.append(("cosine with the closest other", "of weights, mean over components alive", *twins))
     if found.effects.loss is not None:
         rows.append(("as rise of the loss", "the same change", mean(found.effects.loss), mean(null.effects.loss)))
     return rows
@@ -184,10 +254,13 @@ def distance_name(decomposition: Decomposition) -> str:
     return "KL divergence in nats" if distance == "kl" else getattr(distance, "__name__", "distance")
 
 
-def _matrices(decomposition: Decomposition) -> list[tuple[str, int, int, int]]:
-    """Name, d_in, d_out, rank of the components."""
-    A, B = decomposition.components.A, decomposition.components.B
-    return [(name, A[name].shape[1], B[name].shape[2], A[name].shape[2]) for name in A]
+def _matrices(decomposition: Decomposition) -> list[tuple[str, str, int, int, int]]:
+    """Short name, name, d_in, d_out, rank of the components."""
+    sizes = decomposition.components.sizes
+    return [
+        (short, name, d_in, d_out, m)
+        for short, (name, (d_in, m, d_out)) in zip(short_names(list(sizes)), sizes.items(), strict=True)
+    ]
 
 
 def _settings(decomposition: Decomposition) -> list[tuple[str, str]]:
@@ -242,12 +315,17 @@ def _plain(value: Any) -> float | str | bool | None:
 def _data(
     decomposition: Decomposition,
     numbers: Numbers,
-    shower: Shower,
+    showers: Sequence[Shower],
     decode: Decode | None,
     output_names: Names | None,
     matches: _Matches,
 ) -> dict[str, Any]:
-    """What the page's script reads; columns with an entry for each component, strings by their numbers in `words`."""
+    """What the page's script reads; columns with an entry for each component, strings by their numbers in `words`.
+
+    Args:
+        showers: of the data, and of the other data.
+    """
+    shower, elsewhere = showers[0], numbers.others
     responses, top, effects = numbers.responses, numbers.responses.top, numbers.found.effects
     C, names = len(responses.active), decomposition.components.names
     name_of = _output_namer(decomposition, numbers, shower, decode, output_names)
@@ -268,26 +346,34 @@ def _data(
     def of_component(values: Tensor | None, c: int) -> Tensor | None:
         return None if values is None else values[c]
 
-    def inputs(c: int) -> list[list[Any]]:
+    def without(c: int, rank: int) -> list[Any]:
+        """How far the output of an example goes without the component, its place, and the outputs that change most."""
+        each = effects.on_each
+        if each.distance[c, rank].isnan():
+            return []
+        changed = zip(
+            each.outputs[c, rank].tolist(), _shorts(each.whole[c, rank]), _shorts(each.without[c, rank]), strict=True
+        )
+        named = [[name_of(unit), before, after] for unit, before, after in changed]
+        return [_short(each.distance[c, rank].item()), int(each.position[c, rank]), named]
+
+    def on_others(c: int) -> list[list[Any]]:
+        if elsewhere is None:
+            return []
+        largest = 0.0 if top.positions is None else top.positions[c].nan_to_num(0).max().item()
         return [
-            [
-                shown.number,
-                _short(top.attribution[c, rank].item()),
-                int(top.active[c, rank]),
-                list(shown.words),
-                "".join(map(str, shown.shades)),
-                "".join("1" if on else "0" for on in shown.active),
-                shown.first,
-                int(shown.cut),
-            ]
-            for rank, shown in enumerate(shower.shown(top, c))
+            _written(elsewhere.top, c, *ranked) for ranked in enumerate(showers[1].shown(elsewhere.top, c, largest))
         ]
 
+    cosine, which = numbers.alike.topk(min(_N_TWINS, C - 1))
+    twins = [list(map(list, zip(*row, strict=True))) for row in zip(which.tolist(), map(_shorts, cosine), strict=True)]
     components = [
         {
             "promoted": units(effects.promoted[c], of_component(effects.promoted_p, c), effects.promoted_by[c]),
             "suppressed": units(effects.suppressed[c], of_component(effects.suppressed_p, c), effects.suppressed_by[c]),
-            "inputs": inputs(c),
+            "inputs": [[*_written(top, c, r, shown), without(c, r)] for r, shown in enumerate(shower.shown(top, c))],
+            "others": on_others(c),
+            "twins": twins[c],
             "together": together(c),
         }
         for c in range(C)
@@ -307,6 +393,7 @@ def _data(
         "distance": distance_name(decomposition),
         "centred": effects.centred,
         "matrices": names,
+        "short": short_names(names),
         "shares": [_shorts(row) for row in numbers.shares],
         "ranks": [_shorts(row) for row in numbers.ranks],
         "norms": [_shorts(row) for row in numbers.norms],
@@ -315,10 +402,42 @@ def _data(
         "components": components,
         "matches": matches.rows,
         "matchColumns": matches.columns,
-        "hasTokens": any(tokens is not None for tokens in shower._tokens.values()),
+        "hasTokens": shower.has_tokens,
+        "here": [
+            _here(numbers.here, top, shower),
+            _here(elsewhere.here, elsewhere.top, showers[1]) if elsewhere else {},
+        ],
+        "othersActive": None if elsewhere is None else _shorts(elsewhere.active),
+        "nOthers": None if elsewhere is None else elsewhere.n_data_points,
+        "peers": None,
         "figures": figures(numbers, order, names, distance_name(decomposition)),
-        "words": shower.words.strings,
     }
+
+
+def _written(top: TopExamples, c: int, rank: int, shown: Shown) -> list[Any]:
+    """A top example as the page's script reads it."""
+    return [
+        shown.number,
+        _short(top.attribution[c, rank].item()),
+        int(top.active[c, rank]),
+        list(shown.words),
+        "".join(map(str, shown.shades)),
+        "".join("1" if on else "0" for on in shown.active),
+        shown.first,
+        int(shown.cut),
+    ]
+
+
+def _here(here: Here, top: TopExamples, shower: Shower) -> dict[int, list[list[float]]]:
+    """Of each example, for each token components and attributions in turn; those below a tenth of the largest are left
+    out."""
+
+    def of_token(which: Tensor, values: Tensor) -> list[float]:
+        pairs = zip(which.tolist(), _shorts(values), strict=True)
+        return [entry for c, value in pairs if value > 0 and value >= 0.1 * float(values[0]) for entry in (c, value)]
+
+    rows = {number: [of_token(*row) for row in zip(*both, strict=True)] for number, both in here.items()}
+    return {number: shower.at_tokens(top.read[number], number, row) for number, row in rows.items()}
 
 
 def _heads(decomposition: Decomposition) -> list[list[tuple[str, float]]]:

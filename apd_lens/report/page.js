@@ -1,12 +1,9 @@
 "use strict";
 // Whatever comes from the data is put in by textContent.
 
-const data = JSON.parse(document.getElementById("data").textContent);
-const words = data.words;
-const C = data.components.length;
+// One or two decompositions; `data` is the one that is listed.
+let sides, names, words, side = 0, data, C;
 const sum = (values) => values.reduce((a, b) => a + b, 0);
-const mainMatrix = data.shares.map((shares) => shares.indexOf(Math.max(...shares)));
-const rank = data.ranks.map(sum);
 const tbody = document.querySelector("#components tbody");
 
 function element(name, attributes = {}, ...children) {
@@ -52,14 +49,24 @@ function colourOf(matrix) {
 
 // The list.
 
+// How much a word says where whole examples are the data points: less if it is in many of them.
+function rarities(some) {
+  const seen = new Map();
+  for (const { inputs } of some.components) for (const [number, , , tokens] of inputs) seen.set(number, tokens);
+  const counts = new Map();
+  for (const tokens of seen.values()) for (const word of new Set(tokens)) counts.set(word, (counts.get(word) || 0) + 1);
+  return (word) => Math.log(1 + seen.size / (counts.get(word) || 1));
+}
+
 // The words at which the component matters most; where it is active, if it ever is.
 function peaks(component) {
   if (!data.hasTokens) return features(component);
   const found = [];
-  for (const [, , active, tokens, shades] of data.components[component].inputs) {
+  for (const [, , active, tokens, shades, positions] of data.components[component].inputs) {
     if (!tokens.length || (data.activity[component] && !active)) continue;
     let peak = 0;
-    for (let i = 1; i < shades.length; i++) if (shades[i] > shades[peak]) peak = i;
+    const size = (i) => Number(shades[i]) * (positions ? 1 : rarity(tokens[i]));
+    for (let i = 1; i < shades.length; i++) if (size(i) > size(peak)) peak = i;
     const word = visible(words[tokens[shades.length ? peak : 0]]).trim() || "␣";
     if (!found.includes(word)) found.push(word);
     if (found.length === 4) break;
@@ -90,9 +97,7 @@ function raised(component) {
     .join(" · ");
 }
 
-const largestActivity = Math.max(...data.activity, 1e-12);
-const change = data.ablation.change[0];
-const asAttribution = inColumn(data.attribution), asChange = inColumn(change);
+let mainMatrix, rank, rarity, largestActivity, change, asAttribution, asChange;
 
 function whereBar(component) {
   let from = 0;
@@ -101,7 +106,7 @@ function whereBar(component) {
     from += share;
     return stop;
   });
-  const where = element("span", { class: "where", title: `mostly ${data.matrices[mainMatrix[component]]}` });
+  const where = element("span", { class: "where", title: `mostly ${data.short[mainMatrix[component]]}, ${data.matrices[mainMatrix[component]]}` });
   where.style.background = `linear-gradient(90deg, ${stops.join(",")}${stops.length === 1 ? `,${colourOf(0)} 100%` : ""})`;
   return where;
 }
@@ -130,9 +135,9 @@ function rowOf(component) {
   return row;
 }
 
-const rows = [];
+const rows = new Map();
 const details = new Map();
-let order = data.order.slice();
+let order;
 let sorted = { by: "active", up: false };
 
 const KEYS = {
@@ -159,15 +164,15 @@ function sortBy(by, up) {
 }
 
 // What is searched in, made when it is first asked for.
-const texts = [];
+const texts = new Map();
 function textOf(component) {
-  if (texts[component] === undefined) {
+  if (!texts.has(component)) {
     const { promoted, suppressed, inputs } = data.components[component];
     const found = new Set([...promoted, ...suppressed].map(([word]) => word));
     for (const input of inputs) for (const word of input[3]) found.add(word);
-    texts[component] = Array.from(found, (word) => words[word].toLowerCase()).join("\n");
+    texts.set(component, Array.from(found, (word) => words[word].toLowerCase()).join("\n"));
   }
-  return texts[component];
+  return texts.get(component);
 }
 
 const search = document.getElementById("search"), alive = document.getElementById("alive"), matrix = document.getElementById("matrix");
@@ -186,10 +191,15 @@ function fits(component) {
 const AT_ONCE = 150;
 let shown = [], nRows = 0;
 
+function listed(component) {
+  if (!rows.has(component)) rows.set(component, rowOf(component));
+  return rows.get(component);
+}
+
 function more(n = AT_ONCE) {
   const made = document.createDocumentFragment();
   for (const component of shown.slice(nRows, nRows + n)) {
-    made.append((rows[component] ??= rowOf(component)));
+    made.append(listed(component));
     if (details.has(component)) made.append(details.get(component));
   }
   tbody.append(made);
@@ -208,15 +218,25 @@ function show() {
 
 // One component, made when it is opened.
 
-function tokensOf(input) {
-  const [, , , tokens, shades, active, first, cut] = input;
+// `where` says of which data the example is: 0 of the data, 1 of the other data.
+function tokensOf(input, where) {
+  const [example, , , tokens, shades, active, first, cut] = input;
+  const here = data.here[where][example] || [];
   const line = element("span", { class: "tokens" });
   if (first > 0) line.append(element("span", { class: "faint", text: "… " }));
   tokens.forEach((word, i) => {
     const shown = visible(words[word]);
     const shade = shades ? Number(shades[i]) : 0;
     const classes = `token${active[i] === "1" ? " active" : ""}${data.hasTokens ? "" : " feature"}`;
-    const token = element("span", { class: classes, text: shown === "" ? "∅" : shown });
+    const at = here[first + i];
+    const token = element(at ? "button" : "span", { class: classes, text: shown === "" ? "∅" : shown });
+    if (at) {
+      token.type = "button";
+      token.tabIndex = line.querySelector("button") ? -1 : 0; // the others by arrow keys
+      token.setAttribute("aria-expanded", "false");
+      const [from, all] = [side, data];
+      token.addEventListener("click", () => showHere(token, at, () => onSide(from, all, () => hereOf(at, shown, first + i, where, example))));
+    }
     if (shade) token.style.backgroundColor = `rgba(var(--shade), ${(0.75 * shade) / 9})`;
     if (data.hasTokens) token.title = `position ${first + i}`;
     line.append(token);
@@ -227,6 +247,40 @@ function tokensOf(input) {
   return line;
 }
 
+// What is at one token, under its line; in the place of what was there before.
+function showHere(token, at, make) {
+  const line = token.closest(".example");
+  const open = token.getAttribute("aria-expanded") === "true";
+  line.querySelector(".here")?.remove();
+  for (const other of line.querySelectorAll("[aria-expanded]")) other.setAttribute("aria-expanded", "false");
+  if (open) return;
+  token.setAttribute("aria-expanded", "true");
+  line.append(make());
+}
+
+function hereOf(at, shown, position, where, example) {
+  const part = element("div", { class: "here" }, element("span", { text: `at “${shown.trim() || "␣"}”, position ${position}:` }));
+  const written = inColumn(at.filter((_, i) => i % 2));
+  for (let i = 0; i < at.length; i += 2) {
+    const line = element("span", {}, jumpTo(at[i]), ` ${written(at[i + 1])}`);
+    const own = where === 0 && data.components[at[i]].inputs.find(([number]) => number === example);
+    if (own && own[8].length) line.append(element("span", { class: "faint", text: ` off: ${changes(own[8], 1)}` }));
+    part.append(line);
+  }
+  if (!at.length) part.append(element("span", { class: "faint", text: "no component" }));
+  return part;
+}
+
+function jumpTo(component) {
+  return element("button", { class: "jump", type: "button", "data-jump": component, "data-side": side, text: `#${component}` });
+}
+
+// The outputs that change most without the component.
+function changes([, , changed], n) {
+  const written = data.centred ? percent : number;
+  return changed.slice(0, n).map(([word, before, after]) => `${visible(words[word]).trim() || "␣"} ${written(before)} → ${written(after)}`).join(", ");
+}
+
 function examplesOf(component) {
   const part = element("section", {}, element("h3", { text: "Top examples" }));
   const { inputs } = data.components[component];
@@ -234,10 +288,28 @@ function examplesOf(component) {
   for (const input of inputs) {
     const on = input[2] === 1;
     const value = element("span", { class: "value", text: written(input[1]), title: `example ${input[0]}, ${on ? "active" : "not active"}` });
-    part.append(element("div", { class: on ? "example on" : "example" }, value, tokensOf(input)));
+    const line = element("div", { class: on ? "example on" : "example" }, value, tokensOf(input, 0));
+    const off = input[8];
+    if (off.length) line.append(element("span", { class: "off", text: `off here: ${changes(off, 3)}`, title: `${data.distance} ${number(off[0])}, at position ${off[1]} of the output` }));
+    part.append(line);
   }
   const shaded = data.hasTokens ? "Shaded by the attribution of each position." : "Shaded by size.";
-  part.append(element("p", { class: "note", text: `Attribution on the left; bold where the component was active. ${shaded}` }));
+  const where = data.centred ? "Off here: probabilities with the component and without it, those that change most." : "Off here: outputs with the component and without it, those that change most.";
+  part.append(element("p", { class: "note", text: `Attribution on the left; bold where the component was active. ${shaded} ${where}` }));
+  return part;
+}
+
+function othersOf(component) {
+  if (!data.othersActive) return null;
+  const part = element("section", {}, element("h3", { text: "On other data" }));
+  const { others } = data.components[component];
+  const written = inColumn(others.map((input) => input[1]));
+  for (const input of others.slice(0, 4)) {
+    const on = input[2] === 1;
+    const value = element("span", { class: "value", text: written(input[1]), title: `example ${input[0]}, ${on ? "active" : "not active"}` });
+    part.append(element("div", { class: on ? "example on" : "example" }, value, tokensOf(input, 1)));
+  }
+  part.append(element("p", { class: "note", text: `Active on ${percent(data.othersActive[component])} of ${number(data.nOthers)} data points. Shaded as above, on the same scale.` }));
   return part;
 }
 
@@ -292,7 +364,7 @@ function ablationOf(component) {
 function whereOf(component) {
   const of = data.shares[component].map((share, i) => [i, share]).sort((a, b) => b[1] - a[1]);
   const lines = of.slice(0, 8).map(([i, share]) => {
-    const name = element("span", { class: "matrix" }, element("span", { class: "key" }), visible(data.matrices[i]));
+    const name = element("span", { class: "matrix" }, element("span", { class: "key" }), element("span", { title: visible(data.matrices[i]), text: visible(data.short[i]) }));
     name.firstChild.style.background = colourOf(i);
     return [name, percent(share), data.norms[component][i], Number(data.ranks[component][i].toFixed(2))];
   });
@@ -314,12 +386,18 @@ function togetherOf(component) {
     return part;
   }
   const lines = found.map(([other, count, lift, jaccard]) => {
-    const button = element("button", { class: "jump", type: "button", "data-jump": other, text: `#${other}` });
-    return [button, count, lift, jaccard];
+    return [jumpTo(other), count, lift, jaccard];
   });
   part.append(table([["component", false], ["data points", true], ["lift", true], ["Jaccard", true]], lines));
   part.append(element("p", { class: "note", text: "Lift is 1 where two fire independently." }));
   return part;
+}
+
+function twinsOf(component) {
+  const { twins } = data.components[component];
+  if (C < 2) return null;
+  return element("section", {}, element("h3", { text: "Closest in weights" }),
+    table([["component", false], ["cosine", true]], twins.map(([other, cosine]) => [jumpTo(other), cosine])));
 }
 
 function matchesOf(component) {
@@ -336,17 +414,42 @@ function matchesOf(component) {
   return part;
 }
 
-function detailOf(component) {
+function partsOf(component) {
   const parts = (...makers) => makers.map((make) => make(component)).filter((part) => part !== null);
-  const inside = element("div", { class: "parts" },
-    element("div", {}, ...parts(examplesOf, outputsOf)),
-    element("div", {}, ...parts(ablationOf, whereOf, togetherOf, matchesOf)));
+  return element("div", { class: "parts" },
+    element("div", {}, ...parts(examplesOf, outputsOf, othersOf)),
+    element("div", {}, ...parts(ablationOf, whereOf, matchesOf, twinsOf, togetherOf)));
+}
+
+// What `make` gives with another decomposition in the place of the listed one.
+function onSide(which, all, make) {
+  const before = [side, data, C];
+  [side, data, C] = [which, all, all.components.length];
+  try {
+    return make();
+  } finally {
+    [side, data, C] = before;
+  }
+}
+
+// The component beside its closest one in the other decomposition.
+function pairOf(component) {
+  const [peer, cosine, jaccard] = data.peers[component], other = 1 - side;
+  const about = `cosine of weights ${number(cosine)}, Jaccard index of activity ${number(jaccard)}`;
+  const there = onSide(other, sides[other], () => [jumpTo(peer), partsOf(peer)]);
+  return element("div", { class: "beside" },
+    element("section", {}, element("h3", { text: `${names[side]}, #${component}` }), element("p", { class: "note", text: "The one that was opened." }), partsOf(component)),
+    element("section", {}, element("h3", {}, `${names[other]}, `, there[0]), element("p", { class: "note", text: `The closest: ${about}.` }), there[1]));
+}
+
+function detailOf(component) {
+  const inside = data.peers ? pairOf(component) : partsOf(component);
   const cell = element("td", { colspan: 8 }, inside);
   return element("tr", { class: "detail", id: `detail-${component}`, "aria-label": `component ${component}` }, cell);
 }
 
 function toggle(component, open = !details.has(component)) {
-  const row = (rows[component] ??= rowOf(component));
+  const row = listed(component);
   const button = row.querySelector("button");
   button.setAttribute("aria-expanded", String(open));
   row.classList.toggle("open", open);
@@ -359,7 +462,8 @@ function toggle(component, open = !details.has(component)) {
   }
 }
 
-function jump(component) {
+function jump(component, to = side) {
+  if (to !== side) use(to);
   if (!(component >= 0 && component < C)) return;
   if (!fits(component)) {
     search.value = matrix.value = "";
@@ -368,15 +472,15 @@ function jump(component) {
   toggle(component, true);
   show();
   if (shown.indexOf(component) >= nRows) more(shown.indexOf(component) + AT_ONCE - nRows);
-  rows[component].querySelector("button").focus({ preventScroll: true });
-  rows[component].scrollIntoView({ block: "start" });
+  listed(component).querySelector("button").focus({ preventScroll: true });
+  listed(component).scrollIntoView({ block: "start" });
 }
 
 tbody.addEventListener("click", (event) => {
   const button = event.target.closest("button");
   if (!button) return;
-  if (button.dataset.jump) jump(Number(button.dataset.jump));
-  else toggle(Number(button.textContent));
+  if (button.dataset.jump) jump(Number(button.dataset.jump), Number(button.dataset.side));
+  else if (button.closest(".row")) toggle(Number(button.textContent));
 });
 document.querySelector("#components > thead").addEventListener("click", (event) => {
   const by = event.target.closest("button")?.dataset.sort;
@@ -391,11 +495,54 @@ search.addEventListener("input", () => {
 new IntersectionObserver((seen) => seen.some((entry) => entry.isIntersecting) && more(), { rootMargin: "1200px" }).observe(document.getElementById("more"));
 alive.addEventListener("change", show);
 matrix.addEventListener("change", show);
-data.matrices.forEach((name, i) => matrix.append(element("option", { value: i, text: visible(name) })));
-if (!data.activity.some((share) => share > 0)) alive.value = "all";
-sortBy("active", false);
-const wanted = /^#component-(\d+)$/.exec(location.hash);
-if (wanted) jump(Number(wanted[1]));
+
+const sideChoice = document.getElementById("side");
+sideChoice.addEventListener("change", () => use(Number(sideChoice.value)));
+
+// Lists one of the decompositions.
+function use(which) {
+  [side, data] = [which, sides[which]];
+  sideChoice.value = which;
+  C = data.components.length;
+  mainMatrix = data.shares.map((shares) => shares.indexOf(Math.max(...shares)));
+  rank = data.ranks.map(sum);
+  rarity = rarities(data);
+  largestActivity = data.activity.reduce((most, share) => Math.max(most, share), 1e-12);
+  change = data.ablation.change[0];
+  [asAttribution, asChange] = [inColumn(data.attribution), inColumn(change)];
+  for (const made of [rows, details, texts]) made.clear();
+  const any = element("option", { value: "", text: "any matrix" });
+  matrix.replaceChildren(any, ...data.short.map((name, i) => element("option", { value: i, text: visible(name), title: visible(data.matrices[i]) })));
+  if (!data.activity.some((share) => share > 0)) alive.value = "all";
+  sortBy("active", false);
+}
+
+// Keys that do something where nobody writes.
+document.addEventListener("keydown", (event) => {
+  const at = document.activeElement, { key } = event;
+  if (event.ctrlKey || event.metaKey || event.altKey || (key !== "Escape" && at.matches("input, select"))) return;
+  const go = (step, selector, all) => {
+    const found = [...all.querySelectorAll(selector)];
+    const next = found[found.indexOf(at.closest(selector.split(" ")[0]) ?? at) + step];
+    if (!next) return;
+    event.preventDefault();
+    (next.matches("button") ? next : next.querySelector("button")).focus();
+  };
+  if (key === "/") {
+    event.preventDefault();
+    search.focus();
+  } else if (key === "Escape") {
+    if (at === search) [search.value, waiting] = ["", setTimeout(show)];
+    else {
+      const open = at.closest(".row, .detail")?.id.split("-")[1];
+      if (open !== undefined && details.has(Number(open))) {
+        toggle(Number(open), false);
+        listed(Number(open)).querySelector("button").focus();
+      }
+    }
+  } else if ((key === "ArrowDown" || key === "ArrowUp") && at.closest(".row")) go(key === "ArrowDown" ? 1 : -1, ".row", tbody);
+  else if ((key === "ArrowRight" || key === "ArrowLeft") && at.matches(".token")) go(key === "ArrowRight" ? 1 : -1, "button.token", at.parentElement);
+});
 
 // The figures, by plotly.js, which is packed.
 
@@ -434,15 +581,11 @@ function themed(layout) {
 
 async function draw() {
   const state = document.getElementById("figures-state");
-  if (typeof DecompressionStream === "undefined") {
-    state.textContent = "The figures need a browser of 2023 or later.";
-    return;
-  }
   const packed = document.getElementById("plotly");
   document.head.append(element("script", { text: await unpacked(packed.textContent) }));
   packed.remove();
   const config = { displayModeBar: false, responsive: true };
-  const plots = data.figures.map(({ title, about, figure }) => {
+  const plots = sides[0].figures.map(({ title, about, figure }) => {
     const plot = element("div", { class: "plot", role: "img", "aria-label": title });
     const caption = element("figcaption", {}, element("h3", { text: title }), element("p", { text: about }));
     document.getElementById("figures").append(element("figure", {}, caption, plot));
@@ -459,17 +602,26 @@ async function draw() {
 }
 
 // The list first: figures are drawn when it has been painted.
-async function drawBehindTheList() {
-  await new Promise((next) => requestAnimationFrame(() => setTimeout(next)));
-  performance.mark("list");
+async function start() {
+  const state = document.getElementById("figures-state");
   try {
+    if (typeof DecompressionStream === "undefined") throw new Error("it needs a browser of 2023 or later");
+    const packed = document.getElementById("data");
+    ({ sides, names, words } = JSON.parse(await unpacked(packed.textContent)));
+    sideChoice.append(...names.map((name, i) => element("option", { value: i, text: name })));
+    document.getElementById("of").hidden = sides.length < 2;
+    use(0);
+    const wanted = /^#component-(\d+)$/.exec(location.hash);
+    if (wanted) jump(Number(wanted[1]));
+    await new Promise((next) => requestAnimationFrame(() => setTimeout(next)));
+    performance.mark("list");
     await draw();
   } catch (error) {
-    document.getElementById("figures-state").textContent = `The figures could not be drawn: ${error.message}`;
+    state.textContent = `Not all of this page could be drawn: ${error.message}`;
     throw error;
   } finally {
     performance.mark("drawn");
     document.documentElement.dataset.drawn = "true";
   }
 }
-drawBehindTheList();
+start();

@@ -1,5 +1,6 @@
 """What ablating a component changes on its top examples."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,10 +22,14 @@ from apd_lens.losses._outputs import Distance, distance_of_each
 from apd_lens.passes._replace import Mixture, all_but_one
 from apd_lens.passes._watch import WatchedPass
 from apd_lens.responses._groups import _Group, component_groups
-from apd_lens.responses._responses import Effects, TopExamples
+from apd_lens.responses._responses import Effects, ExampleEffects, TopExamples
 
 # A function of a batch, as the model was called with it, and the explained output: one scalar an example.
 LossFn = Callable[[Batch, Tensor], Tensor]
+
+
+# Output units that are named for each example alone.
+_FEW = 4
 
 
 @no_inference_mode()
@@ -54,11 +59,12 @@ def ablation_effects(
         ablations = [_Ablation.of(decomposition, components, group, distance, centred, loss) for group in groups]
         n_outputs, C = ablations[0].n_outputs, len(counts)
         n = min(outputs, n_outputs)
+        on_each = _no_effects(top.example, min(_FEW, n_outputs))
         parts = []
         for some in chunks(C, (32 if centred else 16) * n_outputs, memory):
             first, total = some.start, None
             for group, ablation in zip(groups, ablations, strict=True):
-                sums = ablation.sums(top, group.places(top.example[some]), counts[some], first, memory)
+                sums = ablation.sums(top, group.places(top.example[some]), counts[some], first, memory, on_each)
                 total = sums if total is None else tuple(a + b for a, b in zip(total, sums, strict=True))
             assert total is not None
             numbers, effect, probability, weight = total
@@ -83,9 +89,17 @@ def ablation_effects(
         n_examples=n_counted,
         n_outputs=n_outputs,
         centred=centred,
+        on_each=on_each,
         promoted_p=promoted_p if centred else None,
         suppressed_p=suppressed_p if centred else None,
     )
+
+
+def _no_effects(example: Int[Tensor, "C n"], few: int) -> ExampleEffects:
+    """To be filled in."""
+    values = torch.full((*example.shape, few), math.nan, dtype=torch.float32, device="cpu")
+    outputs = torch.zeros_like(values, dtype=torch.long)
+    return ExampleEffects(values[..., 0].clone(), outputs[..., 0].clone(), outputs, values, values.clone())
 
 
 def known_distance(decomposition: Decomposition) -> Distance:
@@ -130,12 +144,19 @@ class _Ablation:
         )
 
     def sums(
-        self, top: TopExamples, places: Int[Tensor, "some n"], counts: Bool[Tensor, "some n"], first: int, memory: int
+        self,
+        top: TopExamples,
+        places: Int[Tensor, "some n"],
+        counts: Bool[Tensor, "some n"],
+        first: int,
+        memory: int,
+        on_each: ExampleEffects,
     ) -> tuple[
         Float[Tensor, "some 3"], Float[Tensor, "some n_outputs"], Float[Tensor, "some n_or_no"], Float[Tensor, " some"]
     ]:
         """For components from `first` on, sums over examples: of the three numbers, of the effects on outputs, of those
-        on their probabilities where outputs are logits, and of what these are to be divided by."""
+        on their probabilities where outputs are logits, and of what these are to be divided by. What each example
+        shows alone is put into `on_each`."""
         component, rank = (counts & (places >= 0)).nonzero(as_tuple=True)
         device = next(self.components.parameters()).device
         numbers = torch.zeros(len(places), 3, device=device, dtype=torch.float32)
@@ -153,6 +174,9 @@ class _Ablation:
             if self.centred:
                 change = change - change.mean(-1, keepdim=True)
             counted = self.counted(top, c + first, r, change, inputs.valid)
+            self.put(
+                on_each, (c + first, r), of_each[:, 1], (counted * change.square().mean(-1)).argmax(1), whole, without
+            )
             c = c.to(device)
             numbers.index_add_(0, c, of_each.to(numbers))
             with full_precision():
@@ -162,6 +186,24 @@ class _Ablation:
                     probabilities.index_add_(0, c, torch.einsum("ip,ipo->io", counted, rises).to(effects))
             weights.index_add_(0, c, counted.sum(1).to(weights))
         return numbers, effects, probabilities, weights
+
+    def put(
+        self,
+        on_each: ExampleEffects,
+        which: tuple[Tensor, Tensor],
+        distance: Float[Tensor, " pairs"],
+        position: Int[Tensor, " pairs"],
+        whole: Float[Tensor, "pairs *pos n_outputs"],
+        without: Float[Tensor, "pairs *pos n_outputs"],
+    ) -> None:
+        """What each pair of component and rank changes at its position."""
+        pairs = torch.arange(len(position), device=whole.device)
+        there = [values.reshape(len(pairs), -1, self.n_outputs)[pairs, position] for values in (whole, without)]
+        one, other = (values.softmax(-1) for values in there) if self.centred else there
+        few = (one - other).abs().topk(on_each.outputs.shape[-1]).indices
+        found = (distance, position, few, one.gather(1, few), other.gather(1, few))
+        for name, values in zip(("distance", "position", "outputs", "whole", "without"), found, strict=True):
+            getattr(on_each, name)[which] = values.to(getattr(on_each, name))
 
     def output(self, inputs: Inputs, chosen: list[int]) -> Float[Tensor, "pairs *pos n_outputs"]:
         """The explained output without the chosen component of each example; with none chosen, of the target."""

@@ -73,6 +73,39 @@ class TopExamples(Tabled):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class ExampleEffects(Tabled):
+    """What taking a component out changes on each of its top examples, at the position where it changes most.
+
+    Attributes:
+        distance: as of `Effects`; NaN where the example does not count.
+        position: of the output, 0 where it has none.
+        outputs: the output units that change most there, the most changed first.
+        whole, without: their probabilities, if outputs are logits, else their values, with the component and without.
+    """
+
+    distance: Float[Tensor, "C n"]
+    position: Int[Tensor, "C n"]
+    outputs: Int[Tensor, "C n few"]
+    whole: Float[Tensor, "C n few"]
+    without: Float[Tensor, "C n few"]
+
+    def table(self) -> "DataFrame":
+        """One row for each component, top example and output unit; `rank` is that of the example."""
+        component, rank, place = (~self.distance.isnan())[..., None].expand(self.outputs.shape).nonzero(as_tuple=True)
+        return frame(
+            {
+                "component": component,
+                "rank": rank,
+                "position": self.position[component, rank],
+                "output": self.outputs[component, rank, place],
+                "whole": self.whole[component, rank, place],
+                "without": self.without[component, rank, place],
+                "distance": self.distance[component, rank],
+            }
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Effects(Tabled):
     """What components add to the output: f(x, W) − f(x, W − P_c), with each component taken out of the whole model.
 
@@ -93,6 +126,7 @@ class Effects(Tabled):
         n_examples: number of examples in these means.
         n_outputs: number of output units.
         centred: whether the mean over outputs was subtracted from each effect, since softmax does not see it.
+        on_each: the same on every example alone.
     """
 
     promoted: Int[Tensor, "C n"]
@@ -105,6 +139,7 @@ class Effects(Tabled):
     n_examples: Int[Tensor, " C"]
     n_outputs: int
     centred: bool
+    on_each: ExampleEffects
     promoted_p: Float[Tensor, "C n"] | None = None
     suppressed_p: Float[Tensor, "C n"] | None = None
 

@@ -1,6 +1,6 @@
 """Collecting what each component responds to, in one pass over the data."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from apd_lens._errors import InvalidSetting
 from apd_lens._memory import BUDGET, chunks
 from apd_lens.attribution._ablation import AblationAttribution
 from apd_lens.data._batch import Batch
+from apd_lens.data._inputs import Inputs
 from apd_lens.data._stream import one_pass
 from apd_lens.decomposition._decomposition import Decomposition
 from apd_lens.decomposition._observed import Observed
@@ -71,6 +72,13 @@ def respond(
     """`responses`, of batches that were observed already; `measured` are other arguments of `ablation_effects`."""
     if examples < 1 or outputs < 1:
         raise InvalidSetting(f"Expected at least one example and one output, got examples={examples}, {outputs=}.")
+    seen = look(decomposition, observations, examples, memory)
+    effects = ablation_effects(decomposition, seen["top"], outputs=outputs, memory=memory, **measured)
+    return Responses(**seen, effects=effects)
+
+
+def look(decomposition: Decomposition, observations: Iterable[Observed], examples: int, memory: int) -> dict[str, Any]:
+    """The fields of `Responses` that one pass over the data gives: all but the effects."""
     C = decomposition.components.n_components
     n_seen, n_data_points, top = 0, 0, None
     attribution = torch.zeros(C, dtype=torch.float64, device="cpu")
@@ -85,14 +93,13 @@ def respond(
     assert top is not None  # there was a batch
     if top.positions is None:
         top = replace(top, positions=_attributions_of_positions(decomposition, top, memory))
-    return Responses(
-        n_examples=n_seen,
-        n_data_points=n_data_points,
-        attribution=(attribution / max(1, n_data_points)).float(),
-        top=top,
-        effects=ablation_effects(decomposition, top, outputs=outputs, memory=memory, **measured),
-        together=CoActivation(counts, n_data_points),
-    )
+    return {
+        "n_examples": n_seen,
+        "n_data_points": n_data_points,
+        "attribution": (attribution / max(1, n_data_points)).float(),
+        "top": top,
+        "together": CoActivation(counts, n_data_points),
+    }
 
 
 def _top_of_batch(some: Observed, first: int, n: int) -> TopExamples:
@@ -140,30 +147,53 @@ def _merged(top: TopExamples, new: TopExamples, n: int) -> TopExamples:
     )
 
 
-@no_inference_mode()
 def _attributions_of_positions(
     decomposition: Decomposition, top: TopExamples, memory: int
 ) -> Float[Tensor, "C n pos"] | None:
     """Attributions of every position of the kept examples, where these are the data points."""
-    attribution, components = decomposition.settings.attribution, decomposition.components
-    if isinstance(attribution, AblationAttribution):  # a forward pass for every component and position
+    parts = []
+
+    def keep(numbers: list[int], found: Tensor) -> None:
+        place = {number: i for i, number in enumerate(numbers)}
+        places = torch.tensor([place.get(n, -1) for n in top.example.flatten().tolist()], device="cpu")
+        component, rank = (places.view(top.example.shape) >= 0).nonzero(as_tuple=True)
+        parts.append((component, rank, found.cpu()[places[places >= 0], :, component]))
+
+    at_positions(decomposition, top, keep, memory)
+    if not parts:
         return None
-    parts, width = [], 0
-    with evaluating(decomposition.target.model):
-        for group in component_groups(top):
-            one = decomposition.watch(group.inputs.some(slice(0, 1)))
-            positions = {call.y.shape[1:-1] for call in one.calls}
-            if len(positions) != 1 or not (n_positions := next(iter(positions)).numel()) or not len(*positions):
-                return None
-            places = group.places(top.example)
-            for some in chunks(group.inputs.n_examples, 8 * n_positions * components.n_components, memory):
-                first, watched = some.start, decomposition.watch(group.inputs.some(some))
-                generator = torch.Generator(watched.output.device).manual_seed(0)
-                found = attribution(watched, components, "position", generator).flatten(1, -2).cpu()
-                component, rank = ((places >= first) & (places < first + len(found))).nonzero(as_tuple=True)
-                parts.append((component, rank, found[places[component, rank] - first, :, component]))
-            width = max(width, n_positions)
+    width = max(values.shape[1] for _, _, values in parts)
     by_position = torch.full((*top.example.shape, width), float("nan"), dtype=torch.float32, device="cpu")
     for component, rank, values in parts:
         by_position[component, rank, : values.shape[1]] = values
     return by_position
+
+
+@no_inference_mode()
+def at_positions(
+    decomposition: Decomposition, top: TopExamples, use: Callable[[list[int], Tensor], None], memory: int
+) -> None:
+    """Gives `use` the attributions of every position of the kept examples, `examples pos C`, behind their numbers.
+
+    Some examples come at a time. None comes where the matrices are used without positions or on different ones, or
+    where attributions are by ablation, which would take a forward pass for every component and position.
+    """
+    attribution, components = decomposition.settings.attribution, decomposition.components
+    if isinstance(attribution, AblationAttribution):
+        return
+    with evaluating(decomposition.target.model):
+        groups = component_groups(top)
+        lengths = [_n_positions(decomposition, group.inputs) for group in groups]
+        for group, length in zip(groups, lengths, strict=True):
+            numbers = list(group.place)
+            for some in chunks(len(numbers), 8 * length * components.n_components, memory) if all(lengths) else ():
+                watched = decomposition.watch(group.inputs.some(some))
+                generator = torch.Generator(watched.output.device).manual_seed(0)
+                use(numbers[some], attribution(watched, components, "position", generator).flatten(1, -2))
+
+
+def _n_positions(decomposition: Decomposition, inputs: Inputs) -> int:
+    """Of one example, if all matrices are used on the same ones; else 0."""
+    positions = {call.y.shape[1:-1] for call in decomposition.watch(inputs.some(slice(0, 1))).calls}
+    shape = positions.pop()
+    return shape.numel() if shape and not positions else 0

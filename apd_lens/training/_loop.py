@@ -174,9 +174,9 @@ def decompose(
 
 
 def _warn_of_divergence(first: StepInfo, last: StepInfo) -> None:
-    """Warns where the components sum to something further from the weights than at the start, and than nothing is."""
+    """Warns where the components sum to something twice as far from the weights as at the start, and as nothing is."""
     start, end = (info.terms["faithfulness"].item() if "faithfulness" in info.terms else 0.0 for info in (first, last))
-    if _processes.is_first() and end > max(1.0, start):
+    if _processes.is_first() and end > 4 * max(1.0, start):
         warnings.warn(
             f"The training diverged: W − Σ_c P_c has {end**0.5:.3g} times the norm of the weights, and had "
             f"{start**0.5:.3g} times at the start. Give Optimization(lr=…) a smaller value, or leave out losses and "

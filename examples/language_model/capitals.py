@@ -87,7 +87,8 @@ def main(model: Any, tokenizer: Any, steps: int, out: Path, texts: Tensor) -> tu
         prompts.batches(),
         out / "report.html",
         title="The capitals that a language model knows",
-        decode=lambda token: tokenizer.decode([token]),
+        decode=tokenizer,
+        others=held_out,
     )
     say(f"A page to look at: {page}")
     return before, after

@@ -44,8 +44,7 @@ def hosts(model: Any) -> dict[str, Any]:
 
 def main(opened: tasks.Opened, layer: int, steps: int) -> None:
     """Prints a row for each host."""
-    task = tasks.STAND_IN if isinstance(opened.tokenizer, tasks.Words) else tasks.CAPITALS
-    known = tasks.known(task, opened.model, opened.tokenizer, opened.texts)
+    known = opened.capitals()
     prompts, first = known.prompts.input_ids, None
     print("| | KL on two components | forgotten | KL on others | largest difference of a KL | of a factor |")
     print("| --- | --- | --- | --- | --- | --- |")

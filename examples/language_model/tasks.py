@@ -9,8 +9,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import apd_lens as apd
 
@@ -138,6 +147,11 @@ class Known:
     others: list[Tensor]
     held_out: list[Tensor]
 
+    def of_one_length(self) -> tuple[Tensor, Tensor]:
+        """Prompts of the most frequent number of tokens, without padding, and their answers."""
+        same = self.prompts.lengths == self.prompts.lengths.mode().values
+        return self.prompts.some(same).input_ids, self.answers[same]
+
 
 def known(task: Task, model: Any, tokenizer: Any, texts: Tensor) -> Known:
     prompts = prompts_of(task.template, tokenizer, list(task.answers))
@@ -184,19 +198,6 @@ def smollm2() -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=weights)
 
 
-class Words:
-    """A tokenizer whose tokens are words."""
-
-    def __init__(self, words: list[str]) -> None:
-        self.words = ["<s>", *words]
-
-    def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
-        return {"input_ids": [self.words.index(word) for word in text.split()]}
-
-    def decode(self, tokens: list[int]) -> str:
-        return " ".join(self.words[token] for token in tokens)
-
-
 STAND_IN = replace(
     CAPITALS,
     answers=dict(list(CAPITALS.answers.items())[:12]),
@@ -209,14 +210,16 @@ def stand_in() -> tuple[Any, Any]:
     """Twelve of the capitals in a Llama of three layers, trained in seconds."""
     torch.manual_seed(0)
     words = dict.fromkeys(["The", "capital", "of", "is", *CAPITALS.answers, *CAPITALS.answers.values()])
-    tokenizer = Words(list(words))
+    whole = Tokenizer(WordLevel({word: number for number, word in enumerate(["<s>", *words])}, unk_token="<s>"))
+    whole.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=whole, unk_token="<s>", pad_token="<s>")
     config = LlamaConfig(
-        vocab_size=len(tokenizer.words), hidden_size=48, intermediate_size=96, num_hidden_layers=3,
+        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     facts = [tokenizer(f"The capital of {word} is {answer}")["input_ids"] for word, answer in STAND_IN.answers.items()]
-    others = torch.randint(1, len(tokenizer.words), (64, 6), generator=torch.Generator().manual_seed(0))
+    others = torch.randint(1, len(tokenizer), (64, 6), generator=torch.Generator().manual_seed(0))
     tokens = torch.cat([torch.tensor(facts), others])
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(150):
@@ -236,6 +239,7 @@ class Opened:
     Attributes:
         out: the folder of texts and components.
         results: the folder of numbers.
+        is_stand_in: whether it is the tiny model.
     """
 
     model: Any
@@ -243,6 +247,12 @@ class Opened:
     texts: Tensor
     out: Path
     results: Path
+    is_stand_in: bool
+
+    def capitals(self) -> Known:
+        """Those that the model knows."""
+        task = STAND_IN if self.is_stand_in else CAPITALS
+        return known(task, self.model, self.tokenizer, self.texts)
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -260,4 +270,4 @@ def opened(options: argparse.Namespace) -> Opened:
     model, tokenizer = stand_in() if options.stand_in else smollm2()
     size = {"n": 48, "length": 8} if options.stand_in else {}
     texts = general_text(model, None if options.stand_in else tokenizer, out / "texts.pt", **size)
-    return Opened(model, tokenizer, texts, out, results)
+    return Opened(model, tokenizer, texts, out, results, options.stand_in)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from induction import located, right_logit
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -288,6 +287,12 @@ def matrices_of_program(target: toys.ProgramTarget) -> Numbers:
 # Induction: the components that matter lie in the two heads that do it.
 
 
+def right_logit(batch: toys.Sequences) -> Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, " batch"]]:
+    """Mean logit of the next token, where it can be known."""
+    weights = batch.known.float() / batch.known.sum(1, keepdim=True)
+    return lambda logits: (logits.gather(2, batch.next[..., None])[..., 0] * weights).sum(1)
+
+
 def measure_induction(target: toys.InductionTarget, decomposition: apd.Decomposition, owners: None) -> Numbers:
     """Share of weight in the two heads, of the components that matter for the right logit, weighted by that; and how
     much of this logit comes back with as many components on as are active, the others off or under attack."""
@@ -297,7 +302,9 @@ def measure_induction(target: toys.InductionTarget, decomposition: apd.Decomposi
     scores, sizes = decomposition.attributions, (n_active,)
     curve = compare.faithfulness_curve(decomposition, [few.tokens], right_logit(few), scores=scores, sizes=sizes)
     return {
-        "weight in the two heads": located(decomposition, batch, target.heads).shares()[0],
+        "weight in the two heads": compare.locate(
+            decomposition, [batch.tokens], target.heads, right_logit(batch)
+        ).shares()[0],
         "right logit": curve.own.item(),
         "right logit, attacked": curve.worst.item(),
         "target's accuracy": target.is_right(batch).float().mean().item(),

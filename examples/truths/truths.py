@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,17 +20,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import judges
 import torch
+from judges import Numbers, Owners
 from torch import Tensor
 
 import apd_lens as apd
 from apd_lens import toys
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent))
-import judges  # noqa: E402
-from induction import centred  # noqa: E402
-from judges import Numbers, Owners  # noqa: E402
+
+
+def centred(logits: Tensor) -> Tensor:
+    return logits - logits.mean(-1, keepdim=True)
+
 
 README = """# Truths that nobody tuned for
 

@@ -17,7 +17,7 @@ def test_unit_shares_are_drawn_in_the_given_order_and_place():
 
 def test_ranks_are_drawn_where_the_weight_is_and_shares_are_stacked():
     rank, share = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.25, 0.75]])
-    above, below = plots.rank_and_share(rank, share, names=["W_in", "W_out"], order=[1, 0]).axes
-    assert dots(above) == {"W_in": [[0, 3], [1, 1]], "W_out": [[0, 4]]}
+    above, below = plots.rank_and_share(rank, share, names=["h.0.mlp.W_in.weight", "W_out"], order=[1, 0]).axes
+    assert dots(above) == {"L0 in": [[0, 3], [1, 1]], "W_out": [[0, 4]]}
     assert [(bar.get_y(), bar.get_height()) for bar in below.patches] == [(0, 0.25), (0, 1), (0.25, 0.75), (1, 0)]
     assert below.get_xlabel() == "component (sorted)"

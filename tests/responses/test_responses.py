@@ -203,3 +203,33 @@ def test_what_cannot_work_is_said():
     assert came[1].startswith("InvalidBatches: The stream of batches is empty")
     assert came[2].startswith("InvalidSetting: Expected at least one example and one output")
     assert came[3].startswith("ShapeMismatch: Expected loss to give one scalar an example")
+
+
+def test_effects_on_each_example_are_those_of_ablating_there():
+    """The outputs that change most, at the position where most changes, with the component and without it."""
+    model = TinyGPT()
+    decomposition = decomposition_of(model, n_components=5, selection=apd.TopK(2, granularity="position"))
+    tokens = torch.randint(0, 11, (6, 5))
+    found = apd.responses(decomposition, [tokens], examples=3, centred=True)
+    each, top, mask = found.effects.on_each, found.top, decomposition.select(tokens)
+    for c in range(5):
+        with torch.no_grad(), decomposition.ablate(c):
+            without = model(tokens)
+        with torch.no_grad():
+            whole = model(tokens)
+        for rank, example in enumerate(top.of(c)):
+            counts = bool(top.active[c, rank]) or not bool(top.active[c].any())
+            assert bool(each.distance[c, rank].isnan()) != counts
+            if not counts:
+                continue
+            assert_close(each.distance[c, rank], (whole - without)[example].square().mean(), rtol=1e-3, atol=1e-6)
+            change = whole[example] - without[example]
+            size = (change - change.mean(-1, keepdim=True)).square().mean(-1)
+            on = mask[example, :, c]
+            position = int((size * on if bool(on.any()) else size).argmax())
+            assert int(each.position[c, rank]) == position
+            one, other = (logits[example, position].softmax(-1) for logits in (whole, without))
+            units = (one - other).abs().topk(4).indices
+            assert_close(each.whole[c, rank], one[units], rtol=1e-3, atol=1e-5)
+            assert_close(each.without[c, rank], other[units], rtol=1e-3, atol=1e-5)
+    assert len(each.table()) == 4 * int((~each.distance.isnan()).sum())
