@@ -88,7 +88,8 @@ print(all(torch.equal(one, gradients[6]) for one in gradients[6:]))
 """
 
 
-@pytest.mark.parametrize("n_threads", [2, pytest.param(8, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("n_threads", [2, 8])
 def test_the_same_seed_gives_the_same_factors_on_several_threads(n_threads: int):
     assert outside.fresh(f"n_threads = {n_threads}\n{textwrap.dedent(THREADS)}") == f"{[True] * 5}\n"
 

@@ -10,9 +10,13 @@ from support.processes import CASES, SHARDED, begin, dying, failing, finish, go_
 
 import apd_lens as apd
 
+SLOW = ("gates, attacked, sharded", "other data, sharded")
+
 
 @pytest.mark.parametrize("n", [2, 4])
-@pytest.mark.parametrize("case", [*CASES, *SHARDED])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.thorough] * (case in SLOW)) for case in (*CASES, *SHARDED)]
+)
 def test_several_processes_give_what_one_gives(case: str, n: int):
     expected = result(SHARDED.get(case, case), 0)
     found = together(n, partial(result, case))
@@ -32,6 +36,7 @@ def test_several_processes_give_what_one_gives(case: str, n: int):
         assert expected["moves"]
 
 
+@pytest.mark.thorough
 def test_a_training_goes_on_in_another_number_of_processes(tmp_path):
     """From one to two, from four to two and from two to one, its components divided or not before and after."""
     together(1, partial(begin, tmp_path / "of one"))

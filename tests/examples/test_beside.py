@@ -26,6 +26,7 @@ def test_patching_sums_to_what_is_measured(shared):
     assert own > 3 * abs(random)
 
 
+@pytest.mark.thorough
 def test_edges_add_up_and_both_tools_find_the_same_first_head(shared):
     printed = run("beside/circuits.py", *shared)
     (line,) = [line for line in printed.splitlines() if line.startswith("gradients of all destinations")]
@@ -35,6 +36,7 @@ def test_edges_add_up_and_both_tools_find_the_same_first_head(shared):
     assert results(shared, "circuits")["curves"]["components, own"]["0"] == 0
 
 
+@pytest.mark.thorough
 def test_dictionaries(shared):
     pytest.importorskip("sae_lens", reason="needs sae-lens, which works with transformer-lens 3 only")
     run("beside/dictionaries.py", *shared, "--sae-steps", "20")

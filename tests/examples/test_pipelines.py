@@ -55,6 +55,7 @@ def test_nnsight(tmp_path: Path):
     assert without != written
 
 
+@pytest.mark.thorough
 def test_sae_lens(tmp_path: Path):
     pytest.importorskip("sae_lens", reason="needs sae-lens, which works with transformer-lens 3 only")
     plain, with_components = both("sae_lens", tmp_path)

@@ -38,6 +38,7 @@ print(number, [value for factor in decomposition.components.parameters() for val
 """
 
 
+@pytest.mark.thorough
 def test_the_process_group_of_an_accelerator(tmp_path):
     pytest.importorskip("accelerate")
     (tmp_path / "script.py").write_text(SCRIPT)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from support.browser import data_of
 from support.examples import run
 
 
@@ -11,9 +12,9 @@ def test_the_walkthrough(tmp_path: Path):
     printed = run("walkthrough.py", "--steps", "20", "--out", str(tmp_path))
     for part in ("components kept", "neurons kept", "one to one", "undone: 100.0% right", "random components"):
         assert part in printed
-    page = (tmp_path / "walkthrough.html").read_text()
-    assert "subject 63" in page
-    assert "best latent" in page  # the matches with the SAE
+    page = tmp_path / "walkthrough.html"
+    assert "subject 63" in str(data_of(page))
+    assert "best latent" in page.read_text() + str(data_of(page))  # the matches with the SAE
 
 
 @pytest.mark.thorough

@@ -74,6 +74,7 @@ def means() -> dict[str, list[float]]:
     return json.loads(outside.run(MEASURE))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "metric", ["faithfulness", "minimality", "simplicity", "path", "hidden after", "hidden before"]
 )

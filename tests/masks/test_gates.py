@@ -262,6 +262,7 @@ class Twice(nn.Module):
         return (self.one(x) + self.other(x)).clamp(0, 1)
 
 
+@pytest.mark.thorough
 def test_with_completeness_a_copy_belongs_to_the_component():
     """Gates alone leave the copy of an active mechanism in components that are called inactive, so that the model
     still knows a feature whose active components are out."""

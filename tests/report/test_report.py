@@ -1,8 +1,5 @@
 """The HTML page: what is in the file, and what a headless Chromium makes of it."""
 
-import base64
-import gzip
-import json
 import re
 import warnings
 from dataclasses import replace
@@ -12,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import browser, outside
+from support.browser import data_of
 from support.known import X, known_parts
 from support.toy_models import TinyGPT, decomposition_of
 from torch.testing import assert_close
@@ -75,13 +73,6 @@ def tokens_page(tmp_path_factory) -> Path:
 def features_page(tmp_path_factory) -> Path:
     page = tmp_path_factory.mktemp("features") / "report.html"
     return known_parts(8 / 6).report(X.split(2), page, output_names=["a", "b", "c", "d"], examples=2, outputs=1)
-
-
-def data_of(page: Path) -> dict:
-    """What the page's script reads, of its one decomposition."""
-    (packed,) = re.findall(r'<script id="data" type="text/plain">(.*?)</script>', page.read_text())
-    found = json.loads(gzip.decompress(base64.b85decode(packed.translate(str.maketrans(",.", "<&")))))
-    return found["sides"][0] | {"words": found["words"]}
 
 
 def rows(driver) -> list[list[str]]:

@@ -1,7 +1,10 @@
-"""A headless Chromium for pages on disk; tests that ask for it are skipped where there is none."""
+"""Pages of reports: their data, and a headless Chromium; tests that ask for one are skipped where there is none."""
 
+import base64
 import contextlib
+import gzip
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,6 +25,13 @@ _ARGUMENTS = (
     "--disable-dev-shm-usage",
     "--window-size=1280,1400",
 )
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    """What the script of a report's page reads, of its one decomposition."""
+    (packed,) = re.findall(r'<script id="data" type="text/plain">(.*?)</script>', page.read_text())
+    found = json.loads(gzip.decompress(base64.b85decode(packed.translate(str.maketrans(",.", "<&")))))
+    return found["sides"][0] | {"words": found["words"]}
 
 
 @contextlib.contextmanager

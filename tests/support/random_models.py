@@ -159,10 +159,10 @@ class Texts:
         )
 
     def _may_be_of_queries_and_keys(self) -> bool:
-        """Whether a mask `batch pos`, if not of integers, is one `query key` of causal attention just as well."""
+        """Whether a mask `batch pos` is one `query key` of causal attention just as well."""
         n, valid = len(self.lengths), self.valid()
         return (
-            self.mask in ("bool", "float", "additive", "additive, infinite")
+            self.mask in ("bool", "int", "float", "additive", "additive, infinite")
             and n == self.width
             and not valid.all()
             and bool(valid.diagonal().all())

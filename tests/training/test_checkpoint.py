@@ -19,7 +19,6 @@ from apd_lens._settings import learning_rate
 from apd_lens.decomposition import _decomposition
 from apd_lens.training import _checkpoint, _seen, _state
 
-
 N = 3
 NEEDED = apd.BatchTopK(apd.masks.Needed(hold=0.0), least=0.1)
 
