@@ -12,10 +12,16 @@ from os import PathLike as _PathLike
 from pathlib import Path as _Path
 from typing import Any as _Any
 
+from apd_lens import components as components
+from apd_lens import decomposition as decomposition
 from apd_lens import errors as errors
 from apd_lens import language as language
+from apd_lens import masks as masks
 from apd_lens import metrics as metrics
 from apd_lens import monitor as monitor
+from apd_lens import moves as moves
+from apd_lens import scan as scan
+from apd_lens import training as training
 from apd_lens._checks import checked as _checked
 from apd_lens._codec import saved as saved
 from apd_lens._errors import ApdError as ApdError
