@@ -84,7 +84,9 @@ class CoverageTable:
         written = FILE.read_text().splitlines() if FILE.exists() else []
         now = document(rows).splitlines()
         hosts = [line.removeprefix("## ") for line in written if line.startswith("## ")]
-        whole = rows.keys() >= set(hosts) and not (self.config.option.keyword or self.failed)
+        option = self.config.option
+        all_tests = option.markexpr in ("", "not thorough") and not option.keyword
+        whole = rows.keys() >= set(hosts) and all_tests and not self.failed
         stale = [line for line in now if line not in written]
         stale += [line for line in written if whole and line not in now]
         if stale:
