@@ -231,26 +231,34 @@ def _here(decomposition: Decomposition, top: TopExamples, memory: int) -> Here:
     return here
 
 
-def in_both(one: Decomposition, other: Decomposition, batches: Iterable[Batch], k: K | None) -> tuple[Tensor, Tensor]:
-    """Of the components of two decompositions, `C D` each: cosine in the matrices that both have, NaN if there are
-    none; Jaccard index of the data points on which they are active, NaN where these are not the same for both."""
-    first, second = one.components, other.components
-    shared = [name for name in first.names if name in second.names]
-    shape = (first.n_components, second.n_components)
-    alike = active = torch.full(shape, float("nan"), dtype=torch.float32, device="cpu")
-    if shared:
-        scales = squared_norms(one)
-        alike = cosines(first, second, {name: scales[name] for name in shared})[0].cpu()
-    if one.settings.selection.granularity == other.settings.selection.granularity:
-        both, alone, others = torch.zeros(shape, device="cpu"), *(torch.zeros(n, device="cpu") for n in shape)
-        for batch in batches:
-            left, right = (some.observe(batch, k) for some in (one, other))
-            left, right = left.data(left.mask).float().cpu(), right.data(right.mask).float().cpu()
-            if len(left) != len(right):
-                return alike, active
-            both, alone, others = both + left.T @ right, alone + left.sum(0), others + right.sum(0)
-        active = both / (alone[:, None] + others - both).clamp_min(1)
-    return alike, active
+def alike_in_weights(one: Decomposition, other: Decomposition) -> Float[Tensor, "C D"]:
+    """Cosine of the components of two decompositions in the matrices that both have; NaN if there are none."""
+    scales = {name: s for name, s in squared_norms(one).items() if name in other.components.names}
+    if not scales:
+        return _unknown(one, other)
+    return cosines(one.components, other.components, scales)[0].cpu()
+
+
+def alike_in_activity(
+    one: Decomposition, other: Decomposition, batches: Iterable[Batch], k: K | None
+) -> Float[Tensor, "C D"]:
+    """Jaccard index of the data points on which components are active; NaN where these are not the same for both."""
+    both = _unknown(one, other)
+    if one.settings.selection.granularity != other.settings.selection.granularity:
+        return both
+    together, alone, others = torch.zeros_like(both), *(torch.zeros(n, device="cpu") for n in both.shape)
+    for batch in batches:
+        left, right = (some.observe(batch, k) for some in (one, other))
+        left, right = left.data(left.mask).float().cpu(), right.data(right.mask).float().cpu()
+        if len(left) != len(right):
+            return both
+        together, alone, others = together + left.T @ right, alone + left.sum(0), others + right.sum(0)
+    return together / (alone[:, None] + others - together).clamp_min(1)
+
+
+def _unknown(one: Decomposition, other: Decomposition) -> Float[Tensor, "C D"]:
+    shape = one.components.n_components, other.components.n_components
+    return torch.full(shape, float("nan"), dtype=torch.float32, device="cpu")
 
 
 def _numbers_of_components(n: int) -> list[int]:

@@ -34,7 +34,7 @@ from apd_lens.decomposition._artifact import library_versions
 from apd_lens.decomposition._decomposition import Decomposition
 from apd_lens.language._words import Decode, called, decode_with, own_decode, tokens_of
 from apd_lens.masks._selection import K
-from apd_lens.report._collect import Here, Numbers, collect, in_both
+from apd_lens.report._collect import Here, Numbers, alike_in_activity, alike_in_weights, collect
 from apd_lens.report._examples import Shower, Shown, Words
 from apd_lens.report._figures import figures
 from apd_lens.responses._ablation import LossFn, known_distance
@@ -94,7 +94,8 @@ def write_report(
 
     Raises:
         ArtifactError: the path is a folder.
-        InvalidSetting: names of another number than there are units, or a table without the column.
+        InvalidSetting: names of another number than there are units, a table without the column, or another
+            decomposition that cannot be compared with this one.
         InvalidBatches: an empty stream.
     """
     path = user_path(path)
@@ -104,6 +105,11 @@ def write_report(
         raise InvalidSetting(
             f"Expected at least one example and one output, and a context from 0 on, got {examples=}, {outputs=}, "
             f"{context=}."
+        )
+    if beside is not None and not _are_comparable(decomposition, beside):
+        raise InvalidSetting(
+            "The other decomposition has no matrix in common with this one, and other data points, so nothing says "
+            "which components are alike. Give one of the same matrices, or of the same granularity."
         )
     n_components = decomposition.components.n_components
     tables = [_matches_of_components(matches, n_components), _Matches([], {})]
@@ -121,9 +127,10 @@ def write_report(
         sides.append(_data(one, numbers, showers, decode, output_names, table))
         rows.append(_rows(one, numbers))
     if beside is not None:
-        del sides[1]["figures"]  # those of the first are drawn
         rows[0].append(_put_peers(decomposition, beside, batches, k, seed, names, sides))
     numbers = found[0]
+    of_matrices = decomposition.components.names, distance_name(decomposition)
+    sides[0]["figures"] = figures(numbers, sides[0]["order"], *of_matrices)  # those of the first are drawn
     page = _template().render(
         title=f"{type(model).__name__} in {n_components} component{'s' * (n_components > 1)}"
         if title is None
@@ -157,6 +164,11 @@ def _side_by_side(rows: list[list[Row]]) -> list[tuple[str, str, list[float | No
     return [(n, about[n], [value for side in of_each for value in side.get(n, [None, None])]) for n in about]
 
 
+def _are_comparable(one: Decomposition, other: Decomposition) -> bool:
+    same_points = one.settings.selection.granularity == other.settings.selection.granularity
+    return same_points or not set(one.components.names).isdisjoint(other.components.names)
+
+
 def _put_peers(
     one: Decomposition,
     other: Decomposition,
@@ -168,19 +180,18 @@ def _put_peers(
 ) -> Row:
     """Gives each component of each its closest one in the other, by cosine, or if they have no matrix in common by when
     they are active. Returns the mean of the first's, and of the same with random components in the other's place."""
-    alike, active = in_both(one, other, batches, k)
-    score = active if bool(alike.isnan().all()) else alike
+    alike, active = alike_in_weights(one, other), alike_in_activity(one, other, batches, k)
+    random = replace(other, components=random_components(other.components, seed))
+    by_activity = bool(alike.isnan().all())
+    score = active if by_activity else alike
+    null = alike_in_activity(one, random, batches, k) if by_activity else alike_in_weights(one, random)
     for side, scores, numbers in ((sides[0], score, (alike, active)), (sides[1], score.T, (alike.T, active.T))):
         closest = scores.nan_to_num(-1).argmax(1).tolist()
         side["peers"] = [[d, *(_plain(values[c, d]) for values in numbers)] for c, d in enumerate(closest)]
-    null = in_both(one, replace(other, components=random_components(other.components, seed)), batches, k)
     alive = torch.tensor(sides[0]["activity"], device="cpu") > 0
-    found, random = (
-        values[alive].amax(1).mean().item() if bool(alive.any()) else None
-        for values in (score, null[1] if score is active else null[0])
-    )
-    what = "Jaccard index" if score is active else "cosine"
-    return (f"{what} with the closest component of {names[1]}", "mean over components alive", found, random)
+    found, of_random = (values[alive].amax(1).mean().item() if bool(alive.any()) else None for values in (score, null))
+    what = "Jaccard index" if by_activity else "cosine"
+    return (f"{what} with the closest component of {names[1]}", "mean over components alive", found, of_random)
 
 
 @cache
@@ -410,7 +421,6 @@ def _data(
         "othersActive": None if elsewhere is None else _shorts(elsewhere.active),
         "nOthers": None if elsewhere is None else elsewhere.n_data_points,
         "peers": None,
-        "figures": figures(numbers, order, names, distance_name(decomposition)),
     }
 
 

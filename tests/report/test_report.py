@@ -21,7 +21,7 @@ pd = pytest.importorskip("pandas")
 pytest.importorskip("plotly")
 pytest.importorskip("jinja2")
 
-from apd_lens.report._collect import collect, in_both  # noqa: E402
+from apd_lens.report._collect import alike_in_activity, alike_in_weights, collect  # noqa: E402
 
 HOSTILE = [
     "</script><img src=x onerror=alert(1)>",
@@ -312,7 +312,7 @@ def test_what_turning_a_component_off_does_on_an_example(pair):
 
 def test_the_closest_component_of_another_decomposition(pair):
     one, other, (data, _), page = pair
-    alike, active = in_both(one, other, [data], None)
+    alike, active = alike_in_weights(one, other), alike_in_activity(one, other, [data], None)
     weights = one.target.weights
     first, second = (
         torch.cat([some.components.component_weights(n).flatten(1) / weights[n].value().norm() for n in weights], 1)
@@ -325,18 +325,26 @@ def test_the_closest_component_of_another_decomposition(pair):
     assert_close(active, both / either.clamp_min(1))
     assert [peer for peer, *_ in data_of(page)["peers"]] == alike.argmax(1).tolist()
     coarse = replace(other, settings=replace(other.settings, selection=apd.TopK(2)))
-    assert in_both(one, coarse, [data], None)[1].isnan().all()  # other data points
+    assert alike_in_activity(one, coarse, [data], None).isnan().all()  # other data points
+
+
+def test_two_that_cannot_be_compared_are_refused(tmp_path: Path):
+    model = TinyGPT(d_vocab=7, n_ctx=5)
+    one = decomposition_of(model, "fc.weight", n_components=3, selection=apd.TopK(1, granularity="position"))
+    other = decomposition_of(model, "proj.weight", n_components=3, selection=apd.TopK(1))
+    with pytest.raises(apd.errors.InvalidSetting, match="no matrix in common with this one, and other data points"):
+        one.report([torch.randint(7, (2, 5))], tmp_path / "report.html", beside=other)
 
 
 def test_two_side_by_side(driver, pair):
-    one, other, (data, _), page = pair
+    one, other, _, page = pair
     browser.open_page(driver, page)
     assert driver.find_element("css selector", "#of").is_displayed()
     text = driver.find_element("css selector", "main section").text
     assert re.search(r"cosine with the closest component of two .* -?[\d.]+ -?[\d.]+", text)
     driver.execute_script("jump(1)")
     headings = [part.text for part in driver.find_elements("css selector", ".beside > section > h3")]
-    peer = in_both(one, other, [data], None)[0][1].argmax()
+    peer = alike_in_weights(one, other)[1].argmax()
     assert headings == ["one <b>, #1", f"two, #{peer}"]
     assert detail(driver, 1).count("Where it is") == 2
     click(driver, ".beside h3 .jump")
