@@ -183,13 +183,13 @@ class Run(Part):
         """Saves the last step that was done, and says so in a note of the error."""
         if self._checkpoint is None:
             return
-        steps, last = _in_folder(self._folder), "there is no checkpoint."
+        steps, newest = _in_folder(self._folder), "there is no checkpoint."
         if steps:
             there = f"decompose(…, resume={str(self._folder)!r}) goes on from there."
-            last = f"the newest checkpoint is that of step {max(steps)}. {there}"
+            newest = f"the newest checkpoint is that of step {max(steps)}. {there}"
         if self.state.step == self._saved:
             if steps:
-                error.add_note(f"T{last[1:]}")
+                error.add_note(newest[0].upper() + newest[1:])
             return
         is_whole = self.state.is_whole()
         try:
@@ -198,13 +198,13 @@ class Run(Part):
                 _processes.check_same((self.state.step, is_whole), different)
             file = self._save() if is_whole else None
         except Exception as problem:
-            error.add_note(f"The last step could not be saved, so {last} Why it could not: {problem}")
+            error.add_note(f"The last step could not be saved, so {newest} Why it could not: {problem}")
             return
         note = f"decompose(…, resume={str(file)!r}) goes on behind step {self.state.step - 1}."
         if file is None:
-            note = f"Step {self.state.step} had begun to change the components, so {last}"
+            note = f"Step {self.state.step} had begun to change the components, so {newest}"
         elif not _processes.is_first():  # which may have ended
-            note = f"The first process saves step {self.state.step - 1}, if it can. Before, {last}"
+            note = f"The first process saves step {self.state.step - 1}, if it can. Before, {newest}"
         error.add_note(note)
 
     def _look_at_batches(self) -> None:
