@@ -532,8 +532,12 @@ document.addEventListener("keydown", (event) => {
     event.preventDefault();
     search.focus();
   } else if (key === "Escape") {
-    if (at === search) [search.value, waiting] = ["", setTimeout(show)];
-    else {
+    if (at === search) {
+      clearTimeout(waiting); // a list that is made anew later would take the focus from its rows
+      event.preventDefault();
+      search.value = "";
+      show();
+    } else {
       const open = at.closest(".row, .detail")?.id.split("-")[1];
       if (open !== undefined && details.has(Number(open))) {
         toggle(Number(open), false);
