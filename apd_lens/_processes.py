@@ -6,6 +6,7 @@ part, as many times as there are processes. So the mean of the processes' gradie
 process would have of the whole batch.
 """
 
+import atexit
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -248,3 +249,11 @@ def _control() -> Any:
         timeout = world._get_backend(world._device_types[0]).options._timeout
         _CONTROL[:] = [world, dist.new_group(backend="gloo", timeout=timeout)]
     return _CONTROL[1]
+
+
+@atexit.register
+def _end_control() -> None:
+    """Ends the threads of our group. One that let go of a tensor when Python is gone would abort the process."""
+    if _CONTROL and _CONTROL[0] is dist.group.WORLD:
+        dist.destroy_process_group(_CONTROL[1])
+    _CONTROL.clear()

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -97,3 +99,32 @@ def test_a_process_that_ends_ends_the_others(tmp_path, n: int, sharded: bool):
         )
         last = f"decompose(…, resume={str(tmp_path / 'step-000003.safetensors')!r}) goes on behind step 2"
         assert (newest if sharded else last) in notes[0]
+
+
+THREADS = """
+import atexit, os, sys
+import torch
+
+def threads():
+    return set(os.listdir("/proc/self/task"))
+
+atexit.register(lambda: print(len(during - before), len(threads() - before)))  # runs last
+from apd_lens import _processes
+
+here = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/store", rank=here, world_size=2)
+before = threads()
+_processes.wait_for_all()
+during = threads()
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads of Linux")
+def test_no_thread_of_ours_is_left_when_python_ends(tmp_path):
+    """One that lets go of a tensor later aborts the process."""
+    commands = [[sys.executable, "-c", THREADS, str(rank), tmp_path] for rank in range(2)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE) for command in commands]
+    for process in started:
+        during, after = map(int, process.communicate()[0].split())
+        assert (process.returncode, after) == (0, 0)
+        assert during > 0
