@@ -34,7 +34,8 @@ data = torch.rand(8, 4, dtype=torch.float64)
 options = {"optimization": apd.Optimization(steps=4), "progress": False}
 decomposition = apd.decompose(model, [data], n_components=4, rank=2, **options)
 number = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-print(number, [value for factor in decomposition.components.parameters() for value in factor.flatten().tolist()])
+values = [value for factor in decomposition.components.parameters() for value in factor.flatten().tolist()]
+sys.stdout.write(f"{number} {values}\\n")  # at once, so that the lines of two are not mixed
 """
 
 
