@@ -15,6 +15,7 @@ forward and backward (on Linux).
 """
 
 import argparse
+import ctypes
 import gc
 import statistics
 import time
@@ -74,6 +75,7 @@ def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
 def peak(run: Callable[[], object]) -> float:
     """What a run takes at most beside what was there before it, in GB."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs have freed
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     run()

@@ -1,4 +1,4 @@
-"""Ways to compute a masked product, forward and backward, and what the cost model of apd_lens/_product.py chooses.
+"""Ways to compute a masked product, forward and backward, and what the cost model of components/_pairs.py chooses.
 
 Prints, for shapes from toy models to language models, the time of each way, the one chosen, and how much slower it is
 than the best one; then the model's constants as these times would have them.
@@ -13,7 +13,7 @@ from timing import median_seconds, save
 from torch import Tensor
 
 import apd_lens as apd
-from apd_lens.components import _products as _product
+from apd_lens.components import _pairs
 from apd_lens.components._pairs import active_pairs, cheapest_way, pairwise_product
 
 # rows, C, d_in, m, d_out, k
@@ -35,10 +35,9 @@ SHAPES = [
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each way; how many active pairs the component that has most of them has; the way that is chosen."""
+    """Seconds of each way; the way that is chosen."""
 
     seconds: dict[str, float]
-    most: int
     chosen: str
 
 
@@ -57,13 +56,11 @@ def times(shape: tuple[int, int, int, int, int, float], skewed: bool, rounds: in
 
     runs = {
         "dense": lambda: both_ways(apd.components.masked_product(x, A, B, mask)),
-        "padded": lambda: both_ways(pairwise_product(x, A, B, mask, active, "padded")),
         "grouped": lambda: both_ways(pairwise_product(x, A, B, mask, active, "grouped")),
+        "sparse": lambda: both_ways(pairwise_product(x, A, B, mask, active, "sparse")),
     }
-    if m == 1:
-        runs["gathered"] = lambda: both_ways(pairwise_product(x, A, B, mask, active, "gathered"))
     seconds = {way: median_seconds(run, rounds) for way, run in runs.items()}
-    return Times(seconds, active.most or 0, cheapest_way(n_rows, A, B, mask, active))
+    return Times(seconds, cheapest_way(n_rows, A, B, mask, active))
 
 
 def fitted_constants(rows: list[tuple[tuple, Times]]) -> dict[str, float]:
@@ -72,22 +69,15 @@ def fitted_constants(rows: list[tuple[tuple, Times]]) -> dict[str, float]:
     per_multiply_add = dense[len(rows) // 2]
     terms, costs = [], []
     for (n, C, i, m, o, k), t in rows:
-        for way, n_rows in (("grouped", k * n), ("padded", C * t.most)):
-            numbers, grouped = n_rows * (i + o), way == "grouped"
-            terms.append([C * m * (i + o), numbers * grouped, C * grouped, numbers * (not grouped)])
-            costs.append(t.seconds[way] / per_multiply_add - numbers * m)
+        pairs = k * n * (i + o)
+        terms += [[C * m * (i + o), pairs, C, 0, 0], [0, 0, 0, pairs * m, 1]]
+        costs += [t.seconds["grouped"] / per_multiply_add - pairs * m, t.seconds["sparse"] / per_multiply_add]
     # A product that takes less than its multiply-adds would says nothing of what comes on top of them.
     usable = [row for row, cost in enumerate(costs) if cost > 0]
     of_terms, of_costs = (torch.tensor(each, dtype=torch.float64)[usable] for each in (terms, costs))
     solution = torch.linalg.lstsq(of_terms / of_costs[:, None], torch.ones(len(usable), 1, dtype=torch.float64))
-    names = ("_PER_WEIGHT", "_PER_GATHERED", "_PER_GROUP", "_PER_PADDED")
-    fitted = dict(zip(names, solution.solution[:, 0].tolist(), strict=True))
-    rank_one = [
-        t.seconds["gathered"] / per_multiply_add / (k * n * (i + o))
-        for (n, _, i, _, o, k), t in rows
-        if "gathered" in t.seconds
-    ]
-    return {**fitted, "_PER_GATHERED_ROW": sum(rank_one) / len(rank_one)}
+    names = ("_PER_WEIGHT", "_PER_GATHERED", "_PER_GROUP", "_PER_SPARSE", "_PER_CALL")
+    return dict(zip(names, solution.solution[:, 0].tolist(), strict=True))
 
 
 def main() -> None:
@@ -95,21 +85,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     print(f"{torch.get_num_threads()} threads; forward and backward, ms")
-    ways = ("dense", "padded", "grouped", "gathered")
-    print(f"{'rows':>6}{'C':>6}{'d_in':>6}{'m':>4}{'d_out':>6}{'k':>6}{'most':>6}"
+    ways = ("dense", "grouped", "sparse")
+    print(f"{'rows':>6}{'C':>6}{'d_in':>6}{'m':>4}{'d_out':>6}{'k':>6}"
           + "".join(f"{way:>10}" for way in ways) + "  chosen    over the best")  # fmt: skip
     rows, results = [], []
     for shape, skewed in product(SHAPES, (False, True)):
         t = times(shape, skewed, arguments.rounds)
         rows.append((shape, t))
-        shown = "".join(f"{1000 * t.seconds[way]:10.1f}" if way in t.seconds else " " * 10 for way in ways)
+        shown = "".join(f"{1000 * t.seconds[way]:10.1f}" for way in ways)
         n_rows, C, d_in, m, d_out, k = shape
         over = t.seconds[t.chosen] / min(t.seconds.values())
-        print(f"{n_rows:6}{C:6}{d_in:6}{m:4}{d_out:6}{k:6.4g}{t.most:6}{shown}  {t.chosen:9} {over:.2f}", flush=True)
-        results.append({"shape": shape, "most": t.most, "seconds": t.seconds, "chosen": t.chosen})
+        print(f"{n_rows:6}{C:6}{d_in:6}{m:4}{d_out:6}{k:6.4g}{shown}  {t.chosen:9} {over:.2f}", flush=True)
+        results.append({"shape": shape, "seconds": t.seconds, "chosen": t.chosen})
     print("constants as these times would have them, beside those in use:")
     for name, value in fitted_constants(rows).items():
-        print(f"{name:20}{value:12.0f}{getattr(_product, name):12.0f}")
+        print(f"{name:20}{value:12.0f}{getattr(_pairs, name):12.0f}")
     save("sparse_product", results)
 
 

@@ -81,7 +81,7 @@ mask = torch.rand(2048, 64) < 0.1
 active, upstream = active_pairs(mask), torch.randn(2048, 8)
 gradients = [
     torch.autograd.grad(pairwise_product(x, A, B, mask, active, way), x, upstream)[0]
-    for way in ("padded", "grouped") for _ in range(6)
+    for way in ("sparse", "grouped") for _ in range(6)
 ]
 print(all(torch.equal(one, gradients[0]) for one in gradients[:6]))
 print(all(torch.equal(one, gradients[6]) for one in gradients[6:]))

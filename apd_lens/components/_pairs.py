@@ -1,7 +1,8 @@
 """Products of active (data point, component) pairs only, by the cheapest of several ways."""
 
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -15,43 +16,100 @@ from apd_lens.data._finite import on_gpu
 
 # What the parts of a masked product cost, forward and backward, in multiply-adds of a dense one: chosen with what
 # benchmarks/sparse_product.py measures on a CPU. Constants, so that the same run takes the same way every time.
-_PER_WEIGHT = 15  # a number in the factors that a grouped or padded product reads, and has a gradient for
+_PER_WEIGHT = 15  # a number in the factors that a grouped product reads, and has a gradient for
 _PER_GATHERED = 50  # a number of x and y, for each active pair
 _PER_GROUP = 700_000  # a component
-_PER_PADDED = 40  # a number of x and y in the groups, filled up to one length
-_PER_GATHERED_ROW = 70  # a number of x, y and the factors, for each active pair, where rank is one
+_PER_SPARSE = 5  # a number of the factors, for each active pair
+_PER_SPARSE_ON_GPU = 70  # that on a GPU, where it is fetched before it is multiplied; not measured
+_PER_CALL = 3_000_000  # a sparse product
+
+
+@dataclass(frozen=True, eq=False)
+class Links:
+    """Which parts each row is linked with, as a sparse matrix `rows parts`, and as its transpose.
+
+    Attributes:
+        parts: of every link, sorted by row.
+        row_ends: where the links of each row begin; and the number of links.
+        rows: of every link, sorted by part.
+        part_ends: where those of each part begin; and the number of links.
+        order: the links sorted by part, among those sorted by row.
+    """
+
+    parts: Int[Tensor, " links"]
+    row_ends: Int[Tensor, " rows_and_1"]
+    rows: Int[Tensor, " links"]
+    part_ends: Int[Tensor, " parts_and_1"]
+    order: Int[Tensor, " links"]
 
 
 @dataclass(frozen=True, eq=False)
 class ActivePairs:
-    """The active (data point, component) pairs of a mask, sorted by component.
+    """The active (data point, component) pairs of a mask, sorted by data point.
 
     Attributes:
         data_points: of every pair; the mask's examples, or positions of examples, in one row.
         components: of every pair.
-        ends: for each component, where its pairs end.
-        most: number of pairs of the component that has the most; None on a GPU, which would have to be waited for.
+        of_data: for each data point, how many pairs it has.
+        of_components: for each component, how many.
     """
 
     data_points: Int[Tensor, " pairs"]
     components: Int[Tensor, " pairs"]
-    ends: Int[Tensor, " C"]
-    most: int | None
+    of_data: Int[Tensor, " data"]
+    of_components: Int[Tensor, " C"]
+    _repeated: dict[int, "ActivePairs"] = field(default_factory=dict, init=False, repr=False)
+    _links: dict[int, Links] = field(default_factory=dict, init=False, repr=False)
 
     def to(self, device: torch.device) -> "ActivePairs":
         """The same pairs on the device of a matrix."""
-        if self.ends.device == device:
+        if self.components.device == device:
             return self
-        return ActivePairs(self.data_points.to(device), self.components.to(device), self.ends.to(device), self.most)
+        pairs = (self.data_points, self.components, self.of_data, self.of_components)
+        return ActivePairs(*(each.to(device) for each in pairs))
 
     @cached_property
-    def places(self) -> Int[Tensor, " pairs"]:
-        """Of every pair, among the groups filled up to one length, `most` (or 1)."""
-        assert self.most is not None
-        device = self.components.device
-        starts = F.pad(self.ends, (1, 0))[:-1]
-        shifts = torch.arange(len(self.ends), device=device) * max(1, self.most) - starts
-        return torch.arange(len(self.components), device=device) + shifts[self.components]
+    def by_component(self) -> Int[Tensor, " pairs"]:
+        """The pairs sorted by component, among those sorted by data point."""
+        return self.components.argsort(stable=True)
+
+    def repeated(self, n: int) -> "ActivePairs":
+        """The pairs where each data point has n rows of x, of which each is a data point then."""
+        if n == 1:
+            return self
+        if n not in self._repeated:
+            order = _transposed(self.data_points, self.of_data, n)
+            rows = (self.data_points[:, None] * n + torch.arange(n, device=order.device)).flatten()[order]
+            components = self.components.repeat_interleave(n)[order]
+            of_each = self.of_data.repeat_interleave(n), self.of_components * n
+            self._repeated[n] = ActivePairs(rows, components, *of_each)
+        return self._repeated[n]
+
+    def links(self, m: int) -> Links:
+        """Each data point with the m parts of rank one of each of its components."""
+        if m not in self._links:
+            each = torch.arange(m, device=self.components.device)
+            parts = (self.components[:, None] * m + each).flatten()
+            order = _transposed(self.components[self.by_component], self.of_components, m)
+            order = (self.by_component[:, None] * m + each).flatten()[order]
+            ends = _starts(self.of_data * m), _starts(self.of_components.repeat_interleave(m))
+            links = (parts, ends[0], self.data_points[order // m], ends[1], order)
+            self._links[m] = Links(*(each.int() for each in links))
+        return self._links[m]
+
+
+def _transposed(groups: Int[Tensor, " pairs"], counts: Int[Tensor, " groups"], n: int) -> Int[Tensor, " n_pairs"]:
+    """Of what is sorted by group, n times each: all of a group once, then all of it again, among each n times."""
+    first = _starts(counts)[groups]
+    among = torch.arange(len(groups), device=groups.device) - first
+    copies = torch.arange(n, device=groups.device)
+    places = (first * n + among)[:, None] + counts[groups][:, None] * copies
+    numbers = torch.arange(places.numel(), device=groups.device)
+    return torch.empty_like(numbers).index_copy_(0, places.flatten(), numbers)
+
+
+def _starts(counts: Int[Tensor, " groups"]) -> Int[Tensor, " groups_and_1"]:
+    return F.pad(counts.cumsum(0), (1, 0))
 
 
 def active_pairs(mask: Bool[Tensor, "examples *mask_pos C"], n_active: int | None = None) -> ActivePairs:
@@ -60,36 +118,30 @@ def active_pairs(mask: Bool[Tensor, "examples *mask_pos C"], n_active: int | Non
     Args:
         n_active: how many there are, if that is known. Then nothing has to be fetched from the device.
     """
-    by_component = mask.flatten(0, -2).mT
-    found = by_component.nonzero() if n_active is None else torch.nonzero_static(by_component, size=n_active)
-    numbers = by_component.sum(1)
-    most = None if on_gpu(mask.device) else int(numbers.max())
-    return ActivePairs(found[:, 1], found[:, 0], numbers.cumsum(0).int(), most)
+    flat = mask.flatten(0, -2)
+    found = flat.nonzero() if n_active is None else torch.nonzero_static(flat, size=n_active)
+    return ActivePairs(found[:, 0], found[:, 1], flat.sum(1), flat.sum(0))
 
 
 def cheapest_way(
     n_rows: int, A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"], mask: Mask, active: ActivePairs
-) -> Literal["dense", "padded", "grouped", "gathered"]:
+) -> Literal["dense", "grouped", "sparse"]:
     """How to compute a masked product of `n_rows` rows of x, by what it is estimated to cost.
 
     dense: all components, then the mask. grouped: the rows of each component's data points together, one product a
-    component. padded: the same with all groups filled up to one length, as one batched product. gathered (rank one
-    only): each pair's column of A and row of B are fetched, and there is no product.
+    component. sparse: x A at the active pairs only, and a sparse matrix of these times B.
     """
     n_components, d_in, m = A.shape
     width = d_in + B.shape[-1]
-    rows_per_pair = n_rows / mask[..., 0].numel()
-    n_pair_rows, n_weights = len(active.components) * rows_per_pair, n_components * m * width
-    costs = {
+    n_pair_rows = len(active.components) * n_rows / mask[..., 0].numel()
+    n_weights = n_components * m * width
+    per_sparse = _PER_SPARSE_ON_GPU if on_gpu(A.device) else _PER_SPARSE
+    costs: dict[Literal["dense", "grouped", "sparse"], float] = {
         "dense": n_rows * n_weights,
         "grouped": n_weights * _PER_WEIGHT + n_components * _PER_GROUP + n_pair_rows * width * (_PER_GATHERED + m),
+        "sparse": n_pair_rows * m * width * per_sparse + _PER_CALL,
     }
-    if active.most is not None:
-        n_padded_rows = n_components * active.most * rows_per_pair
-        costs["padded"] = n_weights * _PER_WEIGHT + n_padded_rows * width * (_PER_PADDED + m)
-    if m == 1:
-        costs["gathered"] = n_pair_rows * width * _PER_GATHERED_ROW
-    return min(costs, key=lambda way: costs[way])  # type: ignore[return-value]
+    return min(costs, key=lambda way: costs[way])
 
 
 def pairwise_product(
@@ -98,75 +150,144 @@ def pairwise_product(
     B: Float[Tensor, "C m d_out"],
     mask: Mask,
     active: ActivePairs,
-    way: Literal["padded", "grouped", "gathered"],
+    way: Literal["grouped", "sparse"],
 ) -> Float[Tensor, "examples *pos d_out"]:
-    """Σ x A_c B_c over the active pairs alone: gather rows of x, multiply, add up what belongs to one data point."""
+    """Σ x A_c B_c over the active pairs alone."""
     autocast = torch.is_autocast_enabled(A.device.type)
     dtype = torch.get_autocast_dtype(A.device.type) if autocast else A.dtype
-    A, B = A.to(dtype), B.to(dtype)
     data_axes = mask.shape[:-1]
-    rows = (
-        x.expand(*data_axes, *x.shape[len(data_axes) :])
-        .flatten(0, len(data_axes) - 1)
-        .index_select(0, active.data_points)
-    )
-    factors = [A, B]
-    if x.is_floating_point():
-        rows = rows.to(dtype)
+    rows = x.expand(*data_axes, *x.shape[len(data_axes) :]).flatten(0, len(data_axes) - 1)
+    with torch.autocast(A.device.type, enabled=False):
+        if way == "sparse":
+            y = _of_links(rows, A, B, active, torch.promote_types(dtype, torch.float32))
+        else:
+            y = _of_groups(rows, A.to(dtype), B.to(dtype), active)
+    return y.to(dtype).unflatten(0, data_axes)
+
+
+# --- sparse
+
+
+def _of_links(
+    rows: MatrixInput,
+    A: Float[Tensor, "C d_in m"],
+    B: Float[Tensor, "C m d_out"],
+    active: ActivePairs,
+    dtype: torch.dtype,
+) -> Float[Tensor, "data *pos d_out"]:
+    """Rows times the parts that they are linked with."""
+    A, B = A.to(dtype), B.to(dtype)
+    if rows.is_floating_point():
+        places, flat = rows.shape[:-1], rows.reshape(-1, rows.shape[-1])
+        active = active.repeated(places[1:].numel())
+        links = active.links(A.shape[2])
+        weights = _Dots.apply(flat.to(dtype), A.mT.flatten(0, 1), links)
     else:
-        rows, factors = _looked_up(rows, A, active), [B]
-    if way == "gathered":
-        y = _of_each_pair(rows, factors, active)
-    elif way == "padded":
-        y = _of_padded_groups(rows, factors, active)
-    else:
-        y = _of_each_group(rows, factors, active)
-    total = y.new_zeros(data_axes.numel(), *y.shape[1:], dtype=torch.promote_types(dtype, torch.float32))
-    return total.index_add(0, active.data_points, y.to(total.dtype)).to(dtype).unflatten(0, data_axes)
+        places, flat = rows.shape, rows.flatten()
+        active = active.repeated(places[1:].numel())
+        links = active.links(A.shape[2])
+        weights = _looked_up(flat[active.data_points], A, active.components).flatten()
+    return _Sums.apply(weights, B.flatten(0, 1), links).unflatten(0, places)
+
+
+class _Dots(torch.autograd.Function):
+    """x_r · y_p of every row r of x and row p of y that are linked."""
+
+    @staticmethod
+    def forward(x: Float[Tensor, "rows d"], y: Float[Tensor, "parts d"], links: Links) -> Float[Tensor, " links"]:
+        return _dots(x, y, links)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Links], output: Tensor) -> None:
+        x, y, ctx.links = inputs
+        ctx.save_for_backward(x, y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, y = ctx.saved_tensors
+        needs_x, needs_y, _ = ctx.needs_input_grad
+        for_x = _sums(gradient, y, ctx.links) if needs_x else None
+        return for_x, _transposed_sums(gradient, x, ctx.links) if needs_y else None, None
+
+
+class _Sums(torch.autograd.Function):
+    """Σ_p w_rp y_p of every row r, over the rows p of y that are linked with it."""
+
+    @staticmethod
+    def forward(w: Float[Tensor, " links"], y: Float[Tensor, "parts d"], links: Links) -> Float[Tensor, "rows d"]:
+        return _sums(w, y, links)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Links], output: Tensor) -> None:
+        w, y, ctx.links = inputs
+        ctx.save_for_backward(w, y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        w, y = ctx.saved_tensors
+        needs_w, needs_y, _ = ctx.needs_input_grad
+        for_w = _dots(gradient, y, ctx.links) if needs_w else None
+        return for_w, _transposed_sums(w, gradient, ctx.links) if needs_y else None, None
+
+
+def _dots(x: Float[Tensor, "rows d"], y: Float[Tensor, "parts d"], links: Links) -> Float[Tensor, " links"]:
+    if on_gpu(x.device):
+        rows = links.rows.new_empty(len(links.rows)).index_copy_(0, links.order.long(), links.rows)
+        return (F.embedding(rows, x) * F.embedding(links.parts, y)).sum(-1)
+    unknown = x.new_empty(len(links.parts))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        where = torch.sparse_csr_tensor(links.row_ends, links.parts, unknown, (len(x), len(y)), check_invariants=False)
+    return torch.sparse.sampled_addmm(where, x, y.mT, beta=0.0).values()
+
+
+def _sums(w: Float[Tensor, " links"], y: Float[Tensor, "parts d"], links: Links) -> Float[Tensor, "rows d"]:
+    return _bags(links.parts, links.row_ends, w, y)
+
+
+def _transposed_sums(w: Float[Tensor, " links"], x: Float[Tensor, "rows d"], links: Links) -> Float[Tensor, "parts d"]:
+    return _bags(links.rows, links.part_ends, w.index_select(0, links.order), x)
+
+
+def _bags(of: Tensor, ends: Tensor, weights: Tensor, values: Float[Tensor, "n d"]) -> Float[Tensor, "bags d"]:
+    return F.embedding_bag(of, values, ends, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 def _looked_up(
-    rows: Int[Tensor, "pairs *pos"], A: Float[Tensor, "C d_in m"], active: ActivePairs
+    rows: Int[Tensor, "pairs *pos"], A: Float[Tensor, "C d_in m"], components: Int[Tensor, " pairs"]
 ) -> Float[Tensor, "pairs *pos m"]:
     """Rows of each pair's A, which need not be in one piece."""
     n_components, d_in, m = A.shape
-    columns = torch.arange(n_components * m, device=A.device).view(-1, m)[active.components]
+    columns = torch.arange(n_components * m, device=A.device).view(-1, m)[components]
     columns = columns.reshape(-1, *[1] * (rows.ndim - 1), m)
     return F.embedding(columns * d_in + rows[..., None], A.mT.reshape(-1, 1))[..., 0]
 
 
-def _of_each_pair(
-    rows: Float[Tensor, "pairs *pos d_in"], factors: Sequence[Float[Tensor, "C _ _"]], active: ActivePairs
-) -> Float[Tensor, "pairs *pos d_out"]:
-    """Each pair's rows times the factors of its component, whose rank is one; each is fetched, and there is no
-    product."""
-    component = active.components.reshape(-1, *[1] * (rows.ndim - 2))
-    *read, written = factors
-    for A in read:
-        rows = (rows * F.embedding(component, A[..., 0])).sum(-1, keepdim=True)
-    return rows * F.embedding(component, written[:, 0])
+# --- grouped
 
 
-def _of_padded_groups(
-    rows: Float[Tensor, "pairs *pos d_in"], factors: Sequence[Float[Tensor, "C _ _"]], active: ActivePairs
-) -> Float[Tensor, "pairs *pos d_out"]:
-    """Each pair's rows times the factors of its component; the groups, filled up to one length, as one batch."""
-    assert active.most is not None
-    n_components = len(active.ends)
-    padded = rows.new_zeros(n_components * max(1, active.most), *rows.shape[1:])
-    groups = padded.index_copy(0, active.places, rows).view(n_components, -1, rows.shape[-1])
-    for factor in factors:
-        # Either way gradients come out in the layout of the factor.
-        groups = (factor.mT @ groups.mT).mT if factor.mT.is_contiguous() else groups @ factor
-    return groups.reshape(*padded.shape[:-1], -1).index_select(0, active.places)
+def _of_groups(
+    rows: MatrixInput, A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"], active: ActivePairs
+) -> Float[Tensor, "data *pos d_out"]:
+    """Gathers rows of x by component, multiplies, and adds up what belongs to one data point."""
+    data_points, components = (each[active.by_component] for each in (active.data_points, active.components))
+    ends = active.of_components.cumsum(0).int()
+    chosen, factors = rows.index_select(0, data_points), [A, B]
+    if rows.is_floating_point():
+        chosen = chosen.to(A.dtype)
+    else:
+        chosen, factors = _looked_up(chosen, A, components), [B]
+    y = _of_each_group(chosen, factors, ends)
+    total = y.new_zeros(len(rows), *y.shape[1:], dtype=torch.promote_types(y.dtype, torch.float32))
+    return total.index_add(0, data_points, y.to(total.dtype))
 
 
 def _of_each_group(
-    rows: Float[Tensor, "pairs *pos d_in"], factors: Sequence[Float[Tensor, "C _ _"]], active: ActivePairs
+    rows: Float[Tensor, "pairs *pos d_in"], factors: Sequence[Float[Tensor, "C _ _"]], ends: Int[Tensor, " C"]
 ) -> Float[Tensor, "pairs *pos d_out"]:
     """Each pair's rows times the factors of its component, group by group."""
     flat = rows.flatten(0, -2)
-    ends = active.ends * (len(flat) // len(rows) if len(rows) else 1)
+    ends = ends * (len(flat) // len(rows) if len(rows) else 1)
     for factor in factors:
         flat = _GroupedProduct.apply(flat, factor, ends)
     return flat.unflatten(0, rows.shape[:-1])

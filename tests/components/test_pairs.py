@@ -4,15 +4,27 @@ from torch.testing import assert_close
 
 from apd_lens.components._pairs import active_pairs, pairwise_product
 
-
-def test_pairs_stand_by_component_and_then_by_data_point():
-    mask = torch.tensor([[True, False, True], [True, False, False]])
-    pairs = active_pairs(mask)
-    assert pairs.places.shape == (3,)
-    assert torch.equal(active_pairs(mask, 3).places, pairs.places)
+MASK = torch.tensor([[True, False, True], [True, False, False]])
 
 
-@pytest.mark.parametrize("way", ["padded", "grouped"])
+def test_pairs_stand_by_data_point_and_then_by_component():
+    pairs = active_pairs(MASK)
+    assert (pairs.data_points.tolist(), pairs.components.tolist()) == ([0, 0, 1], [0, 2, 0])
+    assert pairs.by_component.tolist() == [0, 2, 1]
+    twice = pairs.repeated(2)  # rows 0 and 1 are of the first data point
+    assert (twice.data_points.tolist(), twice.components.tolist()) == ([0, 0, 1, 1, 2, 3], [0, 2, 0, 2, 0, 0])
+
+
+def test_links_and_their_transpose():
+    links = active_pairs(MASK).links(2)
+    assert links.parts.tolist() == [0, 1, 4, 5, 0, 1]
+    assert links.row_ends.tolist() == [0, 4, 6]
+    assert links.rows.tolist() == [0, 1, 0, 1, 0, 0]
+    assert links.part_ends.tolist() == [0, 2, 4, 4, 4, 5, 6]
+    assert links.order.tolist() == [0, 4, 1, 5, 2, 3]
+
+
+@pytest.mark.parametrize("way", ["grouped", "sparse"])
 def test_every_way_is_the_sum_over_active_components(way):
     x, A, B = torch.randn(6, 4), torch.randn(3, 4, 2), torch.randn(3, 2, 5)
     x.requires_grad_()

@@ -18,7 +18,7 @@ def _kernel(request, monkeypatch):
     monkeypatch.setattr(_pairs, "_has_grouped_kernel", lambda rows: request.param and rows.dtype != torch.float64)
 
 
-WAYS = {1: ["padded", "grouped", "gathered"], 3: ["padded", "grouped"]}
+WAYS = ["grouped", "sparse"]
 TOLERANCE = {torch.float64: {"rtol": 0, "atol": 1e-12}, torch.float32: {"rtol": 1e-5, "atol": 1e-5}}
 
 
@@ -34,7 +34,7 @@ def outcome(product: Tensor, factors: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(("rank", "way"), [(rank, way) for rank, ways in WAYS.items() for way in ways])
+@pytest.mark.parametrize(("rank", "way"), [(rank, way) for rank in (1, 3) for way in WAYS])
 @pytest.mark.parametrize(
     ("places", "data_axes"), [((6,), 1), ((6, 4), 1), ((6, 4), 2), ((6, 4, 2), 2)], ids=str
 )  # fmt: skip
@@ -49,7 +49,7 @@ def test_pair_by_pair_equals_dense_with_gradients(dtype, rank, way, places, data
         assert_close(ours, expected, **TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize(("rank", "way"), [(rank, way) for rank, ways in WAYS.items() for way in ways])
+@pytest.mark.parametrize(("rank", "way"), [(rank, way) for rank in (1, 3) for way in WAYS])
 @pytest.mark.parametrize("data_axes", [1, 2])
 def test_lookups_pair_by_pair(rank, way, data_axes):
     _, A, B = case(rank, torch.float32)
@@ -60,7 +60,7 @@ def test_lookups_pair_by_pair(rank, way, data_axes):
         assert_close(ours, expected, **TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize(("rank", "way"), [(rank, way) for rank, ways in WAYS.items() for way in ways])
+@pytest.mark.parametrize(("rank", "way"), [(rank, way) for rank in (1, 3) for way in WAYS])
 def test_x_that_all_examples_share(rank, way):
     x, A, B = case(rank, torch.float32, (1, 4))
     mask = torch.rand(6, 9) < 0.3
@@ -70,7 +70,7 @@ def test_x_that_all_examples_share(rank, way):
         assert_close(ours, expected, **TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize(("rank", "way"), [(rank, way) for rank, ways in WAYS.items() for way in ways])
+@pytest.mark.parametrize(("rank", "way"), [(rank, way) for rank in (1, 3) for way in WAYS])
 def test_autocast_pair_by_pair(rank, way):
     x, A, B = case(rank, torch.float32, (6, 4), d_in=32, d_out=16)
     mask = torch.rand(6, 4, 9) < 0.3
@@ -82,7 +82,18 @@ def test_autocast_pair_by_pair(rank, way):
             assert (ours.float() - expected).norm() < 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize("way", WAYS[3])
+def test_sparse_products_as_on_a_gpu_are_the_same(monkeypatch):
+    x, A, B = case(3, torch.float64, (6, 4))
+    mask = torch.rand(6, 4, 9) < 0.3
+    outcomes = []
+    for on_gpu in (False, True):
+        monkeypatch.setattr(_pairs, "on_gpu", lambda device, on_gpu=on_gpu: on_gpu)
+        outcomes.append(outcome(pairwise_product(x, A, B, mask, active_pairs(mask), "sparse"), [x, A, B]))
+    for ours, expected in zip(*outcomes, strict=True):
+        assert_close(ours, expected, **TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_nothing_active_at_all(way):
     x, A, B = case(3, torch.float32)
     mask = torch.zeros(6, 9, dtype=torch.bool)
@@ -95,19 +106,19 @@ def test_pairs_of_a_known_number_are_the_same():
     counted, known = active_pairs(mask), active_pairs(mask, int(mask.sum()))
     assert torch.equal(counted.data_points, known.data_points)
     assert torch.equal(counted.components, known.components)
-    assert counted.ends.tolist() == mask.flatten(0, 1).sum(0).cumsum(0).tolist()
+    assert counted.of_data.tolist() == mask.flatten(0, 1).sum(1).tolist()
+    assert counted.of_components.tolist() == mask.flatten(0, 1).sum(0).tolist()
 
 
 @pytest.mark.parametrize(
     ("n_rows", "C", "d_in", "m", "d_out", "k", "skew", "way"),
     [
-        (256, 130, 1000, 50, 50, 1.28, 0, "padded"),
-        (256, 130, 1000, 50, 50, 1.28, 1, "grouped"),  # some components are active much more often than others
+        (256, 130, 1000, 50, 50, 1.28, 0, "sparse"),
         (2048, 130, 1000, 50, 50, 1.28, 1, "grouped"),
         (2048, 130, 1000, 50, 50, 130, 0, "dense"),  # everything is active
-        (64, 100, 256, 4, 48, 1, 1, "dense"),  # so small that groups cost more than they save
-        (512, 512, 768, 1, 3072, 16, 0, "dense"),
-        (512, 4096, 768, 1, 768, 16, 0, "gathered"),
+        (64, 20, 256, 4, 48, 1, 1, "dense"),  # so small that finding the active ones costs more than it saves
+        (512, 512, 768, 1, 3072, 16, 0, "sparse"),
+        (512, 4096, 768, 1, 768, 16, 0, "sparse"),
     ],
 )
 def test_the_cheapest_way(n_rows, C, d_in, m, d_out, k, skew, way):
@@ -132,7 +143,7 @@ def test_a_context_takes_the_cheap_way_and_gives_the_same(monkeypatch):
         sparse = model(x)
     with decomposition.sparse(mask.float()):
         assert_close(sparse, model(x))
-    assert ways == ["padded"]
+    assert ways == ["sparse"]
 
 
 @pytest.mark.parametrize("dimensions", [100, 200])

@@ -209,7 +209,7 @@ def test_no_projection_that_skips_the_unembedding_waits_on_a_gpu(monkeypatch):
     assert len(counts) == 3
 
 
-@pytest.mark.parametrize("way", ["grouped", "gathered"])
+@pytest.mark.parametrize("way", ["grouped", "sparse"])
 def test_no_pairwise_product_waits_on_a_gpu(way: str, monkeypatch):
     monkeypatch.setattr("apd_lens.components._products.cheapest_way", lambda *arguments: way)
     case = (residual_mlp, batch, {"weights": "layers.*", "rank": 1})
@@ -225,7 +225,6 @@ def test_what_waits_is_found():
     assert {
         "_finite.raise_first: aten::_local_scalar_dense",
         "_linearity._are_equal: aten::_local_scalar_dense",
-        "_pairs.active_pairs: aten::_local_scalar_dense",
     } <= places
 
 
