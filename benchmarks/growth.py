@@ -86,7 +86,7 @@ def sparse_ms(state: apd.training.State, batch: torch.Tensor, rounds: int) -> tu
         output.square().mean().backward(inputs=list(state.components.parameters()))
 
     active = median_seconds(run, rounds)
-    with mock.patch("apd_lens.components._pairs.cheapest_way", return_value="dense"):
+    with mock.patch("apd_lens.components._products.cheapest_way", return_value="dense"):
         return 1000 * active, 1000 * median_seconds(run, rounds)
 
 

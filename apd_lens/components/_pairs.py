@@ -234,10 +234,10 @@ def _dots(x: Float[Tensor, "rows d"], y: Float[Tensor, "parts d"], links: Links)
     if on_gpu(x.device):
         rows = links.rows.new_empty(len(links.rows)).index_copy_(0, links.order.long(), links.rows)
         return (F.embedding(rows, x) * F.embedding(links.parts, y)).sum(-1)
-    unknown = x.new_empty(len(links.parts))
+    zeros = x.new_zeros(len(links.parts))  # beta times what is there is added, and 0 times NaN is NaN
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        where = torch.sparse_csr_tensor(links.row_ends, links.parts, unknown, (len(x), len(y)), check_invariants=False)
+        where = torch.sparse_csr_tensor(links.row_ends, links.parts, zeros, (len(x), len(y)), check_invariants=False)
     return torch.sparse.sampled_addmm(where, x, y.mT, beta=0.0).values()
 
 

@@ -94,6 +94,21 @@ def test_sparse_products_as_on_a_gpu_are_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_what_memory_held_before_does_not_matter(way):
+    x, A, B = case(3, torch.float32)
+    mask = torch.rand(6, 9) < 0.3
+    torch.use_deterministic_algorithms(True)  # torch then fills new memory with NaN
+    try:
+        assert torch.ones(1).new_empty(1).isnan()
+        assert all(
+            value.isfinite().all()
+            for value in outcome(pairwise_product(x, A, B, mask, active_pairs(mask), way), [x, A, B])
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_nothing_active_at_all(way):
     x, A, B = case(3, torch.float32)
     mask = torch.zeros(6, 9, dtype=torch.bool)
