@@ -52,7 +52,7 @@ class Stage:
 
     Attributes:
         calls: which.
-        start: index (into `inputs`) of the x that is this place; None for the output.
+        start: of the x that is this place, its key in `inputs`; None for the output.
         maps: of that x, on which the gradient there depends as `Readout` says.
     """
 
@@ -80,10 +80,10 @@ def unknown_readout(watched: WatchedPass) -> Readout:
     return Readout({}, (Stage(tuple(range(len(watched.calls)))),))
 
 
-def inputs(watched: WatchedPass) -> list[Tensor]:
-    """Every x that a matrix multiplies and that depends on a decomposed one, in the order of the calls."""
-    xs = [call.x_in_graph for call in watched.calls] + [x for _, x in watched.before_others]
-    return [x for x in xs if x.requires_grad and len(x) == len(watched.output)]
+def inputs(watched: WatchedPass) -> dict[int, Tensor]:
+    """Every x in the graph that a matrix multiplies, by its place, which is the same in a pass on some examples."""
+    xs = [call.x_in_graph for call in watched.calls] + [x for _, x in watched.others_after]
+    return {place: x for place, x in enumerate(xs) if x.requires_grad and len(x) == len(watched.output)}
 
 
 def in_front_of_nonlinearity(
@@ -108,13 +108,14 @@ def find_readout(watched: WatchedPass, root: Tensor | GradientEdge) -> Readout:
     what comes through it. When those of some y_b are known, what comes through them is cut off, and it is looked again.
     """
     ys, xs = [call.y for call in watched.calls], inputs(watched)
-    tensors = [*ys, *xs]
+    tensors = [*ys, *xs.values()]
     v = torch.randn(
         watched.output.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
     ).expand_as(watched.output)
     v = v.to(watched.output)
     full = {i: gradient for i, gradient in enumerate(_gradients(root, v, tensors)) if gradient is not None}
     calls, places = [i for i in full if i < len(ys)], [i for i in full if i >= len(ys)]
+    place_of = dict(enumerate(xs, len(ys)))
     through: dict[int, list[int]] = {}  # x -> y all of whose gradient comes through it
 
     def through_x(x: int) -> list[int]:
@@ -137,7 +138,7 @@ def find_readout(watched: WatchedPass, root: Tensor | GradientEdge) -> Readout:
         start, here = next(((x, here) for x, here in found if here), (None, []))
         if start is None:
             break
-        stages.append(Stage(tuple(here), start - len(ys), maps[start]))
+        stages.append(Stage(tuple(here), place_of[start], maps[start]))
         left = [call for call in left if call not in here]
         widest = max((ys[call].shape[-1] for call in left), default=0)
         known += [b for b in here if ys[b].ndim == 2 and _NARROWER * ys[b].shape[1] <= min(widest, len(ys[b]))]
@@ -146,7 +147,7 @@ def find_readout(watched: WatchedPass, root: Tensor | GradientEdge) -> Readout:
     # All others in one go: what comes from further back comes through what was in a stage again.
     own = [call for call in calls if call not in affine]
     same_for_all = _affine_maps(root, v, tensors, full, places, known=[])
-    starts = (x - len(ys) for x in same_for_all if set(own) <= set(through_x(x)))
+    starts = (place_of[x] for x in same_for_all if set(own) <= set(through_x(x)))
     return Readout(affine, (Stage(tuple(own), next(starts, None)),))
 
 
@@ -231,16 +232,16 @@ def readout_of_graph(watched: WatchedPass, root: Tensor | GradientEdge) -> Reado
     ∂f/∂y is the same for all examples if only additions, products with constant matrices, and what moves numbers are
     on all ways from y to the output. What is not known to be one of these counts as not linear.
     """
-    ys, xs = [edge(call.y) for call in watched.calls], [edge(x) for x in inputs(watched)]
+    ys, xs = [edge(call.y) for call in watched.calls], {place: edge(x) for place, x in inputs(watched).items()}
     linear, others = reached(edge(root), set(ys))
     is_shared = linear - others
     affine = {call: {} for call, y in enumerate(ys) if y in is_shared}
     own = tuple(call for call, y in enumerate(ys) if y in others)
     if not own:
         return Readout(affine, ())
-    for index, x in enumerate(xs):
+    for place, x in xs.items():
         if x in is_shared and not {ys[call] for call in own} & set().union(*reached(edge(root), set(ys), without=x)):
-            return Readout(affine, (Stage(own, index),))
+            return Readout(affine, (Stage(own, place),))
     return Readout(affine, (Stage(own),))
 
 

@@ -4,7 +4,7 @@ The cost is that of the backward passes through the target, one for each v and e
 examples is computed once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -167,7 +167,7 @@ def _direct(
     output: Tensor,
     vs: Float[Tensor, "v *pos n_outputs"],
     ys: Sequence[Tensor],
-    xs: Sequence[Tensor],
+    xs: Mapping[int, Tensor],
 ) -> dict[Tensor, Float[Tensor, "v 1 *rest"]]:
     """S(v) of `Readout`, for every y that is affine and every x that a stage starts from."""
     maps = {ys[call]: maps for call, maps in readout.affine.items()}

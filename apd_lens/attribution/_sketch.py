@@ -50,9 +50,9 @@ class Unembedding:
 def unembedding(watched: WatchedPass) -> Unembedding | None:
     """What the pass ends with, if it is a large undecomposed matrix that all decomposed ones come through."""
     logits = watched.output
-    if logits.grad_fn is None or logits.shape[-1] < FEWEST_OUTPUTS or not watched.before_others:
+    if logits.grad_fn is None or logits.shape[-1] < FEWEST_OUTPUTS or not watched.others_after:
         return None
-    use, x = watched.before_others[-1]
+    use, x = watched.others_after[-1]
     if not x.requires_grad or x.shape[:-1] != logits.shape[:-1]:
         return None
     matrix = watched.run.target.weights[use.matrix]
@@ -64,7 +64,7 @@ def unembedding(watched: WatchedPass) -> Unembedding | None:
     linear, others = reached(root, {edge(x)}, also=_ZEROS)
     if edge(x) not in linear or edge(x) in others or ys & set().union(*reached(root, ys, without=edge(x))):
         return None
-    return Unembedding(next(place for place, one in enumerate(inputs(watched)) if one is x), x, W)
+    return Unembedding(next(place for place, one in inputs(watched).items() if one is x), x, W)
 
 
 def sketched(

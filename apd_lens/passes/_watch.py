@@ -111,7 +111,7 @@ class WatchedPass:
         output: `batch *pos n_outputs`, with the graph from the calls' y to it; zero at padding.
         valid: False at padding.
         calls: in the order of the forward; a module that is used twice has two.
-        before_others: the uses of all other matrices, and their x in the graph.
+        others_after: the uses of other matrices after the first of these, and their x in the graph.
         hidden: activations of the named submodules, without a graph.
         run: what was run.
         jacobians: ∂output/∂y of every call (`Jacobians`), once computed and if few enough to keep.
@@ -121,7 +121,7 @@ class WatchedPass:
     output: Tensor
     valid: Valid
     calls: list[Call]
-    before_others: list[tuple[Use, Tensor]]
+    others_after: list[tuple[Use, Tensor]]
     hidden: dict[str, Tensor]
     run: Run
     jacobians: Any = None
@@ -147,12 +147,12 @@ class WatchedPass:
         calls = [Call(call.use, call.x, call.x, _stand_in(call.y)) for call in self.calls]
         fisher = self._in_fisher_metric
         if fisher is not None:
-            fisher = replace(fisher, output=_stand_in(fisher.output), calls=calls, before_others=[], graph_freed=True)
+            fisher = replace(fisher, output=_stand_in(fisher.output), calls=calls, others_after=[], graph_freed=True)
         return replace(
             self,
             output=self.output.detach(),
             calls=calls,
-            before_others=[],
+            others_after=[],
             graph_freed=True,
             _in_fisher_metric=fisher,
         )
@@ -170,7 +170,7 @@ class WatchedPass:
         """Gives up the graph, and what is in it, of a pass whose gradients are no longer asked for."""
         for one in self._metrics:
             one.graph_freed = True
-            one.before_others = []
+            one.others_after = []
             one.output = one.output.detach() if one is self else _stand_in(one.output)
             one.calls = [Call(call.use, call.x, call.x, _stand_in(call.y)) for call in one.calls]
 
@@ -217,7 +217,7 @@ class WatchedPass:
 
     def bytes_per_example(self) -> int:
         """About what a forward pass takes, without a graph: x and y of every use, and the output three times."""
-        kept = [tensor for call in self.calls for tensor in (call.x, call.y)] + [x for _, x in self.before_others]
+        kept = [tensor for call in self.calls for tensor in (call.x, call.y)] + [x for _, x in self.others_after]
         numbers = sum(tensor[0].numel() for tensor in kept) + 3 * self.output[0].numel()
         return numbers * self.output.element_size()
 
@@ -271,13 +271,14 @@ def watched_pass(
     inputs = target.read(batch)
     examples = inputs.n_examples
     calls: list[Call] = []
-    before_others: list[tuple[Use, Tensor]] = []
+    others_after: list[tuple[Use, Tensor]] = []
     versions: list[int] = []  # autograd counts in-place changes
     observed = [name for name in target.weights if name not in names]
 
     def watch(use: Use, x: Tensor, original: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
         if use.matrix not in names:
-            before_others.append((use, x))
+            if calls:
+                others_after.append((use, x))
             return original()
         y = original() if replaced is None else replaced(use, x, original, bias)
         if inputs.main_axes == 1 and (len(y) != examples or y.ndim < 2):
@@ -298,7 +299,7 @@ def watched_pass(
 
     def start() -> None:
         calls.clear()
-        before_others.clear()
+        others_after.clear()
         versions.clear()
 
     with torch.enable_grad():
@@ -320,7 +321,7 @@ def watched_pass(
         output=picked,
         valid=inputs.valid,
         calls=calls,
-        before_others=before_others,
+        others_after=others_after,
         hidden={name: activation.detach() for name, activation in kept.items()},
         run=Run(target, names, inputs, output, replaced, compares),
     )
@@ -355,7 +356,7 @@ def watched_in_pieces(
         output=picked[0],
         valid=inputs.valid,
         calls=calls,
-        before_others=[],
+        others_after=[],
         hidden={name: torch.cat([part.hidden[name] for part in parts]) for name in hidden},
         run=Run(target, names, inputs, output, None, compares),
         graph_freed=True,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from support.toy_models import TMS, Mixing, ResidualMLP, TinyGPT, decomposition_of, known
+from support.toy_models import TMS, Mixing, ResidualMLP, TinyGPT, decomposition_of, known, tiny_llama
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -437,3 +437,18 @@ def test_dropout_is_off_during_attributions_and_back_after():
     assert torch.equal(decomposition.attributions(x), decomposition.attributions(x))
     assert [module.training for module in model] == [True, True, False]
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("distance", ["mse", "kl"])
+@pytest.mark.parametrize("vocabulary", [13, 2048])  # of so many outputs the unembedding is sketched
+def test_weights_of_the_model_that_have_gradients_change_nothing_in_parts(distance: str, vocabulary: int):
+    """What comes before the decomposed matrices is kept for later passes, and has no gradient there."""
+    x, found = torch.randint(vocabulary, (6, 5)), []
+    for with_gradients, memory in ((False, 2**29), (True, 2**29), (True, 2000)):
+        torch.manual_seed(0)
+        model = tiny_llama(vocab_size=vocabulary, num_hidden_layers=3).requires_grad_(with_gradients)
+        options = {"losses": apd.Losses(distance=distance), "attribution": apd.GradientAttribution(8, memory=memory)}
+        decomposition = apd.init(model, weights="model.layers.2.*_proj*", n_components=10, rank=2, **options)
+        found.append(decomposition.decomposition().attributions(x))
+    for came in found[1:]:
+        assert_close(came, found[0], rtol=1e-4, atol=1e-6)
