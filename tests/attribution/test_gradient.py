@@ -135,7 +135,7 @@ def models() -> dict[str, tuple[torch.nn.Module, Tensor, str, Readout]]:
     torch.nn.init.normal_(tms.linear1.weight)
     return {
         "one matrix": (torch.nn.Linear(5, 3), torch.randn(6, 5), "*", of_shared([0])),
-        "two matrices": (TwoMatrices(), torch.randn(6, 5), "*", of_shared([1], [0], 0)),
+        "two matrices": (TwoMatrices(), torch.randn(6, 5), "*", of_shared([1], [0], 1)),
         "residual MLP": (ResidualMLP(7, 6, 5, 1), torch.randn(6, 7), "layers.*", of_shared([1], [0], 1)),
         "two layers": (
             ResidualMLP(7, 6, 5, 2),
@@ -151,14 +151,14 @@ def models() -> dict[str, tuple[torch.nn.Module, Tensor, str, Readout]]:
         ),
         "branches": (Branches(), torch.randn(8, 5), "*", of_shared([2], [0, 1])),
         "nothing linear": (tms, torch.randn(6, 7), "*", of_shared([], [0, 1])),
-        "positions": (Mixing(), torch.randn(3, 4, 3), "*", of_shared([1], [0], 0)),
+        "positions": (Mixing(), torch.randn(3, 4, 3), "*", of_shared([1], [0], 1)),
         "positions, then gelu": (
             torch.nn.Sequential(Mixing(), torch.nn.GELU()),
             torch.randn(3, 4, 3),
             "*",
             of_shared([], [0, 1]),
         ),
-        "tokens": (TinyGPT(), torch.randint(11, (3, 4)), "*", of_shared([3, 4], [0, 1, 2], 2)),
+        "tokens": (TinyGPT(), torch.randint(11, (3, 4)), "*", of_shared([3, 4], [0, 1, 2], 4)),  # x of W_U
     }
 
 
