@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import torch
@@ -231,14 +231,25 @@ class _Sums(torch.autograd.Function):
 
 
 def _dots(x: Float[Tensor, "rows d"], y: Float[Tensor, "parts d"], links: Links) -> Float[Tensor, " links"]:
-    if on_gpu(x.device):
+    if not _has_sparse_kernel(x):
         rows = links.rows.new_empty(len(links.rows)).index_copy_(0, links.order.long(), links.rows)
         return (F.embedding(rows, x) * F.embedding(links.parts, y)).sum(-1)
+    _hear_of_beta()
     zeros = x.new_zeros(len(links.parts))  # beta times what is there is added, and 0 times NaN is NaN
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        where = torch.sparse_csr_tensor(links.row_ends, links.parts, zeros, (len(x), len(y)), check_invariants=False)
+    where = torch.sparse_csr_tensor(links.row_ends, links.parts, zeros, (len(x), len(y)), check_invariants=False)
     return torch.sparse.sampled_addmm(where, x, y.mT, beta=0.0).values()
+
+
+def _has_sparse_kernel(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+@cache
+def _hear_of_beta() -> None:
+    """Torch says once in a process that sparse tensors are in beta; nobody needs to hear it of ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 1], [0], [0.0], (1, 1), check_invariants=False)
 
 
 def _sums(w: Float[Tensor, " links"], y: Float[Tensor, "parts d"], links: Links) -> Float[Tensor, "rows d"]:

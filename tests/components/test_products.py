@@ -86,8 +86,8 @@ def test_sparse_products_as_on_a_gpu_are_the_same(monkeypatch):
     x, A, B = case(3, torch.float64, (6, 4))
     mask = torch.rand(6, 4, 9) < 0.3
     outcomes = []
-    for on_gpu in (False, True):
-        monkeypatch.setattr(_pairs, "on_gpu", lambda device, on_gpu=on_gpu: on_gpu)
+    for has_kernel in (True, False):
+        monkeypatch.setattr(_pairs, "_has_sparse_kernel", lambda x, has_kernel=has_kernel: has_kernel)
         outcomes.append(outcome(pairwise_product(x, A, B, mask, active_pairs(mask), "sparse"), [x, A, B]))
     for ours, expected in zip(*outcomes, strict=True):
         assert_close(ours, expected, **TOLERANCE[torch.float64])
