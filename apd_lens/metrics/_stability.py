@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -102,64 +103,91 @@ def stability(
     twins = [random_components(components) for components in sets]
     scales = squared_norms(decompositions[0])
 
-    def compare(others: Sequence[ParameterComponents], names: Sequence[str]) -> Float[Tensor, "S S"]:
+    def compare(others: Sequence[ParameterComponents]) -> Float[Tensor, "all_and_matrices S S"]:
         rows = [
-            [
-                _similarity(one, other, {name: scales[name] for name in names}, counts, others_count)
-                for other, others_count in zip(others, alive, strict=True)
-            ]
+            torch.stack(
+                [
+                    _similarities(one, other, scales, counts, of_other)
+                    for other, of_other in zip(others, alive, strict=True)
+                ]
+            )
             for one, counts in zip(sets, alive, strict=True)
         ]
-        return torch.stack([torch.stack(row) for row in rows]).cpu()
+        return torch.stack(rows).movedim(2, 0).cpu()
 
-    names = sets[0].names
+    (whole, *of_each), (whole_null, *null_of_each) = compare(sets), compare(twins)
     return Stability(
-        whole=compare(sets, names),
-        whole_null=compare(twins, names),
-        matrix={name: compare(sets, [name]) for name in names},
-        matrix_null={name: compare(twins, [name]) for name in names},
+        whole=whole,
+        whole_null=whole_null,
+        matrix=dict(zip(scales, of_each, strict=True)),
+        matrix_null=dict(zip(scales, null_of_each, strict=True)),
     )
+
+
+@dataclass(eq=False)
+class _Products:
+    """Inner products of the components of two sets, and each one's squared norm, in units of ‖W_l‖²."""
+
+    inner: Float[Tensor, "C D"]
+    squares: Float[Tensor, " C"]
+    of_others: Float[Tensor, " D"]
+
+    @classmethod
+    def of(cls, first: ParameterComponents, second: ParameterComponents, name: str, scale: float) -> "_Products":
+        A, B, other_A, other_B = first.A[name], first.B[name], second.A[name], second.B[name]
+        inner = inner_products(A, B, other_A, other_B)
+        return cls(inner / scale, _own_squares(A, B) / scale, _own_squares(other_A, other_B) / scale)
+
+    def add(self, more: "_Products") -> "_Products":
+        """In place."""
+        for name, values in vars(self).items():
+            values += getattr(more, name).to(values.device)
+        return self
+
+    def cosines(self) -> tuple[Float[Tensor, "C D"], Float[Tensor, " C"]]:
+        """And the norms of the first; 0 where a norm is 0."""
+        lengths, others = self.squares.sqrt(), self.of_others.sqrt()
+        tiny = torch.finfo(lengths.dtype).tiny
+        return self.inner / lengths.clamp_min(tiny)[:, None] / others.clamp_min(tiny), lengths
+
+    def similarity(self, counts: Bool[Tensor, " C"], others_count: Bool[Tensor, " D"]) -> Float[Tensor, ""]:
+        found, norms = self.cosines()
+        found, norms = found[counts][:, others_count], norms[counts]
+        if found.numel() == 0:
+            return norms.new_zeros(())
+        return (norms * found.max(1).values).sum() / norms.sum().clamp_min(torch.finfo(norms.dtype).tiny)
 
 
 def cosines(
     first: ParameterComponents, second: ParameterComponents, scales: Mapping[str, float]
-) -> tuple[Float[Tensor, "C D"], Float[Tensor, " C"]]:
-    """Cosine of every component of the first with every one of the second, in the named matrices together, and the
-    norms of the first; 0 where a norm is 0.
+) -> Float[Tensor, "C D"]:
+    """Cosine of every component of the first with every one of the second, in the named matrices together.
 
     Args:
         scales: name -> ‖W_l‖²; inner products are Σ_l <P_c,l , Q_e,l> / ‖W_l‖².
     """
-
-    def inner(one: ParameterComponents, other: ParameterComponents) -> Tensor:
-        products = [inner_products(one.A[n], one.B[n], other.A[n], other.B[n]) / scales[n] for n in scales]
-        return torch.stack(products).sum(0)
-
-    def norms(some: ParameterComponents) -> Tensor:
-        squares = [_own_squares(some.A[name], some.B[name]) / scales[name] for name in scales]
-        return torch.stack(squares).sum(0).sqrt()
-
-    lengths, others = norms(first), norms(second)
-    tiny = torch.finfo(lengths.dtype).tiny
-    return inner(first, second) / lengths.clamp_min(tiny)[:, None] / others.clamp_min(tiny), lengths
+    return reduce(_Products.add, (_Products.of(first, second, *of_one) for of_one in scales.items())).cosines()[0]
 
 
-def _own_squares(A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"]) -> Float[Tensor, " C"]:
-    return ((A.mT @ A) * (B @ B.mT)).sum((1, 2)).clamp_min(0)
-
-
-def _similarity(
+def _similarities(
     one: ParameterComponents,
     other: ParameterComponents,
     scales: Mapping[str, float],
     counts: Bool[Tensor, " C"],
     others_count: Bool[Tensor, " D"],
-) -> Float[Tensor, ""]:
-    found, norms = cosines(one, other, scales)
-    found, norms = found[counts][:, others_count], norms[counts]
-    if found.numel() == 0:
-        return norms.new_zeros(())
-    return (norms * found.max(1).values).sum() / norms.sum().clamp_min(torch.finfo(norms.dtype).tiny)
+) -> Float[Tensor, "all_and_matrices"]:
+    """In all matrices together, and in each."""
+    of_each, whole = [], None
+    for name, scale in scales.items():
+        here = _Products.of(one, other, name, scale)
+        of_each.append(here.similarity(counts, others_count).cpu())
+        whole = here if whole is None else whole.add(here)
+    assert whole is not None
+    return torch.stack([whole.similarity(counts, others_count).cpu(), *of_each])
+
+
+def _own_squares(A: Float[Tensor, "C d_in m"], B: Float[Tensor, "C m d_out"]) -> Float[Tensor, " C"]:
+    return ((A.mT @ A) * (B @ B.mT)).sum((1, 2)).clamp_min(0)
 
 
 def squared_norms(decomposition: Decomposition | ParameterComponents) -> dict[str, float]:

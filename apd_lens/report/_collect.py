@@ -200,8 +200,8 @@ def collect(
         shares=squares / squares.sum(1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny),
         ranks=torch.stack([effective_rank(spectrum) for spectrum in spectra], 1),
         norms=norms,
-        alike=cosines(components, components, scales)[0].fill_diagonal_(-1).cpu(),
-        alike_null=cosines(components, null.components, scales)[0].amax(1).cpu(),
+        alike=cosines(components, components, scales).fill_diagonal_(-1).cpu(),
+        alike_null=cosines(components, null.components, scales).amax(1).cpu(),
         here=_here(decomposition, found.top, memory),
         others=None if others is None else _elsewhere(decomposition, others, examples, k, memory),
     )
@@ -236,7 +236,7 @@ def alike_in_weights(one: Decomposition, other: Decomposition) -> Float[Tensor, 
     scales = {name: s for name, s in squared_norms(one).items() if name in other.components.names}
     if not scales:
         return _unknown(one, other)
-    return cosines(one.components, other.components, scales)[0].cpu()
+    return cosines(one.components, other.components, scales).cpu()
 
 
 def alike_in_activity(
