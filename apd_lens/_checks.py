@@ -44,6 +44,9 @@ with _object_as_python_made_it():
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
+# So many characters of a wrong argument are shown.
+_SHOWN = 300
+
 # An int is welcome where a float is expected.
 _CONF = BeartypeConf(is_pep484_tower=True)
 
@@ -78,9 +81,14 @@ def checked(function: Callable[_P, _R], error: type[ApdError] = ShapeMismatch) -
 
 
 def _brief(message: str) -> str:
-    """jaxtyping's message without the list of all arguments and annotations: which one, what came, what was expected,
-    and what the axes' names stand for."""
+    """jaxtyping's message without the list of all arguments and annotations: which one, what came (the beginning, if it
+    is long), what was expected, and what the axes' names stand for."""
     problem, _, rest = message.partition("----------------------")
+    before, named, came = problem.partition("Actual value: ")
+    came, expected, of_type = came.partition("\nExpected type: ")
+    if len(came) > _SHOWN:
+        came = f"{came[:_SHOWN].splitlines()[0]} …"
+    problem = before + named + came + expected + of_type
     _, current_values, axes = rest.partition("The current values for each jaxtyping axis")
     return (problem + current_values + axes).strip()
 

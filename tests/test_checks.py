@@ -21,6 +21,14 @@ def test_a_wrong_shape_is_named():
         product(torch.ones(2, 3), torch.ones(2, 1))
 
 
+def test_of_a_long_argument_the_beginning_is_shown():
+    decomposition = apd.init(torch.nn.Linear(4, 3), n_components=2).decomposition()
+    with pytest.raises(apd.ShapeMismatch, match="ParameterComponents") as raised:
+        apd.metrics.ranks(decomposition)
+    assert "Actual value: Decomposition( …\n" in str(raised.value)
+    assert len(str(raised.value)) < 500
+
+
 def test_another_error_may_be_asked_for():
     def first(x: list[int]) -> int:
         return x[0]

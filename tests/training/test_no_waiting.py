@@ -417,7 +417,7 @@ def shared_of(
 
 def test_what_is_shared_on_one_batch_only_is_not_shared_in_the_graph():
     assert shared_of(AllOpen(), batch(0), find_readout) == ([0, 1], [])
-    assert shared_of(AllOpen(), batch(0), readout_of_graph) == ([1], [0])
+    assert shared_of(AllOpen(), batch(0), readout_of_graph) == ([1], [1])
 
 
 class Bilinear(nn.Module):
