@@ -1,7 +1,7 @@
 """Products of active (data point, component) pairs only, by the cheapest of several ways."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Literal
@@ -30,16 +30,16 @@ class Links:
 
     Attributes:
         parts: of every link, sorted by row.
-        row_ends: where the links of each row begin; and the number of links.
+        row_starts: where the links of each row begin; and the number of links.
         rows: of every link, sorted by part.
-        part_ends: where those of each part begin; and the number of links.
+        part_starts: where those of each part begin; and the number of links.
         order: the links sorted by part, among those sorted by row.
     """
 
     parts: Int[Tensor, " links"]
-    row_ends: Int[Tensor, " rows_and_1"]
+    row_starts: Int[Tensor, " rows_and_1"]
     rows: Int[Tensor, " links"]
-    part_ends: Int[Tensor, " parts_and_1"]
+    part_starts: Int[Tensor, " parts_and_1"]
     order: Int[Tensor, " links"]
 
 
@@ -58,6 +58,7 @@ class ActivePairs:
     components: Int[Tensor, " pairs"]
     of_data: Int[Tensor, " data"]
     of_components: Int[Tensor, " C"]
+    _elsewhere: dict[torch.device, "ActivePairs"] = field(default_factory=dict, init=False, repr=False)
     _repeated: dict[int, "ActivePairs"] = field(default_factory=dict, init=False, repr=False)
     _links: dict[int, Links] = field(default_factory=dict, init=False, repr=False)
 
@@ -65,8 +66,10 @@ class ActivePairs:
         """The same pairs on the device of a matrix."""
         if self.components.device == device:
             return self
-        pairs = (self.data_points, self.components, self.of_data, self.of_components)
-        return ActivePairs(*(each.to(device) for each in pairs))
+        if device not in self._elsewhere:
+            pairs = (self.data_points, self.components, self.of_data, self.of_components)
+            self._elsewhere[device] = ActivePairs(*(each.to(device) for each in pairs))
+        return self._elsewhere[device]
 
     @cached_property
     def by_component(self) -> Int[Tensor, " pairs"]:
@@ -92,8 +95,8 @@ class ActivePairs:
             parts = (self.components[:, None] * m + each).flatten()
             order = _transposed(self.components[self.by_component], self.of_components, m)
             order = (self.by_component[:, None] * m + each).flatten()[order]
-            ends = _starts(self.of_data * m), _starts(self.of_components.repeat_interleave(m))
-            links = (parts, ends[0], self.data_points[order // m], ends[1], order)
+            row_starts, part_starts = _starts(self.of_data * m), _starts(self.of_components.repeat_interleave(m))
+            links = (parts, row_starts, self.data_points[order // m], part_starts, order)
             self._links[m] = Links(*(each.int() for each in links))
         return self._links[m]
 
@@ -177,67 +180,72 @@ def _of_links(
 ) -> Float[Tensor, "data *pos d_out"]:
     """Rows times the parts that they are linked with."""
     A, B = A.to(dtype), B.to(dtype)
+    places = rows.shape[:-1] if rows.is_floating_point() else rows.shape
+    flat, active = rows.flatten(0, len(places) - 1), active.repeated(places[1:].numel())
+    links = active.links(A.shape[2])
     if rows.is_floating_point():
-        places, flat = rows.shape[:-1], rows.reshape(-1, rows.shape[-1])
-        active = active.repeated(places[1:].numel())
-        links = active.links(A.shape[2])
-        weights = _Dots.apply(flat.to(dtype), A.mT.flatten(0, 1), links)
+        w = _Partial.apply("w", None, flat.to(dtype), A.mT.flatten(0, 1), links)
     else:
-        places, flat = rows.shape, rows.flatten()
-        active = active.repeated(places[1:].numel())
-        links = active.links(A.shape[2])
-        weights = _looked_up(flat[active.data_points], A, active.components).flatten()
-    return _Sums.apply(weights, B.flatten(0, 1), links).unflatten(0, places)
+        w = _looked_up(flat[active.data_points], A, active.components).flatten()
+    return _Partial.apply("x", w, None, B.flatten(0, 1), links).unflatten(0, places)
 
 
-class _Dots(torch.autograd.Function):
-    """x_r · y_p of every row r of x and row p of y that are linked."""
+class _Partial(torch.autograd.Function):
+    """∂T/∂w, ∂T/∂x or ∂T/∂y of T = Σ w_rp x_r · y_p, over the links of rows r with parts p.
 
-    @staticmethod
-    def forward(x: Float[Tensor, "rows d"], y: Float[Tensor, "parts d"], links: Links) -> Float[Tensor, " links"]:
-        return _dots(x, y, links)
+    Each is linear in the two others. So its gradients are partials of T too, with the gradient that comes in the place
+    of what it is.
+    """
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Links], output: Tensor) -> None:
-        x, y, ctx.links = inputs
-        ctx.save_for_backward(x, y)
+    def forward(
+        of: Literal["w", "x", "y"],
+        w: Float[Tensor, " links"] | None,
+        x: Float[Tensor, "rows d"] | None,
+        y: Float[Tensor, "parts d"] | None,
+        links: Links,
+    ) -> Tensor:
+        return _PARTIALS[of]({"w": w, "x": x, "y": y}, links)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, y = ctx.saved_tensors
-        needs_x, needs_y, _ = ctx.needs_input_grad
-        for_x = _sums(gradient, y, ctx.links) if needs_x else None
-        return for_x, _transposed_sums(gradient, x, ctx.links) if needs_y else None, None
-
-
-class _Sums(torch.autograd.Function):
-    """Σ_p w_rp y_p of every row r, over the rows p of y that are linked with it."""
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.of, *tensors, ctx.links = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def forward(w: Float[Tensor, " links"], y: Float[Tensor, "parts d"], links: Links) -> Float[Tensor, "rows d"]:
-        return _sums(w, y, links)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Links], output: Tensor) -> None:
-        w, y, ctx.links = inputs
-        ctx.save_for_backward(w, y)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        w, y = ctx.saved_tensors
-        needs_w, needs_y, _ = ctx.needs_input_grad
-        for_w = _dots(gradient, y, ctx.links) if needs_w else None
-        return for_w, _transposed_sums(w, gradient, ctx.links) if needs_y else None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        known = dict(zip("wxy", ctx.saved_tensors, strict=True)) | {ctx.of: gradient}
+        needs = zip("wxy", ctx.needs_input_grad[1:4], strict=True)
+        return None, *(_PARTIALS[of](known, ctx.links) if needed else None for of, needed in needs), None
 
 
-def _dots(x: Float[Tensor, "rows d"], y: Float[Tensor, "parts d"], links: Links) -> Float[Tensor, " links"]:
+def _dots(known: Mapping[str, Any], links: Links) -> Float[Tensor, " links"]:
+    """x_r · y_p of each link."""
+    x, y = known["x"], known["y"]
     if not _has_sparse_kernel(x):
         rows = links.rows.new_empty(len(links.rows)).index_copy_(0, links.order.long(), links.rows)
         return (F.embedding(rows, x) * F.embedding(links.parts, y)).sum(-1)
     _hear_of_beta()
     zeros = x.new_zeros(len(links.parts))  # beta times what is there is added, and 0 times NaN is NaN
-    where = torch.sparse_csr_tensor(links.row_ends, links.parts, zeros, (len(x), len(y)), check_invariants=False)
+    where = torch.sparse_csr_tensor(links.row_starts, links.parts, zeros, (len(x), len(y)), check_invariants=False)
     return torch.sparse.sampled_addmm(where, x, y.mT, beta=0.0).values()
+
+
+def _sums_of_rows(known: Mapping[str, Any], links: Links) -> Float[Tensor, "rows d"]:
+    """Σ_p w_rp y_p of each row."""
+    return _bags(links.parts, links.row_starts, known["w"], known["y"])
+
+
+def _sums_of_parts(known: Mapping[str, Any], links: Links) -> Float[Tensor, "parts d"]:
+    """Σ_r w_rp x_r of each part."""
+    return _bags(links.rows, links.part_starts, known["w"].index_select(0, links.order), known["x"])
+
+
+_PARTIALS = {"w": _dots, "x": _sums_of_rows, "y": _sums_of_parts}
+
+
+def _bags(of: Tensor, starts: Tensor, weights: Tensor, values: Float[Tensor, "n d"]) -> Float[Tensor, "bags d"]:
+    return F.embedding_bag(of, values, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 def _has_sparse_kernel(x: Tensor) -> bool:
@@ -250,18 +258,6 @@ def _hear_of_beta() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 1], [0], [0.0], (1, 1), check_invariants=False)
-
-
-def _sums(w: Float[Tensor, " links"], y: Float[Tensor, "parts d"], links: Links) -> Float[Tensor, "rows d"]:
-    return _bags(links.parts, links.row_ends, w, y)
-
-
-def _transposed_sums(w: Float[Tensor, " links"], x: Float[Tensor, "rows d"], links: Links) -> Float[Tensor, "parts d"]:
-    return _bags(links.rows, links.part_ends, w.index_select(0, links.order), x)
-
-
-def _bags(of: Tensor, ends: Tensor, weights: Tensor, values: Float[Tensor, "n d"]) -> Float[Tensor, "bags d"]:
-    return F.embedding_bag(of, values, ends, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 def _looked_up(

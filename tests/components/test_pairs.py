@@ -18,9 +18,9 @@ def test_pairs_stand_by_data_point_and_then_by_component():
 def test_links_and_their_transpose():
     links = active_pairs(MASK).links(2)
     assert links.parts.tolist() == [0, 1, 4, 5, 0, 1]
-    assert links.row_ends.tolist() == [0, 4, 6]
+    assert links.row_starts.tolist() == [0, 4, 6]
     assert links.rows.tolist() == [0, 1, 0, 1, 0, 0]
-    assert links.part_ends.tolist() == [0, 2, 4, 4, 4, 5, 6]
+    assert links.part_starts.tolist() == [0, 2, 4, 4, 4, 5, 6]
     assert links.order.tolist() == [0, 4, 1, 5, 2, 3]
 
 
