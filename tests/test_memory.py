@@ -1,12 +1,11 @@
-import ctypes
-import gc
+import multiprocessing
 import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.outside import METHOD, PRELOADED
+from support.peaks import peaks_of
 from support.toy_models import tiny_llama
 
 import apd_lens as apd
@@ -46,51 +45,16 @@ def test_inside_a_limit_less_fits_and_afterwards_as_much_as_before():
     assert fitting(BUDGET / 4) == 4
 
 
-def language_model() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return tiny_llama(vocab_size=8192, hidden_size=64, intermediate_size=128, max_position_embeddings=64)
-
-
-def peak(run: Callable[[], object]) -> int:
-    """Bytes that a run takes at most beside what was there before it."""
-
-    def resident(which: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(which))
-
-    gc.collect()
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(-3, 2**18)  # M_MMAP_THRESHOLD: larger blocks go back at once, whatever was freed before
-    libc.malloc_trim(0)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    run()
-    return resident("VmHWM") - before
-
-
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks are read from Linux's /proc")
 @pytest.mark.parametrize("what", ["step", "analysis"])
 def test_a_step_and_an_analysis_keep_to_the_memory(what: str):
-    model, limit = language_model(), 150_000_000
-    settings = {"n_components": 16, "rank": 1, "moves": None, "losses": apd.Losses(distance="kl")}
-    settings |= {"weights": "model.layers.1.*", "selection": apd.TopK(2, "position")}
-
-    def run(batch: torch.Tensor, memory: int | None) -> Callable[[], object]:
-        state = apd.init(model, memory=memory, **settings)
-        if what == "step":
-            return lambda: apd.step(state, batch)
-        decomposition = state.decomposition()
-
-        def analyse() -> None:
-            with apd.memory(memory):
-                decomposition.attributions(batch)
-
-        return analyse
-
-    small, large = torch.randint(8192, (2, 8)), torch.randint(8192, (32, 64))  # its logits take 67 MB
-    run(small, None)(), run(small, limit)()  # what torch loads does not count
-    assert peak(run(large, limit)) < 1.2 * limit
-    assert peak(run(large, None)) > 1.5 * limit  # null control
+    limit = 150_000_000
+    context = multiprocessing.get_context(METHOD)
+    context.set_forkserver_preload(PRELOADED)
+    with context.Pool(1) as fresh:  # what other tests left behind does not count
+        limited, without_limit = fresh.apply(peaks_of, (what, limit))
+    assert limited < 1.2 * limit
+    assert without_limit > 1.5 * limit  # null control
 
 
 @pytest.mark.parametrize("distance", ["kl", "mse"])
