@@ -29,11 +29,13 @@ class Optimization:
     Attributes:
         steps: number of batches.
         lr: learning rate at the peak.
-        scaled: lr is a share of the standard deviation that Xavier's start gives the entries of a factor,
-            sqrt(2 / (d + m)), so the larger a matrix, the smaller its steps. False: lr is of all factors as it is.
+        scaled: the start, and lr, are in units of the factors that a matrix has: of the standard deviation that
+            Xavier's start gives their entries, sqrt(2 / (d + m)), times the root of how much larger W is than one of
+            Xavier's. So the larger a matrix, the smaller its steps; and a model whose layers are rescaled against each
+            other is decomposed in the same way. False: lr is of all factors as it is, and the start is Xavier's.
         schedule: after the warm-up "cosine" is lr·cos(π/2 · progress), "linear" is lr·(1 − progress), "constant" is lr.
         warmup: share of the steps in which the learning rate rises linearly from 0.
-        init_scale: standard deviation of the initial factors, in units of Xavier's. At 1 the sum of many components is
+        init_scale: standard deviation of the initial factors, in these units. At 1 the sum of many components is
             much larger than the weights. At 0.5 each component has a quarter of that size.
         start: "random" draws all factors. With "matrices" component 0 starts as the whole first matrix, component 1 as
             the second and so on, as far as their rank holds them, and each is nothing in the other matrices, which
@@ -168,7 +170,9 @@ def paper() -> dict[str, Any]:
     return {
         "rank": None,
         "selection": BatchTopK(k=1.0),
-        "losses": Losses(simplicity=0.7, schatten_p=1.0, simplicity_floor=0.0, path=0.0, normalization="paper"),
+        "losses": Losses(
+            faithfulness=1.0, simplicity=0.7, schatten_p=1.0, simplicity_floor=0.0, path=0.0, normalization="paper"
+        ),
         "moves": None,
         "optimization": Optimization(steps=20_000, lr=3e-2, scaled=False, init_scale=1.0),
     }

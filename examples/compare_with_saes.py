@@ -58,7 +58,7 @@ def train_sae(
 
 def tms_settings(steps: int) -> dict[str, Any]:
     """Those of examples/paper, with which each feature gets a component of its own."""
-    losses = apd.Losses(simplicity=apd.HoldThenDecay(0.04))
+    losses = apd.Losses(faithfulness=1.0, simplicity=apd.HoldThenDecay(0.04))
     return {
         "n_components": 50,
         "rank": 4,

@@ -57,9 +57,10 @@ def test_a_step_and_an_analysis_keep_to_the_memory(what: str):
     assert without_limit > 1.5 * limit  # null control
 
 
-@pytest.mark.parametrize("distance", ["kl", "mse"])
+@pytest.mark.parametrize(("distance", "size"), [("kl", 1), ("mse", 1), ("mse", 10)])
 @pytest.mark.parametrize("padding", ["none", "of positions", "of an example"])
-def test_a_step_in_pieces_is_the_step_at_once(distance: Any, padding: str):
+def test_a_step_in_pieces_is_the_step_at_once(distance: Any, size: int, padding: str):
+    """Also where distances are so large that their gradients are damped, by the distance of the whole batch."""
     torch.manual_seed(0)
     model, batch = tiny_llama(), {"input_ids": torch.randint(13, (6, 5))}
     if padding != "none":
@@ -73,7 +74,11 @@ def test_a_step_in_pieces_is_the_step_at_once(distance: Any, padding: str):
             losses=apd.Losses(distance=distance), selection=apd.TopK(1), optimization=apd.Optimization(scaled=False),
             attribution=apd.GradientAttribution(projections="exact"),
         )  # fmt: skip
+        with torch.no_grad():
+            for factor in state.components.parameters():
+                factor *= size
         state, info = apd.step(state, batch)
+        assert (info.terms["path"] > 1) == (size > 1) or distance == "kl"
         infos.append(torch.stack(list(info.terms.values())))
         factors.append([factor.grad for factor in state.components.parameters()])
     torch.testing.assert_close(*infos, rtol=1e-5, atol=1e-6)

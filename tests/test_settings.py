@@ -17,7 +17,7 @@ WRONG = {
     "apd.TopK(1.5)": "TopK(k=...) takes int, got 1.5.",
     "apd.TopK(1, granularity='token')": "TopK(granularity=...) takes Literal['example', 'position'], got 'token'.",
     "apd.BatchTopK('1')": "BatchTopK(k=...) takes float | Ramp | Needed | Callable[[Any], float], got '1'.",
-    "apd.masks.Needed(0.05)": "Needed takes 0 < lowest <= now, and a growth of at least 1",
+    "apd.masks.Needed(0.05)": "Needed takes 0 < lowest <= now, and a growth and a decline from 1 on",
     "apd.BatchTopK(apd.masks.Needed())": "BatchTopK(k=Needed()) needs least > 0",
     "apd.BatchTopK(1.0, least=1.0)": "least is a share of the largest attribution, 0 <= least < 1, got 1.0.",
     "apd.Lp(0.0)": "Lp needs a positive p, got p=0.0.",
@@ -75,11 +75,13 @@ def test_the_papers_own_form_is_asked_for_by_name():
     assert state.components.A["weight"].std().item() == pytest.approx((2 / 50) ** 0.5, rel=0.1)
 
 
-@pytest.mark.parametrize(("scaled", "of_A", "of_B"), [(False, 0.1, 0.1), (True, 0.1 * (2 / 44) ** 0.5, 0.1 * 0.5)])
+@pytest.mark.parametrize(("scaled", "of_A", "of_B"), [(False, 0.1, 0.1), (True, 0.3 * (2 / 44) ** 0.5, 0.3 * 0.5)])
 def test_a_scaled_learning_rate_is_in_units_of_xaviers_start(scaled: bool, of_A: float, of_B: float):
-    """Adam's first step has the size of the learning rate."""
+    """Adam's first step has the size of the learning rate. The matrix is nine times one of Xavier's."""
     optimization = apd.Optimization(steps=9, lr=0.1, scaled=scaled, schedule="constant", warmup=0.0)
-    state = apd.init(torch.nn.Linear(40, 4), n_components=3, rank=4, optimization=optimization)
+    model = torch.nn.Linear(40, 4)
+    model.weight.data *= 9 * (2 / 44) ** 0.5 / model.weight.square().mean().sqrt()
+    state = apd.init(model, n_components=3, rank=4, optimization=optimization)
     A, B = (factors["weight"].detach().clone() for factors in (state.components.A, state.components.B))
     state, info = apd.step(state, torch.randn(50, 40))
     assert info.learning_rate == 0.1

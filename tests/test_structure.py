@@ -96,7 +96,6 @@ TESTED_WITH = {
     "compare/splice": "compare/faithfulness",
     "host/adapter": "host/torch_modules",
     "host/patch": "host/interrupts",
-    "losses/terms": "losses/losses",
     "plots/attributions": "plots/plots",
     "plots/audit": "plots/plots",
     "plots/draw": "plots/plots",

@@ -176,6 +176,7 @@ def initial_components(
     generator: torch.Generator,
     scale: float = 1.0,
     own: Callable[[Tensor], Tensor] = lambda factor: factor,
+    scaled: bool = False,
 ) -> ParameterComponents:
     """Random factors, Xavier-normal each: standard deviation sqrt(2 / (fan_in + fan_out)) of `d_in m` and `m d_out`.
 
@@ -184,6 +185,7 @@ def initial_components(
         rank: the largest m; a matrix whose min(d_in, d_out) is less has that, and with None each has it.
         generator: on the CPU; factors are drawn there, so that every device gets the same.
         own: what this process keeps of a factor.
+        scaled: factors are as much larger as those of the matrix are, see `unit_of`.
 
     Raises:
         InvalidSetting: n_components < 1 or rank < 1.
@@ -198,13 +200,24 @@ def initial_components(
         m = min(d_in, d_out) if rank is None else min(rank, d_in, d_out)
         weight = matrix.value()
         dtype = torch.promote_types(weight.dtype, torch.float32)
+        size = scale * unit_of(weight) if scaled else scale
 
         def xavier(fan_in: int, fan_out: int) -> Tensor:
             factor = torch.randn(n_components, fan_in, fan_out, generator=generator, dtype=dtype, device="cpu")  # noqa: B023
-            return own((factor * scale * xavier_std(fan_in, fan_out)).to(weight.device))  # noqa: B023
+            return own((factor * size * xavier_std(fan_in, fan_out)).to(weight.device))  # noqa: B023
 
         A[matrix.name], B[matrix.name] = xavier(d_in, m), xavier(m, d_out)
     return ParameterComponents(A, B)
+
+
+def unit_of(weight: Float[Tensor, "d_in d_out"]) -> float:
+    """The root of what the matrix is over one of Xavier's start: so much larger are its factors than Xavier's.
+
+    A model may be rescaled and do the same: of two linear layers, one times 100 and the other over 100. In these units
+    it is decomposed in the same way. A matrix of zeros has 1.
+    """
+    size = weight.float().square().mean().sqrt().item() / xavier_std(*weight.shape)
+    return size**0.5 or 1.0
 
 
 def xavier_std(fan_in: int, fan_out: int) -> float:

@@ -42,15 +42,16 @@ class Losses:
         distance: between outputs: "mse", "kl" (outputs are logits), or a function
             (target output, sparse output) -> one scalar a data point.
         normalization: "paper" divides faithfulness and simplicity by the number of decomposed parameters and leaves
-            the distance as it is. "relative" makes every term a share: faithfulness of Σ‖W‖², simplicity of the
-            target's own Σ of singular values to the p, mean squared errors of the variance of the target's values
-            (KL is in nats as it is). Simplicity is also divided by the mean over components of how often one is active
-            (not in the Lp form), k / C, so it is about 1 for components that are active equally often and as large
-            together as the target. Coefficients then mean the same on models of any size and scale, and for any C
-            and k.
+            the distance as it is. "relative" makes every term a share: faithfulness of ‖W‖², simplicity of the target's
+            own Σ of singular values to the p, each the mean over matrices, weighted with their numbers of entries, so
+            that none is drowned by one whose entries are larger; mean squared errors of the variance of the target's
+            values (KL is in nats as it is). Where such an error is above 1, worse than a constant, its gradient is that
+            of its logarithm. Simplicity is also divided by the mean over components of how often one is active (not in
+            the Lp form), k / C, so it is about 1 for components that are active equally often and as large together as
+            the target. Coefficients then mean the same on models of any size and scale, and for any C and k.
     """
 
-    faithfulness: Schedule = 1.0
+    faithfulness: Schedule = 10.0
     minimality: Schedule = 1.0
     simplicity: Schedule = field(default_factory=lambda: HoldThenDecay(0.08))
     schatten_p: float = 0.9

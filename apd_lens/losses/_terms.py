@@ -1,6 +1,6 @@
 """The loss terms of a step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,10 +25,10 @@ LOSS_TERMS = ("faithfulness", "minimality", "simplicity", "path", "completeness"
 
 @dataclass(frozen=True)
 class Scales:
-    """Divisors of faithfulness and simplicity, sums over all matrices."""
+    """By the name of a matrix, what its part of faithfulness and of simplicity is divided by."""
 
-    faithfulness: float
-    simplicity: float
+    faithfulness: Mapping[str, float]
+    simplicity: Mapping[str, float]
 
 
 def weighted_sum(losses: Losses, terms: Mapping[str, Tensor], progress: float) -> Tensor:
@@ -38,7 +38,7 @@ def weighted_sum(losses: Losses, terms: Mapping[str, Tensor], progress: float) -
 
 def distance_scale(watched: WatchedPass, losses: Losses) -> Tensor | float:
     """What distances between outputs are divided by: the variance of the target's, where they are relative."""
-    if losses.normalization != "relative" or losses.distance != "mse":
+    if not are_shares(losses):
         return 1.0
     variance = _processes.variance(without_padding(at_least_float32(watched.output.detach()), watched.valid))
     return torch.where(variance > 0, variance, 1.0)  # 1 where there is none
@@ -68,6 +68,27 @@ def output_distance(
     return (mean if n_here else 0 * output.sum()) * (n_here / n_points) / scale  # of none the mean is NaN
 
 
+def are_shares(losses: Losses) -> bool:
+    """Whether distances are shares of the variance of the target's output."""
+    return losses.normalization == "relative" and losses.distance == "mse"
+
+
+def damped(distance: Tensor, total: Tensor, losses: Losses) -> Tensor:
+    """A distance whose gradient is divided by the total where that is above 1: the gradient is that of 1 + ln total.
+
+    A model of random parts can be wrong by many orders of magnitude. Then nothing but the distance would count, and
+    Adam, which divides by the size of past gradients, would stand still for as long as it remembers them. Only where
+    distances are shares of the variance, of which a constant output misses 1.
+
+    Args:
+        distance: the total, or a part of it.
+    """
+    if not are_shares(losses):
+        return distance
+    part = distance / total.detach().clamp_min(1.0)
+    return part + (distance - part).detach()
+
+
 def weight_terms(
     losses: Losses,
     scales: Scales,
@@ -86,14 +107,15 @@ def weight_terms(
     def of_matrix(name: str) -> Tensor:
         A, B, p = components.A[name], components.B[name], losses.schatten_p
         on = importance.to(A.device)
-        return torch.stack(weight_losses(weights[name], A, B, on, p, losses.simplicity_floor))
+        error, norms = weight_losses(weights[name], A, B, on, p, losses.simplicity_floor)
+        return torch.stack([error / scales.faithfulness[name], norms / scales.simplicity[name]])
 
     with full_precision():  # sums of weights, not a pass of the model
         of_each = [freed_after(partial(of_matrix, name)).to(importance.device) for name in components.names]
         errors, norms = zip(*(pair.unbind() for pair in of_each), strict=True)
     return {
-        "faithfulness": torch.stack(errors).sum() / scales.faithfulness,
-        "simplicity": torch.stack(norms).sum() / (scales.simplicity * share),
+        "faithfulness": torch.stack(errors).sum(),
+        "simplicity": torch.stack(norms).sum() / share,
     }
 
 
@@ -129,11 +151,19 @@ def _hidden_term(target: dict[str, Tensor], sparse: dict[str, Tensor], relative:
     return errors / torch.stack(variances).sum()
 
 
-def scales_of(losses: Losses, weights: Sequence[Tensor]) -> Scales:
+def scales_of(losses: Losses, weights: Mapping[str, Tensor]) -> Scales:
+    """Where losses are relative, what each whole matrix has, over the share of the parameters that are in it."""
+    n_parameters = float(sum(weight.numel() for weight in weights.values()))
     if losses.normalization == "paper":
-        n_parameters = float(sum(weight.numel() for weight in weights))
-        return Scales(n_parameters, n_parameters)
+        return Scales(dict.fromkeys(weights, n_parameters), dict.fromkeys(weights, n_parameters))
+
+    def relative(of_one: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        return {
+            name: (of_one(weight).sum().item() or 1.0) * n_parameters / weight.numel()
+            for name, weight in weights.items()
+        }
+
     return Scales(
-        faithfulness=sum(weight.square().sum().item() for weight in weights),
-        simplicity=sum(torch.linalg.svdvals(weight).pow(losses.schatten_p).sum().item() for weight in weights),
+        faithfulness=relative(torch.square),
+        simplicity=relative(lambda weight: torch.linalg.svdvals(weight).pow(losses.schatten_p)),
     )

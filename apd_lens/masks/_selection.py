@@ -34,7 +34,9 @@ class Needed:
         lowest: k shrinks no further.
         minimality: the term of that name that is good enough. With relative losses and mean squared errors, the share
             of the output's variance that may be missing.
-        growth: the factor by which k grows or shrinks in a tenth of the steps.
+        growth: the factor by which k grows in a tenth of the steps. Larger, it grows beyond what is needed before
+            components have taken shape.
+        decline: the factor by which it shrinks.
         hold: share of the steps in which k stays, since nothing is given back well at the start.
         release: share of the steps after which k only grows, so that what does little is given back too.
     """
@@ -42,22 +44,23 @@ class Needed:
     now: float = 1.0
     lowest: float = 0.1
     minimality: float = 0.02
-    growth: float = 2.0
+    growth: float = 1.3
+    decline: float = 2.0
     hold: float = 0.1
     release: float = 0.8
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not 0 < self.lowest <= self.now or self.growth < 1:
-            raise InvalidSetting(f"Needed takes 0 < lowest <= now, and a growth of at least 1, got {self}.")
+        if not 0 < self.lowest <= self.now or self.growth < 1 or self.decline < 1:
+            raise InvalidSetting(f"Needed takes 0 < lowest <= now, and a growth and a decline from 1 on, got {self}.")
 
     def after(self, minimality: float, progress: float, steps: int) -> "Needed":
         """For the next step out of so many, when `progress`, a share of them, is done."""
         if progress < self.hold:
             return self
-        factor = self.growth ** (10 / steps)
         grows = minimality > self.minimality or progress >= self.release
-        return replace(self, now=max(self.lowest, self.now * factor if grows else self.now / factor))
+        factor = (self.growth if grows else 1 / self.decline) ** (10 / steps)
+        return replace(self, now=max(self.lowest, self.now * factor))
 
 
 @runtime_checkable
@@ -248,7 +251,8 @@ def batch_topk_mask(
     Args:
         least: above 0, the largest r_c = A_c / max_c A_c are taken instead, so that each data point counts as much as
             any other, and only where r_c is at least this. Data points on which nothing does much count less: r_c² is
-            A_c² / (max_c A_c² + a hundredth of the mean of that maximum). k may then be larger than C.
+            A_c² / (max_c A_c² + a hundredth of the mean of that maximum). k may then be larger than C, and of one
+            below 1 / n the batch still has one that is active.
         valid: False at padding, where nothing is selected and which is not counted; only where data points are
             positions.
 
@@ -261,7 +265,7 @@ def batch_topk_mask(
         return mask
     n_components = attributions.shape[-1]
     n_data_points = attributions[..., 0].numel()
-    n_active = _whole(min(k, n_components) if least else k, n_data_points)
+    n_active = max(1, _whole(min(k, n_components), n_data_points)) if least else _whole(k, n_data_points)
     if not 1 <= n_active <= attributions.numel():
         raise InvalidSetting(
             f"BatchTopK(k={k}) selects int(k·n) = {n_active} of the n·C = {n_data_points} · {n_components} = "

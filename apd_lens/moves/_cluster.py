@@ -1,5 +1,5 @@
-"""Cluster moves: components that write in two directions are split, twins are merged, and what is missing is given to
-one that does nothing.
+"""Cluster moves: components that write or read in two directions are split, twins are merged, and what is missing is
+given to one that does nothing.
 
 Of gradient descent alone a component often comes out that holds two mechanisms, while another mechanism is halved
 between two components. Time does not cure it, since simplicity rewards it. The moves look at inputs, masks and weights
@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apd_lens._block import no_grad
@@ -21,7 +20,7 @@ from apd_lens._codec import saved
 from apd_lens.components._components import ParameterComponents
 from apd_lens.components._factors import MatrixInput as Inputs
 from apd_lens.components._factors import inner_products
-from apd_lens.components._products import masked_product
+from apd_lens.components._products import inner_activations
 from apd_lens.data._points import without_padding
 from apd_lens.host._matrix import Use
 from apd_lens.moves._moves import MoveContext, check_every
@@ -31,6 +30,10 @@ from apd_lens.moves._surgery import Split, inputs_of_data_points, refactor, sett
 _FREE = 0.1
 # Contributions smaller than this share of a component's largest one have no say in what directions it writes.
 _SMALL = 0.2
+# What has two clusters with a larger cosine is one direction.
+_ONE_DIRECTION = 0.98
+# A cluster whose unit vectors have a mean longer than this is one input, and not a part of a cloud.
+_NARROW = 0.9
 # Of the split. Each data point of a cluster has other mechanisms on as well, which it is not to be split by.
 _RIDGE = 0.1
 
@@ -48,7 +51,10 @@ class ClusterMoves:
         merge_above: two components are merged if the cosine between them, in parameter space, is above this; 1 for
             no merges.
         split_below: a component is split if what it writes falls into two clusters whose mean directions have a cosine
-            below this; -1 for no splits.
+            below this; -1 for no such splits.
+        split_read_below: a component that writes in one direction is split if its inputs fall into two such clusters,
+            but for what all inputs have in common, and one of these is narrow: two facts with one answer; -1 for no
+            such splits.
         smallest: share of the data points that the smaller cluster must have.
         fewest: data points that a component must be active on in the batch, to be split.
         separation: a component is split only if, in one matrix at least, the two parts do this much of what it did,
@@ -64,11 +70,13 @@ class ClusterMoves:
     noise: float = 5e-3
     merge_above: float = 0.7
     split_below: float = 0.9
+    split_read_below: float = 0.5
     smallest: float = 0.15
     fewest: int = 2
     separation: float = 1.2
     residual: bool = True
 
+    UNSAVED: ClassVar[dict[str, float]] = {"split_read_below": -1.0}  # of decompositions of apd_lens 0.2
     needs_active: ClassVar[bool] = True
     has_start: ClassVar[bool] = False
 
@@ -101,7 +109,7 @@ class ClusterMoves:
 
         free.sort(key=lambda c: held[c])
         for old in sorted(set(busy) - touched, key=lambda c: -held[c]):
-            if not free or self.split_below <= -1:
+            if not free:
                 break
             split = plan_cluster_split(components, weights, old, of_points[:, old], inputs, self)
             if split is not None and split_component(
@@ -160,32 +168,51 @@ def plan_cluster_split(
     inputs: Sequence[tuple[Use, Tensor]],
     moves: ClusterMoves,
 ) -> Split | None:
-    """A split by the directions in which a component writes on its active data points, or None if it is one.
+    """A split of a component's active data points, by what it writes there, or by what it reads if it writes in one
+    direction; None if it is one.
 
-    What it writes is seen in all matrices together, each in units of what the whole matrix can write.
+    Inner products of all matrices are added up, each in units of what the whole matrix can write, or of its inputs.
     """
     where = active.nonzero()[:, 0]
     if len(where) < moves.fewest:
         return None
-    written = []
+    inputs = [(use, _one_sign(x)) for use, x in inputs]
+    written = torch.zeros(len(where), len(where), device=active.device)
     for use, x in inputs:
         A, B = components.factors(use)
-        x = _one_sign(x[where.to(x.device)])
-        y = masked_product(x, A[[component]], B[[component]]).flatten(1)
-        size = x.flatten(1).norm(dim=1).square().mean().sqrt() if x.is_floating_point() else 1.0
-        written.append((y / (weights[use.matrix].norm() * size + torch.finfo(y.dtype).tiny)).to(where.device))
-    Y = torch.cat(written, 1)
-    norms = Y.norm(dim=1)
-    large = norms > _SMALL * norms.max()
+        some = x[where.to(x.device)]
+        h = inner_activations(some, A[[component]]).flatten(1, -2)  # data pos m
+        size = some.flatten(1).norm(dim=1).square().mean() if some.is_floating_point() else 1.0
+        unit = weights[use.matrix].square().sum() * size + torch.finfo(h.dtype).tiny
+        inner = (h @ (B[component] @ B[component].mT)).flatten(1) @ h.flatten(1).mT
+        written += (inner / unit).to(written.device)
+    sizes = written.diagonal().clamp_min(0).sqrt()
+    large = sizes > _SMALL * sizes.max()
     if int(large.sum()) < 2:
         return None
-    in_first, cosine = opposite_clusters(F.normalize(Y[large], dim=1))
-    share = in_first.float().mean().item()
-    if not moves.smallest < share < 1 - moves.smallest or cosine > moves.split_below:
+    where = where[large]
+    in_first, cosine, _ = _clusters(written[large][:, large])
+    below = moves.split_below
+    if cosine > _ONE_DIRECTION:
+        read = torch.stack([_inner_products(x, where.to(x.device)).to(written.device) for _, x in inputs]).sum(0)
+        in_first, cosine, narrow = _clusters(read)
+        below = moves.split_read_below if narrow > _NARROW else -1.0
+    if cosine > below or below <= -1 or not moves.smallest < in_first.float().mean() < 1 - moves.smallest:
         return None
     given, kept = torch.zeros_like(active), torch.zeros_like(active)
-    given[where[large]], kept[where[large]] = in_first, ~in_first
+    given[where], kept[where] = in_first, ~in_first
     return Split(old=component, new=component, given=given, kept=kept)
+
+
+def _inner_products(x: Inputs, where: Int[Tensor, " some"]) -> Float[Tensor, "some some"]:
+    """Of the inputs at some data points, in units of the mean square of all, and but for what all have in common."""
+    if not x.is_floating_point():
+        rows = x[where].reshape(len(where), -1)
+        return (rows[:, None] == rows).float().mean(-1)
+    flat = x.flatten(1)
+    flat = flat - flat.mean(0)
+    some = flat[where]
+    return (some @ some.mT / flat.square().sum(1).mean().clamp_min(torch.finfo(flat.dtype).tiny)).float()
 
 
 def _one_sign(x: Inputs) -> Inputs:
@@ -195,18 +222,30 @@ def _one_sign(x: Inputs) -> Inputs:
     return x * x.gather(-1, x.abs().argmax(-1, keepdim=True)).sign()
 
 
-def opposite_clusters(directions: Float[Tensor, "data d"], rounds: int = 10) -> tuple[Bool[Tensor, " data"], float]:
-    """Spherical 2-means of unit vectors, started from two that are far apart: who is in the first cluster, and the
-    cosine between the clusters' mean directions (1 if there is only one)."""
-    first = directions[(directions @ directions.sum(0)).argmin()]
-    second = directions[(directions @ first).argmin()]
+def _clusters(inner: Float[Tensor, "n n"]) -> tuple[Bool[Tensor, " n"], float, float]:
+    """`opposite_clusters` of vectors whose inner products are given."""
+    norms = inner.diagonal().clamp_min(torch.finfo(inner.dtype).tiny).sqrt()
+    return opposite_clusters(inner / norms[:, None] / norms)
+
+
+def opposite_clusters(cosines: Float[Tensor, "n n"], rounds: int = 10) -> tuple[Bool[Tensor, " n"], float, float]:
+    """Spherical 2-means, started from two vectors that are far apart: who is in the first cluster, the cosine between
+    the clusters' mean directions (1 if there is only one), and how narrow the narrower cluster is: the length of the
+    mean of its unit vectors."""
+    first = cosines[cosines.sum(0).argmin()]  # of all with a mean direction
+    second = cosines[first.argmin()]
+    in_first, cosine, narrow = first > second, 1.0, 0.0
     for _ in range(rounds):
-        in_first = directions @ first > directions @ second
         if bool(in_first.all()) or not bool(in_first.any()):
-            return in_first, 1.0
-        first = F.normalize(directions[in_first].mean(0), dim=0)
-        second = F.normalize(directions[~in_first].mean(0), dim=0)
-    return directions @ first > directions @ second, float(first @ second)
+            return in_first, 1.0, 0.0
+        members = torch.stack([in_first, ~in_first]).to(cosines.dtype)
+        sums = members @ cosines  # of all with the sum of a cluster
+        inner = sums @ members.mT
+        norms = inner.diagonal().clamp_min(torch.finfo(inner.dtype).tiny).sqrt()
+        first, second = sums / norms[:, None]
+        narrow = float((norms / members.sum(1)).max())
+        in_first, cosine = first > second, float(inner[0, 1] / norms[0] / norms[1])
+    return in_first, cosine, narrow
 
 
 def _merge(components: ParameterComponents, larger: int, smaller: int) -> None:

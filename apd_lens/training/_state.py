@@ -281,7 +281,7 @@ def init(
     scale, has_start = settings.optimization.init_scale, moves is not None and moves.has_start
     in_parts = sharded and settings.optimization.start == "random" and not has_start  # each factor when it is drawn
     own = _shards.sharded if in_parts else lambda factor: factor
-    components = initial_components(matrices, n_components, rank, generator, scale, own)
+    components = initial_components(matrices, n_components, rank, generator, scale, own, settings.optimization.scaled)
     if settings.losses.faithfulness:
         warn_of_too_few(components)
     dtypes = {name: factor.dtype for name, factor in zip(names, components.parameters(), strict=False)}
@@ -314,7 +314,7 @@ def init(
     if sharded:
         components.shard()
     device = next(iter(originals.values())).device
-    optimizer = adam(components, settings.optimization)
+    optimizer = adam(components, settings.optimization, originals)
     late = LateChecks(device) if on_gpu(device) else None
     if late is not None:
         optimizer.found_inf = late.failed  # type: ignore[attr-defined]
@@ -326,7 +326,7 @@ def init(
         optimizer=optimizer,
         weights=originals,
         fingerprints=fingerprints,
-        scales=scales_of(settings.losses, list(originals.values())),
+        scales=scales_of(settings.losses, originals),
         last_active=torch.full((n_components,), -ALIVE_WINDOW, device=device),
         late=late,
         seen=seen,

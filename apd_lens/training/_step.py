@@ -2,8 +2,9 @@
 the losses; take an optimizer step. Now and then, make moves.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,10 +16,20 @@ from apd_lens._processes import copy_from_first, n_processes, raised_in_all
 from apd_lens.data._batch import Batch
 from apd_lens.data._finite import Reading, raise_first, reading_of_attributions
 from apd_lens.data._points import without_padding
+from apd_lens.host._adapter import Intercept
 from apd_lens.host._target import evaluating
 from apd_lens.host._unchanged import check_unchanged
 from apd_lens.losses._losses import Losses
-from apd_lens.losses._terms import LOSS_TERMS, distance_scale, hidden_terms, output_distance, weight_terms, weighted_sum
+from apd_lens.losses._terms import (
+    LOSS_TERMS,
+    are_shares,
+    damped,
+    distance_scale,
+    hidden_terms,
+    output_distance,
+    weight_terms,
+    weighted_sum,
+)
 from apd_lens.masks._masking import Masks
 from apd_lens.moves._moves import MoveContext, are_due
 from apd_lens.passes._replace import Mixture
@@ -145,28 +156,14 @@ def stream_terms(
         mixtures = stream.mixtures(components, masks, losses, path, shares)
         for name, mixture in mixtures.items():
             hidden_at = losses.hidden_at if name == "minimality" else ()
-            # Nothing but a term needs the graph of a plain mixture's pass, which is large.
-            plain = mixture if isinstance(mixture, Mixture) and not (hidden_at or mixture.requires_grad) else None
-            parts = []
-            for examples in _pieces(watched, losses) if plain else [None]:
-                of_some, inputs = mixture, run.inputs
-                if plain and examples is not None:
-                    of_some, inputs = plain.some(examples), inputs.some(examples)
-                output, found = replaced_pass(state.target, components.names, of_some, inputs, run.output, hidden_at)
-                wanted = None
-                if name == "completeness":
-                    with torch.no_grad():
-                        bare = Mixture(components, on=0.0)
-                        wanted, _ = replaced_pass(state.target, components.names, bare, inputs, run.output)
-                term = output_distance(watched, output, losses, scale, wanted, examples)
-                del output
+            distance = partial(_distance, state, watched, losses, scale, name)
+            if isinstance(mixture, Mixture) and not (hidden_at or mixture.requires_grad):
+                # Nothing but this term needs the graph of the pass, which is large.
+                terms[name] = _pulled_back(state, losses, name, progress, partial(distance, mixture), watched)
+            else:
+                term, found = distance(mixture, hidden_at)
                 hidden |= found
-                if plain:
-                    weighted = weighted_sum(losses, {name: term}, progress)
-                    pull_back(weighted, components.parameters(), state.step, state.target.model)
-                    term = term.detach()
-                parts.append(term)
-            terms[name] = torch.stack(parts).sum()
+                terms[name] = damped(term, term, losses)
     if losses.faithfulness or losses.simplicity:
         of_weights = weight_terms(losses, state.scales, state.weights, components, importance, share)
         terms |= {name: term for name, term in of_weights.items() if getattr(losses, name)}
@@ -174,6 +171,56 @@ def stream_terms(
     if masks.sparsity is not None:
         terms["sparsity"] = masks.sparsity
     return {name: terms[name] for name in LOSS_TERMS if name in terms}, masks, attack
+
+
+def _distance(
+    state: State,
+    watched: WatchedPass,
+    losses: Losses,
+    scale: Tensor | float,
+    name: str,
+    mixture: Intercept,
+    hidden_at: Sequence[str] = (),
+    examples: slice | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """How far the output of a mixture of components is from the one that is wanted; and hidden activations.
+
+    Args:
+        name: of the term.
+        examples: those that a pass is made of, where the mixture is a plain one; then it is what they add.
+    """
+    run, components = watched.run, state.components
+    of_some, inputs, wanted = mixture, run.inputs, None
+    if examples is not None:
+        assert isinstance(mixture, Mixture)
+        of_some, inputs = mixture.some(examples), inputs.some(examples)
+    output, found = replaced_pass(state.target, components.names, of_some, inputs, run.output, hidden_at)
+    if name == "completeness":
+        with torch.no_grad():
+            bare = Mixture(components, on=0.0)
+            wanted, _ = replaced_pass(state.target, components.names, bare, inputs, run.output)
+    return output_distance(watched, output, losses, scale, wanted, examples), found
+
+
+def _pulled_back(
+    state: State,
+    losses: Losses,
+    name: str,
+    progress: float,
+    distance: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    watched: WatchedPass,
+) -> Tensor:
+    """A distance, whose gradient is added to those of the components, in as many passes as fit into the memory."""
+    pieces, total, parts = _pieces(watched, losses), None, []
+    if len(pieces) > 1 and are_shares(losses):
+        with torch.no_grad():
+            total = torch.stack([distance(examples=examples)[0] for examples in pieces]).sum()
+    for examples in pieces:
+        term, _ = distance(examples=examples)
+        weighted = weighted_sum(losses, {name: damped(term, term if total is None else total, losses)}, progress)
+        pull_back(weighted, state.components.parameters(), state.step, state.target.model)
+        parts.append(term.detach())
+    return torch.stack(parts).sum()
 
 
 def _pieces(watched: WatchedPass, losses: Losses) -> list[slice] | list[None]:

@@ -41,7 +41,7 @@ How exactly coefficients must be chosen, and whether seeds find the same compone
 [the shares of seeds that succeed](figures/tms-5-2-valley.png) and [how alike they are](figures/tms-5-2-stability.png).
 """
 
-LOSSES = apd.Losses(simplicity=apd.HoldThenDecay(0.04))
+LOSSES = apd.Losses(faithfulness=1.0, simplicity=apd.HoldThenDecay(0.04))
 MOVES = apd.moves.ClusterMoves(fewest=8)
 
 Target = toys.TMSTarget | toys.ResidualMLPTarget | toys.GatedTarget
@@ -249,7 +249,7 @@ SYSTEMS = {
         # From random factors every feature takes its own piece of the identity, which can't add up to it.
         start="matrices",
         # Cut in two, the identity separates to 1.2, and W as a whole, in the first such move, to 1.6.
-        moves=replace(MOVES, separation=1.4),
+        moves=replace(MOVES, separation=1.4, split_read_below=-1.0),
         losses=replace(LOSSES, path=8.0),  # of 2 the identity is a fifth too small, and the features as much too large
         reference="reported to fail",
         goal="MMCS ≥ 0.99",

@@ -116,11 +116,9 @@ def test_relative_terms_do_not_depend_on_the_scale_of_the_model():
     small, large = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
     large.weight.data = 10 * small.weight.data
     x, terms = torch.randn(6, 4), []
-    for model, scale in ((small, 1.0), (large, 10.0)):
+    for model in (small, large):
         losses = replace(PAPER, normalization="relative", schatten_p=0.9)
         state = init(model, n_components=4, rank=2, losses=losses, selection=apd.Lp())
-        with torch.no_grad():
-            state.components.A["weight"].mul_(scale)
         _, info = apd.step(state, x)
         terms.append({name: term.item() for name, term in info.terms.items()})
     assert terms[0] == pytest.approx(terms[1], rel=1e-4)
@@ -130,6 +128,7 @@ def test_relative_terms_do_not_depend_on_the_scale_of_the_model():
 
 
 def lp_decomposition(selection: apd.Lp) -> apd.Decomposition:
+    torch.manual_seed(0)
     return init(nn.Linear(3, 3), n_components=4, rank=2, selection=selection).decomposition()
 
 

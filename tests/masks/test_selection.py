@@ -70,9 +70,18 @@ def test_least_does_not_count_padding_and_may_take_nothing():
     assert not selection(torch.zeros(2, 3, 4)).any()
 
 
+def test_k_may_fall_below_one_component_for_all_of_a_small_batch():
+    """6 data points and k = 0.1: else `Needed`, the default, could end the training of a small batch."""
+    attributions = torch.rand(6, 4)
+    mask = apd.BatchTopK(apd.masks.Needed(now=0.1), least=0.15)(attributions)
+    assert mask.sum() == 1
+    with pytest.raises(apd.errors.InvalidSetting, match="must select at least 1"):
+        apd.BatchTopK(0.1)(attributions)
+
+
 def test_needed_grows_while_too_little_is_given_back_and_shrinks_while_enough_is():
     """By the factor 2 in a tenth of the steps, not before `hold` and not below the lowest; at the end it only grows."""
-    needed, found = apd.masks.Needed(now=2.0, lowest=1.0, minimality=0.1, hold=0.2, release=0.7), []
+    needed, found = apd.masks.Needed(now=2.0, lowest=1.0, minimality=0.1, growth=2.0, hold=0.2, release=0.7), []
     for step, minimality in enumerate([0.5] * 20 + [0.5] * 10 + [0.05] * 50):
         needed = needed.after(minimality, progress=step / 100, steps=100)
         found.append(needed.now)
@@ -87,7 +96,7 @@ def test_training_with_needed_keeps_the_k_that_it_found():
     """Two features are always on, and one component can't do the work of two."""
     model, x = torch.nn.Linear(2, 2, bias=False), torch.rand(64, 2) + 0.5
     torch.nn.init.eye_(model.weight)
-    selection = apd.BatchTopK(apd.masks.Needed(minimality=1e-9), least=1e-6)
+    selection = apd.BatchTopK(apd.masks.Needed(minimality=1e-9, growth=2.0), least=1e-6)
     options = {"n_components": 4, "rank": 1, "selection": selection, "moves": None}
     state, ks = apd.init(model, optimization=apd.Optimization(steps=20), **options), []
     for _ in range(20):

@@ -114,7 +114,8 @@ def test_dead_components_are_revived_without_splits_and_merges():
     mask = torch.zeros(40, 4, dtype=torch.bool)
     mask[:20, 0], mask[20:30, 1], mask[30:, 2] = True, True, True
     before = state.components.component_weights("weight").detach()
-    made, parts = moved(state, x, mask, apd.moves.ClusterMoves(noise=0.0, merge_above=1, split_below=-1))
+    moves = apd.moves.ClusterMoves(noise=0.0, merge_above=1, split_below=-1, split_read_below=-1)
+    made, parts = moved(state, x, mask, moves)
     assert made == 1
     assert torch.equal(parts[:3], before[:3])
     assert_close(parts[3], diagonal(0, 0, 0, 4.0), rtol=0, atol=1e-5)
@@ -137,12 +138,50 @@ def test_moments_of_the_touched_start_from_zero_and_noise_is_added():
     assert torch.linalg.matrix_rank(state.components.component_weights("weight")[0], atol=1e-7) == 2
 
 
+def test_a_component_that_reads_two_directions_and_writes_one_is_split():
+    """Two facts with one answer: features 0 and 1 are written in the same direction."""
+    row = torch.tensor([[0.0, 1.0, 0.0, 0.0]])
+    both = torch.tensor([[1.0], [1.0], [0.0], [0.0]]) @ row
+    state = state_of([both, diagonal(0, 0, 0, 0), diagonal(0, 0, 3, 0)])
+    x = one_hot_inputs(*[0, 1] * 10, *[2] * 20)
+    mask = torch.zeros(40, 3, dtype=torch.bool)
+    mask[:20, 0], mask[20:, 2] = True, True
+    before = state.components.summed("weight").detach()
+    made, parts = moved(state, x, mask, QUIET)
+    assert made == 1
+    assert_close(parts.sum(0), before, rtol=0, atol=1e-5)
+    reads = sorted(tuple((part.norm(dim=1) > 0.1).tolist()) for part in parts[:2])
+    assert reads == [(False, True, False, False), (True, False, False, False)]
+    again = state_of([both, diagonal(0, 0, 0, 0), diagonal(0, 0, 3, 0)])
+    assert moved(again, x, mask, replace(QUIET, split_read_below=-1.0))[0] == 0
+
+
+def test_what_is_on_beside_a_feature_does_not_split_it():
+    """Feature 2 is on wherever the component is active; which of 19 others are on beside it says nothing."""
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Linear(20, 20, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(20))
+    state = apd.init(model, n_components=2, rank=1, selection=apd.TopK(1))
+    with torch.no_grad():
+        for side in (state.components.A["weight"].mT, state.components.B["weight"]):
+            side.zero_()
+            side[0, :, 2] = 1.0
+    x = torch.rand(600, 20, generator=generator) * (torch.rand(600, 20, generator=generator) < 0.05)
+    x[:100, 2], x[100:, 2] = torch.rand(100, generator=generator), 0.0
+    mask = torch.zeros(600, 2, dtype=torch.bool)
+    mask[:100, 0] = True
+    assert moved(state, x, mask, QUIET)[0] == 0
+
+
 def test_two_clusters():
     angles = torch.tensor([0.0, 0.1, -0.1, 1.6, 1.5, 1.7])
-    in_first, cosine = opposite_clusters(torch.stack([angles.cos(), angles.sin()], 1))
+    directions = torch.stack([angles.cos(), angles.sin()], 1)
+    in_first, cosine, narrow = opposite_clusters(directions @ directions.mT)
+    assert 0.99 < narrow < 1
     assert in_first.tolist() in ([True] * 3 + [False] * 3, [False] * 3 + [True] * 3)
     assert cosine == pytest.approx(torch.tensor(1.6).cos().item(), abs=1e-4)
-    assert opposite_clusters(torch.tensor([[1.0, 0.0]] * 5))[1] == 1.0
+    assert opposite_clusters(torch.ones(5, 5))[1] == 1.0
 
 
 def test_twins_are_found_over_all_matrices():

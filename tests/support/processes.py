@@ -138,7 +138,8 @@ def moved(moves: Any) -> dict[str, Any]:
     with torch.no_grad():
         model.weight.copy_(torch.diag(torch.linspace(1, 2, 5)) + noise[:5])
     batch = torch.eye(5, dtype=torch.float64)[torch.arange(41) % 5] * torch.linspace(0.5, 1, 41)[:, None] + noise[5:]
-    return trained(model, [batch], selection=apd.BatchTopK(1.0), moves=moves)
+    options = {"selection": apd.BatchTopK(1.0), "moves": moves, "optimization": {"scaled": False}}
+    return trained(model, [batch], **options)
 
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {

@@ -155,6 +155,7 @@ def decomposition_of(
         n_components=n_components,
         rank=rank,
         selection=selection or apd.BatchTopK(2.0),
+        optimization=apd.Optimization(scaled=False, init_scale=0.5),  # whatever the size of the weights
         seed=seed,
         **options,
     )

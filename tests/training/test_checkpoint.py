@@ -607,7 +607,11 @@ DIFFERENCES: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"losses": apd.Losses(path=apd.Ramp(1.0, 0.5))},
         "settings.losses.path.type: then 'nothing', now",
     ),
-    "granularity": (mlp, {"selection": apd.BatchTopK(1.0, granularity="position")}, "settings.selection.granularity"),
+    "granularity": (
+        mlp,
+        {"selection": apd.BatchTopK(apd.masks.Needed(), granularity="position", least=0.15)},
+        "settings.selection.granularity",
+    ),
     "moves": (mlp, {"moves": None}, "settings.moves"),
     "components": (mlp, {"n_components": 7}, "n_components: then 6, now 7"),
     "rank": (mlp, {"rank": 3}, r"matrices.layers.0.mlp_in.weight.rank: then 2, now 3"),

@@ -1,5 +1,7 @@
 """Training: determinism, what it reports, that it finds what is there, and that nothing is left behind or lost."""
 
+import copy
+
 import pytest
 import torch
 from support import outside
@@ -223,18 +225,20 @@ def test_a_component_counts_as_alive_for_a_hundred_steps():
 
 
 def test_relative_losses_do_not_depend_on_the_scale_of_the_model():
-    """y = x W with W and all components ten times as large: the same shares."""
-    small, large = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
-    large.weight.data = 10 * small.weight.data
-    terms = []
-    for model, scale in ((small, 1.0), (large, 10.0)):
-        losses = apd.Losses(normalization="relative", path=1.0, schatten_p=0.9)
-        state = apd.init(model, n_components=4, rank=2, losses=losses, selection=apd.TopK(1))
-        with torch.no_grad():
-            state.components.A["weight"].mul_(scale)
-        _, info = apd.step(state, batches()[0])
-        terms.append({name: term.item() for name, term in info.terms.items()})
-    assert terms[0] == pytest.approx(terms[1], rel=1e-4)
+    """y = x V W, with V ten times and W a tenth, or both ten times as large: the same shares, for many steps."""
+    torch.manual_seed(0)
+    model, found = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 3, bias=False)), []
+    for of_first, of_second in ((1.0, 1.0), (10.0, 0.1), (10.0, 10.0)):
+        other = copy.deepcopy(model)
+        other[0].weight.data *= of_first
+        other[1].weight.data *= of_second
+        options = {"n_components": 4, "rank": 2, "selection": apd.TopK(1), "moves": None}
+        state = apd.init(other, **options, optimization=apd.Optimization(steps=20))
+        for batch in 10 * batches():
+            state, info = apd.step(state, batch)
+        found.append([*(term.item() for term in info.terms.values()), *state.decomposition().residuals().values()])
+    assert found[1][:-1] == pytest.approx(found[0][:-1], rel=1e-3)  # the last is of all matrices together
+    assert found[2] == pytest.approx(found[0], rel=1e-3)
 
 
 def test_the_residual_mlp_hidden_loss_in_relative_form_is_one_minus_r_squared():
@@ -273,16 +277,14 @@ def test_known_parts_are_found_again_at_their_size():
         def decompose(simplicity, steps):
             return apd.decompose(
                 model, batch, n_components=6, rank=2, selection=apd.TopK(1),
-                losses=apd.Losses(30, 1, simplicity, simplicity_floor=0.0),
-                moves=apd.moves.SplitMoves(every=50), progress=False,
-                optimization=apd.Optimization(steps, lr=3e-2, scaled=False, init_scale=1.0),
+                losses=apd.Losses(simplicity=simplicity), progress=False, optimization=apd.Optimization(steps),
             )
 
-        for decomposition in (decompose(apd.HoldThenDecay(0.05), 1500), decompose(0.05, 1500), decompose(0.05, 1)):
+        for decomposition in (decompose(apd.HoldThenDecay(0.08), 1000), decompose(0.08, 1000), decompose(0.08, 1)):
             parts = decomposition.components.component_weights("weight")
             cosine, best = F.cosine_similarity(parts[None].flatten(2), wanted[:, None].flatten(2), dim=2).max(1)
             sizes = parts[best].flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
-            print(int((cosine > 0.999).sum()), sizes.min().item(), sizes.max().item(), decomposition.residuals()["all"])
+            print(int((cosine > 0.99).sum()), sizes.min().item(), sizes.max().item(), decomposition.residuals()["all"])
         """
     )
     ours, constant, untrained = ([float(value) for value in line.split()] for line in found.splitlines())
@@ -424,5 +426,5 @@ def test_a_step_that_fails_leaves_the_components_alone():
     before = [factor.detach().clone() for factor in state.components.parameters()]
     with pytest.raises(apd.NonFinite):
         apd.step(state, torch.full((2, 4), float("inf")))
-    for factor, copy in zip(state.components.parameters(), before, strict=True):
-        assert torch.equal(factor, copy)
+    for factor, kept in zip(state.components.parameters(), before, strict=True):
+        assert torch.equal(factor, kept)

@@ -5,11 +5,12 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import CheckpointError
 
 import apd_lens as apd
-from apd_lens.components._components import xavier_std
+from apd_lens.components._components import unit_of, xavier_std
 from apd_lens.training._optimizer import adam, update
 
 
 def state_of(**options):
+    torch.manual_seed(0)
     return apd.init(nn.Linear(4, 2, bias=False), n_components=3, rank=2, optimization=apd.Optimization(**options))
 
 
@@ -18,8 +19,10 @@ def test_factors_of_one_scale_are_one_group():
     scales = {id(p): group["scale"] for group in state.optimizer.param_groups for p in group["params"]}
     A, B = state.components.A["weight"], state.components.B["weight"]
     of_all = [scales[id(factor)] for factor in state.components.parameters()]
-    assert sorted(of_all) == sorted([xavier_std(*A.shape[1:]), xavier_std(*B.shape[1:])])
-    unscaled = adam(state.components, apd.Optimization(scaled=False))
+    unit = unit_of(state.weights["weight"])
+    assert 0.5 < unit < 1.5  # close to Xavier's, but not it
+    assert sorted(of_all) == sorted([unit * xavier_std(*A.shape[1:]), unit * xavier_std(*B.shape[1:])])
+    unscaled = adam(state.components, apd.Optimization(scaled=False), state.weights)
     assert [group["scale"] for group in unscaled.param_groups] == [1.0]
 
 

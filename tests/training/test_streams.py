@@ -114,7 +114,7 @@ def test_with_others_there_is_nothing_without_sparse_passes():
 def test_with_others_what_components_lack_is_given_to_none():
     """Moves at each step, which would else give it to a component that is active on nothing."""
     model = ResidualMLP(4, 6, 5, 1)
-    moves = apd.moves.ClusterMoves(every=1, until=1.0, merge_above=1.0, split_below=-1.0)
+    moves = apd.moves.ClusterMoves(every=1, until=1.0, merge_above=1.0, split_below=-1.0, split_read_below=-1.0)
     options = {"n_components": 5, "rank": 2, "moves": moves, "selection": apd.TopK(1)}
     x, y = torch.rand(8, 4), torch.rand(6, 4)
     _, alone = apd.step(apd.init(model, **options), x)

@@ -21,8 +21,9 @@ def copies(components: apd.ParameterComponents) -> dict[str, Tensor]:
 
 
 def test_normalised_components_are_the_same():
+    model = ResidualMLP(4, 6, 5, 1)
     plain, unit = (
-        apd.init(ResidualMLP(4, 6, 5, 1), n_components=5, rank=2, optimization=apd.Optimization(unit_norm=unit_norm))
+        apd.init(model, n_components=5, rank=2, optimization=apd.Optimization(unit_norm=unit_norm))
         for unit_norm in (False, True)
     )
     norms = column_norms(unit.components)
