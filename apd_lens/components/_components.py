@@ -176,7 +176,7 @@ def initial_components(
     generator: torch.Generator,
     scale: float = 1.0,
     own: Callable[[Tensor], Tensor] = lambda factor: factor,
-    scaled: bool = False,
+    units: Mapping[str, Float[Tensor, ""]] | None = None,
 ) -> ParameterComponents:
     """Random factors, Xavier-normal each: standard deviation sqrt(2 / (fan_in + fan_out)) of `d_in m` and `m d_out`.
 
@@ -185,7 +185,7 @@ def initial_components(
         rank: the largest m; a matrix whose min(d_in, d_out) is less has that, and with None each has it.
         generator: on the CPU; factors are drawn there, so that every device gets the same.
         own: what this process keeps of a factor.
-        scaled: factors are as much larger as those of the matrix are, see `unit_of`.
+        units: name -> how much larger its factors are than Xavier's, see `unit_of`; None for 1.
 
     Raises:
         InvalidSetting: n_components < 1 or rank < 1.
@@ -200,7 +200,7 @@ def initial_components(
         m = min(d_in, d_out) if rank is None else min(rank, d_in, d_out)
         weight = matrix.value()
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        size = scale * unit_of(weight) if scaled else scale
+        size = scale if units is None else scale * units[matrix.name].item()
 
         def xavier(fan_in: int, fan_out: int) -> Tensor:
             factor = torch.randn(n_components, fan_in, fan_out, generator=generator, dtype=dtype, device="cpu")  # noqa: B023
@@ -210,14 +210,14 @@ def initial_components(
     return ParameterComponents(A, B)
 
 
-def unit_of(weight: Float[Tensor, "d_in d_out"]) -> float:
+def unit_of(weight: Float[Tensor, "d_in d_out"]) -> Float[Tensor, ""]:
     """The root of what the matrix is over one of Xavier's start: so much larger are its factors than Xavier's.
 
     A model may be rescaled and do the same: of two linear layers, one times 100 and the other over 100. In these units
     it is decomposed in the same way. A matrix of zeros has 1.
     """
     size = weight.float().square().mean().sqrt().item() / xavier_std(*weight.shape)
-    return size**0.5 or 1.0
+    return torch.tensor(size**0.5 or 1.0, dtype=torch.float64, device="cpu")
 
 
 def xavier_std(fan_in: int, fan_out: int) -> float:

@@ -108,10 +108,11 @@ class ClusterMoves:
         n_moves = len(touched) // 2
 
         free.sort(key=lambda c: held[c])
+        signed = [_SignedInputs.of(use, x) for use, x in inputs] if free else []
         for old in sorted(set(busy) - touched, key=lambda c: -held[c]):
             if not free:
                 break
-            split = plan_cluster_split(components, weights, old, of_points[:, old], inputs, self)
+            split = plan_cluster_split(components, weights, old, of_points[:, old], signed, self)
             if split is not None and split_component(
                 components, replace(split, new=free[0]), inputs, _RIDGE, self.separation
             ):
@@ -160,12 +161,54 @@ def similarities(
     return total
 
 
+@dataclass(frozen=True, eq=False)
+class _SignedInputs:
+    """The inputs of one use of a matrix, each as x or −x, whichever has its largest entry positive: for a linear map
+    they are one input. Rows of a lookup have no sign.
+
+    Attributes:
+        x: as they are.
+        signs, mean, mean_square: of floating-point inputs; the mean of signed ones, and the mean square without it.
+    """
+
+    use: Use
+    x: Inputs
+    signs: Float[Tensor, "data *pos 1"] | None = None
+    mean: Float[Tensor, " pos_d_in"] | None = None
+    mean_square: Float[Tensor, ""] | None = None
+
+    @classmethod
+    def of(cls, use: Use, x: Inputs) -> "_SignedInputs":
+        if not x.is_floating_point():
+            return cls(use, x)
+        signs = x.gather(-1, x.abs().argmax(-1, keepdim=True)).sign()
+        flat = (x * signs).flatten(1)
+        mean = flat.mean(0)
+        mean_square = (flat - mean).square().sum(1).mean().clamp_min(torch.finfo(flat.dtype).tiny)
+        return cls(use, x, signs, mean, mean_square)
+
+    def at(self, where: Int[Tensor, " some"]) -> Inputs:
+        """Signed, at some data points."""
+        where = where.to(self.x.device)
+        return self.x[where] if self.signs is None else self.x[where] * self.signs[where]
+
+    def inner_products(self, where: Int[Tensor, " some"]) -> Float[Tensor, "some some"]:
+        """At some data points, in units of the mean square of all, and but for what all have in common; of rows the
+        share of positions that have the same."""
+        some = self.at(where).reshape(len(where), -1)
+        if self.mean is None or self.mean_square is None:
+            rows = some.float()  # exact below 2²⁴
+            return 1 - torch.cdist(rows, rows, p=0) / rows.shape[1]
+        some = some - self.mean
+        return (some @ some.mT / self.mean_square).float()
+
+
 def plan_cluster_split(
     components: ParameterComponents,
     weights: Mapping[str, Tensor],
     component: int,
     active: Bool[Tensor, " data"],
-    inputs: Sequence[tuple[Use, Tensor]],
+    inputs: Sequence[_SignedInputs],
     moves: ClusterMoves,
 ) -> Split | None:
     """A split of a component's active data points, by what it writes there, or by what it reads if it writes in one
@@ -176,14 +219,13 @@ def plan_cluster_split(
     where = active.nonzero()[:, 0]
     if len(where) < moves.fewest:
         return None
-    inputs = [(use, _one_sign(x)) for use, x in inputs]
     written = torch.zeros(len(where), len(where), device=active.device)
-    for use, x in inputs:
-        A, B = components.factors(use)
-        some = x[where.to(x.device)]
+    for one in inputs:
+        A, B = components.factors(one.use)
+        some = one.at(where)
         h = inner_activations(some, A[[component]]).flatten(1, -2)  # data pos m
         size = some.flatten(1).norm(dim=1).square().mean() if some.is_floating_point() else 1.0
-        unit = weights[use.matrix].square().sum() * size + torch.finfo(h.dtype).tiny
+        unit = weights[one.use.matrix].square().sum() * size + torch.finfo(h.dtype).tiny
         inner = (h @ (B[component] @ B[component].mT)).flatten(1) @ h.flatten(1).mT
         written += (inner / unit).to(written.device)
     sizes = written.diagonal().clamp_min(0).sqrt()
@@ -194,7 +236,7 @@ def plan_cluster_split(
     in_first, cosine, _ = _clusters(written[large][:, large])
     below = moves.split_below
     if cosine > _ONE_DIRECTION:
-        read = torch.stack([_inner_products(x, where.to(x.device)).to(written.device) for _, x in inputs]).sum(0)
+        read = torch.stack([one.inner_products(where).to(written.device) for one in inputs]).sum(0)
         in_first, cosine, narrow = _clusters(read)
         below = moves.split_read_below if narrow > _NARROW else -1.0
     if cosine > below or below <= -1 or not moves.smallest < in_first.float().mean() < 1 - moves.smallest:
@@ -202,24 +244,6 @@ def plan_cluster_split(
     given, kept = torch.zeros_like(active), torch.zeros_like(active)
     given[where], kept[where] = in_first, ~in_first
     return Split(old=component, new=component, given=given, kept=kept)
-
-
-def _inner_products(x: Inputs, where: Int[Tensor, " some"]) -> Float[Tensor, "some some"]:
-    """Of the inputs at some data points, in units of the mean square of all, and but for what all have in common."""
-    if not x.is_floating_point():
-        rows = x[where].reshape(len(where), -1)
-        return (rows[:, None] == rows).float().mean(-1)
-    flat = x.flatten(1)
-    flat = flat - flat.mean(0)
-    some = flat[where]
-    return (some @ some.mT / flat.square().sum(1).mean().clamp_min(torch.finfo(flat.dtype).tiny)).float()
-
-
-def _one_sign(x: Inputs) -> Inputs:
-    """x or −x, whichever has its largest entry positive: for a linear map they are one input."""
-    if not x.is_floating_point():
-        return x
-    return x * x.gather(-1, x.abs().argmax(-1, keepdim=True)).sign()
 
 
 def _clusters(inner: Float[Tensor, "n n"]) -> tuple[Bool[Tensor, " n"], float, float]:

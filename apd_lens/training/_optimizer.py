@@ -11,18 +11,22 @@ from apd_lens._errors import UnsupportedModel
 from apd_lens._processes import average_gradients
 from apd_lens._settings import Optimization, learning_rate
 from apd_lens._shards import is_sharded
-from apd_lens.components._components import ParameterComponents, unit_of, xavier_std
+from apd_lens.components._components import ParameterComponents, xavier_std
 from apd_lens.training._attack import Attack
 from apd_lens.training._unit_norm import normalize_columns, remove_parallel_gradients
 
 
 def adam(
-    components: ParameterComponents, optimization: Optimization, weights: Mapping[str, Float[Tensor, "d_in d_out"]]
+    components: ParameterComponents, optimization: Optimization, units: Mapping[str, Float[Tensor, ""]]
 ) -> torch.optim.Optimizer:
-    """Adam for the factors; those of one scale are one group, and gates, with a learning rate of their own, another."""
+    """Adam for the factors; those of one scale are one group, and gates, with a learning rate of their own, another.
+
+    Args:
+        units: of each matrix, see `unit_of`; the same in all processes.
+    """
     groups: dict[float, list[Tensor]] = {}
     for name, factor in zip(2 * components.names, components.factors_of_all, strict=True):
-        scale = unit_of(weights[name]) * xavier_std(*factor.shape[-2:]) if optimization.scaled else 1.0
+        scale = units[name].item() * xavier_std(*factor.shape[-2:]) if optimization.scaled else 1.0
         groups.setdefault(scale, []).append(factor)
     of_all = [{"params": factors, "scale": scale} for scale, factors in groups.items()]
     if components.gates is not None:

@@ -19,7 +19,7 @@ from apd_lens._errors import InvalidSetting, NonFinite
 from apd_lens._memory import n_bytes
 from apd_lens._settings import DEFAULTS, RANK, TARGETED, Elsewhere, Optimization, Settings
 from apd_lens.attribution._attribution import Attribution
-from apd_lens.components._components import ParameterComponents, initial_components, warn_of_too_few
+from apd_lens.components._components import ParameterComponents, initial_components, unit_of, warn_of_too_few
 from apd_lens.data._batch import Batch
 from apd_lens.data._finite import LateChecks, on_gpu
 from apd_lens.data._inputs import ValidFn
@@ -281,7 +281,10 @@ def init(
     scale, has_start = settings.optimization.init_scale, moves is not None and moves.has_start
     in_parts = sharded and settings.optimization.start == "random" and not has_start  # each factor when it is drawn
     own = _shards.sharded if in_parts else lambda factor: factor
-    components = initial_components(matrices, n_components, rank, generator, scale, own, settings.optimization.scaled)
+    units = {matrix.name: unit_of(matrix.value()) for matrix in matrices}
+    components = initial_components(
+        matrices, n_components, rank, generator, scale, own, units if settings.optimization.scaled else None
+    )
     if settings.losses.faithfulness:
         warn_of_too_few(components)
     dtypes = {name: factor.dtype for name, factor in zip(names, components.parameters(), strict=False)}
@@ -309,12 +312,12 @@ def init(
     if gates is not None:
         gates.place(next(components.parameters()))
         components.gates = gates
-    if not components.is_sharded:
-        _processes.copy_from_first(components.parameters())  # processes may round otherwise
+    # Processes may round otherwise.
+    _processes.copy_from_first([*units.values(), *(() if components.is_sharded else components.parameters())])
     if sharded:
         components.shard()
     device = next(iter(originals.values())).device
-    optimizer = adam(components, settings.optimization, originals)
+    optimizer = adam(components, settings.optimization, units)
     late = LateChecks(device) if on_gpu(device) else None
     if late is not None:
         optimizer.found_inf = late.failed  # type: ignore[attr-defined]

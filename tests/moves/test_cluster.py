@@ -45,14 +45,20 @@ def one_hot_inputs(*features: int) -> Tensor:
     return torch.eye(4)[list(features)] * torch.linspace(0.5, 1.0, len(features))[:, None]
 
 
+def served_by_two() -> tuple[Tensor, Tensor]:
+    """Inputs and a mask: of three components one serves features 0 and 1, the next none, and the last feature 2."""
+    mask = torch.zeros(40, 3, dtype=torch.bool)
+    mask[:20, 0], mask[20:, 2] = True, True
+    return one_hot_inputs(*[0, 1] * 10, *[2] * 20), mask
+
+
 @pytest.mark.parametrize("signs", [(1, 1, 1, 1), (1, 1, -1, -1)], ids=["positive", "of both signs"])
 def test_a_component_that_writes_in_two_directions_is_split(signs: tuple[int, ...]):
     """Component 0 serves features 0 and 1; afterwards a free one has one of them, and the sum is as it was. x and −x
     are one input for a linear map, so the two signs of a feature are no two directions."""
     state = state_of([diagonal(1, 2, 0, 0), diagonal(0, 0, 0, 0), diagonal(0, 0, 3, 0)])
-    x = one_hot_inputs(*[0, 1] * 10, *[2] * 20) * torch.tensor(signs).repeat(10)[:, None]
-    mask = torch.zeros(40, 3, dtype=torch.bool)
-    mask[:20, 0], mask[20:, 2] = True, True
+    x, mask = served_by_two()
+    x = x * torch.tensor(signs).repeat(10)[:, None]
     before = state.components.summed("weight").detach()
     made, parts = moved(state, x, mask, QUIET)
     assert made == 1
@@ -143,9 +149,7 @@ def test_a_component_that_reads_two_directions_and_writes_one_is_split():
     row = torch.tensor([[0.0, 1.0, 0.0, 0.0]])
     both = torch.tensor([[1.0], [1.0], [0.0], [0.0]]) @ row
     state = state_of([both, diagonal(0, 0, 0, 0), diagonal(0, 0, 3, 0)])
-    x = one_hot_inputs(*[0, 1] * 10, *[2] * 20)
-    mask = torch.zeros(40, 3, dtype=torch.bool)
-    mask[:20, 0], mask[20:, 2] = True, True
+    x, mask = served_by_two()
     before = state.components.summed("weight").detach()
     made, parts = moved(state, x, mask, QUIET)
     assert made == 1

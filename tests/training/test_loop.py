@@ -237,8 +237,8 @@ def test_relative_losses_do_not_depend_on_the_scale_of_the_model():
         for batch in 10 * batches():
             state, info = apd.step(state, batch)
         found.append([*(term.item() for term in info.terms.values()), *state.decomposition().residuals().values()])
-    assert found[1][:-1] == pytest.approx(found[0][:-1], rel=1e-3)  # the last is of all matrices together
-    assert found[2] == pytest.approx(found[0], rel=1e-3)
+    assert found[1][:-1] == pytest.approx(found[0][:-1], rel=1e-4)  # the last is of all matrices together
+    assert found[2] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_the_residual_mlp_hidden_loss_in_relative_form_is_one_minus_r_squared():
@@ -280,11 +280,11 @@ def test_known_parts_are_found_again_at_their_size():
                 losses=apd.Losses(simplicity=simplicity), progress=False, optimization=apd.Optimization(steps),
             )
 
-        for decomposition in (decompose(apd.HoldThenDecay(0.08), 1000), decompose(0.08, 1000), decompose(0.08, 1)):
+        for decomposition in (decompose(apd.HoldThenDecay(0.08), 2000), decompose(0.08, 2000), decompose(0.08, 1)):
             parts = decomposition.components.component_weights("weight")
             cosine, best = F.cosine_similarity(parts[None].flatten(2), wanted[:, None].flatten(2), dim=2).max(1)
             sizes = parts[best].flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
-            print(int((cosine > 0.99).sum()), sizes.min().item(), sizes.max().item(), decomposition.residuals()["all"])
+            print(int((cosine > 0.999).sum()), sizes.min().item(), sizes.max().item(), decomposition.residuals()["all"])
         """
     )
     ours, constant, untrained = ([float(value) for value in line.split()] for line in found.splitlines())

@@ -19,10 +19,10 @@ def test_factors_of_one_scale_are_one_group():
     scales = {id(p): group["scale"] for group in state.optimizer.param_groups for p in group["params"]}
     A, B = state.components.A["weight"], state.components.B["weight"]
     of_all = [scales[id(factor)] for factor in state.components.parameters()]
-    unit = unit_of(state.weights["weight"])
+    unit = unit_of(state.weights["weight"]).item()
     assert 0.5 < unit < 1.5  # close to Xavier's, but not it
     assert sorted(of_all) == sorted([unit * xavier_std(*A.shape[1:]), unit * xavier_std(*B.shape[1:])])
-    unscaled = adam(state.components, apd.Optimization(scaled=False), state.weights)
+    unscaled = adam(state.components, apd.Optimization(scaled=False), {})
     assert [group["scale"] for group in unscaled.param_groups] == [1.0]
 
 
