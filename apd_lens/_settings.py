@@ -37,13 +37,15 @@ class Optimization:
         warmup: share of the steps in which the learning rate rises linearly from 0.
         init_scale: standard deviation of the initial factors, in these units. At 1 the sum of many components is
             much larger than the weights. At 0.5 each component has a quarter of that size.
-        start: "random" draws all factors. With "matrices" component 0 starts as the whole first matrix, component 1 as
-            the second and so on, as far as their rank holds them, and each is nothing in the other matrices, which
-            only moves can change; the rest are drawn. A matrix that serves every data point, such as a hidden identity,
-            can then stay one component, which is not found from random factors; one that does not is split by the
-            moves. "data" fits them to the first data in closed form: component 0 does what all data points have in
+        start: "data" fits the factors to the first data in closed form: component 0 does what all data points have in
             common, each further one what a data point, or a group of them, does alone, and little on other data. The
-            rest of the factors are tiny. See `apd_lens.start.fit_to_data`.
+            rest of the factors are tiny. See `apd_lens.start.fit_to_data`. "random" draws all factors. With "matrices"
+            component 0 starts as the whole first matrix, component 1 as the second and so on, as far as their rank
+            holds them, and each is nothing in the other matrices, which only moves can change; the rest are drawn. A
+            matrix that serves every data point, such as a hidden identity, can then stay one component; one that does
+            not is split by the moves. "auto" is "data" where that can be, and else "random": for one component, moves
+            that have a start of their own, and data that can be gone through once only. The settings of the result say
+            which it was.
         unit_norm: keep every column A_c[:, i] of the input sides at norm 1. What the gradient has along a column is
             taken out before Adam's step, and the column is brought back to norm 1 after it. At the start and after
             moves its norm goes to the row B_c[i, :], so that P_c stays. A column of zeros has no direction, and stays.
@@ -56,10 +58,11 @@ class Optimization:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.05
     init_scale: float = 0.5
-    start: Literal["random", "matrices", "data"] = "random"
+    start: Literal["auto", "data", "random", "matrices"] = "auto"
     unit_norm: bool = False
 
-    UNSAVED: ClassVar[dict[str, Any]] = {"scaled": False, "init_scale": 1.0}  # of decompositions of apd_lens 0.1
+    # Of decompositions of apd_lens 0.1.
+    UNSAVED: ClassVar[dict[str, Any]] = {"scaled": False, "init_scale": 1.0, "start": "random"}
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -174,7 +177,7 @@ def paper() -> dict[str, Any]:
             faithfulness=1.0, simplicity=0.7, schatten_p=1.0, simplicity_floor=0.0, path=0.0, normalization="paper"
         ),
         "moves": None,
-        "optimization": Optimization(steps=20_000, lr=3e-2, scaled=False, init_scale=1.0),
+        "optimization": Optimization(steps=20_000, lr=3e-2, scaled=False, init_scale=1.0, start="random"),
     }
 
 

@@ -72,7 +72,7 @@ class Case:
             selection=apd.BatchTopK(k),
             attribution=attribution,
             losses=losses,
-            optimization=apd.Optimization(steps=10_000, lr=1e-3, scaled=False, init_scale=1.0),
+            optimization=apd.Optimization(steps=10_000, lr=1e-3, scaled=False, init_scale=1.0, start="random"),
             moves=None,
         )
 

@@ -65,7 +65,7 @@ def tms_settings(steps: int) -> dict[str, Any]:
         "selection": apd.BatchTopK(apd.Ramp(2.0, 3.5)),
         "losses": losses,
         "moves": apd.moves.ClusterMoves(fewest=8),
-        "optimization": apd.Optimization(steps=steps, lr=1e-2, scaled=False, init_scale=0.5),
+        "optimization": apd.Optimization(steps=steps, lr=1e-2, scaled=False, init_scale=0.5, start="random"),
     }
 
 

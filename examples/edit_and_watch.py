@@ -156,7 +156,7 @@ def decompose_tms(target: toys.TMSTarget, steps: int) -> apd.Decomposition:
         selection=apd.BatchTopK(apd.Ramp(2.0, 3.5)),
         losses=apd.Losses(faithfulness=1.0, simplicity=apd.HoldThenDecay(0.04)),
         moves=apd.moves.ClusterMoves(fewest=8),
-        optimization=apd.Optimization(steps=steps, lr=1e-2, scaled=False, init_scale=0.5),
+        optimization=apd.Optimization(steps=steps, lr=1e-2, scaled=False, init_scale=0.5, start="random"),
     )
 
 

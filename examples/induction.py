@@ -79,7 +79,7 @@ def decompose(model: HookedTransformer, steps: int, seed: int = 0) -> apd.Decomp
         rank=4,
         output=centred,
         selection=apd.BatchTopK(k=6, granularity="position"),
-        optimization=apd.Optimization(steps=steps, lr=3e-3, scaled=False, init_scale=0.5),
+        optimization=apd.Optimization(steps=steps, lr=3e-3, scaled=False, init_scale=0.5, start="random"),
         moves=None,
         seed=seed,
     )

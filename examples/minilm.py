@@ -121,7 +121,7 @@ def decompose(model: NNsight, batches: list[Batch], steps: int) -> apd.Decomposi
             hidden_at=("embedding",),
             normalization="relative",
         ),
-        optimization=apd.Optimization(steps=steps, lr=4e-3, scaled=False, init_scale=1),
+        optimization=apd.Optimization(steps=steps, lr=4e-3, scaled=False, init_scale=1, start="random"),
         moves=None,
     )
 

@@ -51,7 +51,6 @@ EXTRAS = [
     ("apd_nnsight", "nnsight", "nnsight"),
     ("apd_lens.plots", "matplotlib", "plots"),
     ("apd_lens.compare", "pandas", "compare"),
-    ("apd_lens.compare", "scipy", "compare"),
     ("apd_lens.report", "jinja2", "report"),
     ("apd_lens.report", "plotly", "report"),
 ]

@@ -60,7 +60,8 @@ def test_learning_rate(schedule, at_half: float):
 def test_nothing_said_is_the_default_settings_and_none_switches_moves_off():
     model = torch.nn.Linear(30, 20)
     state = apd.init(model, n_components=2)
-    assert state.settings == apd.decomposition.Settings()
+    nothing_to_fit = apd.Optimization(start="random")
+    assert state.settings == apd.decomposition.Settings(optimization=nothing_to_fit)
     assert state.settings.moves == apd.moves.ClusterMoves()
     assert state.components.A["weight"].shape == (2, 30, 4)
     assert apd.init(model, n_components=2, moves=None).settings.moves is None

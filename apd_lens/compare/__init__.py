@@ -1,6 +1,6 @@
 """Comparisons of a decomposition with what other methods find: circuits, heads, neurons and dictionaries of features.
 
-Results are tensors in small dataclasses, each with a `.table()` for pandas. Needs pandas and scipy:
+Results are tensors in small dataclasses, each with a `.table()` for pandas. Needs pandas:
 pip install 'apd-lens[compare]'.
 """
 
@@ -8,11 +8,8 @@ from apd_lens._errors import MissingExtra
 
 try:
     import pandas as pd  # noqa: F401
-    import scipy  # noqa: F401
 except ImportError as error:
-    raise MissingExtra(
-        "apd_lens.compare needs pandas and scipy. Install them with pip install 'apd-lens[compare]'"
-    ) from error
+    raise MissingExtra("apd_lens.compare needs pandas. Install it with pip install 'apd-lens[compare]'") from error
 
 from apd_lens.compare._activations import ActivationMatch as ActivationMatch
 from apd_lens.compare._activations import ActivationSums as ActivationSums

@@ -174,6 +174,14 @@ class Inputs:
         args, kwargs = arguments(self.batch)
         return _main(dict(enumerate(args)) | kwargs)
 
+    @property
+    def n_positions(self) -> int:
+        """Of an example, as far as the shape of the main tensor says it."""
+        main = self.main
+        if main is None:
+            return 1
+        return (main.shape[1:-1] if main.is_floating_point() else main.shape[1:]).numel()
+
     @functools.cached_property
     def document_lengths(self) -> Int[Tensor, "batch pos"] | None:
         """For each position, the number of data positions in its document; None without a mask of queries and keys."""

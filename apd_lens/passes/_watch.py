@@ -337,8 +337,7 @@ def watched_in_pieces(
 ) -> WatchedPass:
     """`watched_pass`; where its graph does not fit into the `memory`, of some examples at a time, and without it."""
     inputs, hidden = target.read(batch), list(hidden)
-    n, (graph, kept) = inputs.n_examples, _bytes_per_example(target, names, inputs)
-    some = at_once(n, graph, n * kept)
+    n, some = inputs.n_examples, examples_at_once(target, names, inputs)
     if some >= n:
         return watched_pass(target, names, inputs, output, hidden, compares=compares)
     parts, picked = list[WatchedPass](), list[Tensor]()
@@ -363,12 +362,17 @@ def watched_in_pieces(
     )
 
 
+def examples_at_once(target: TargetModel, names: Sequence[str], inputs: Inputs) -> int:
+    """How many examples can be watched at once: all, unless `memory` limits it to fewer."""
+    n, (graph, kept) = inputs.n_examples, _bytes_per_example(target, names, inputs)
+    return at_once(n, graph, n * kept)
+
+
 def _bytes_per_example(target: TargetModel, names: Sequence[str], inputs: Inputs) -> tuple[int, int]:
     """What a pass with a graph takes for an example, and what is kept of it, as far as shapes of matrices say it."""
-    main, weights = inputs.main, list(target.weights.values())
-    shape = torch.Size() if main is None else main.shape[1:-1] if main.is_floating_point() else main.shape[1:]
+    weights = list(target.weights.values())
     first = next(place for place, matrix in enumerate(weights) if matrix.name in names)
-    bytes_each = shape.numel() * weights[first].parameter.element_size()
+    bytes_each = inputs.n_positions * weights[first].parameter.element_size()
     n_outputs = max(max(matrix.d_in, matrix.d_out) for matrix in weights)  # a language model's, which are the most
     numbers = sum(len(matrix.uses) * (matrix.d_in + matrix.d_out) for matrix in weights[first:])
     kept = sum(len(matrix.uses) * matrix.d_in for matrix in weights if matrix.name in names)

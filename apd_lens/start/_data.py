@@ -1,6 +1,6 @@
 """Components fitted to data in closed form, before any training."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -91,13 +91,14 @@ def fit_to_data(
 
     In a matrix whose rows are looked up, component g gets the rows that only its data points look up, and component 0
     those that several do. A matrix that is multiplied from both sides is fitted to the inputs of its longer side. With
-    at most `n_components − 1` data points each is a group. More are grouped by what they do to the output, see
-    `grouped`. Factors in which nothing is fitted are those drawn, a hundred times smaller.
+    at most `n_components − 1` different data points each is a group. More are grouped by what they do to the output,
+    see `grouped`. Factors in which nothing is fitted are those drawn, a hundred times smaller.
 
     Args:
         components: changed in place.
         weights: name -> matrix, of all components.
-        batches: the target data. The first 4096 data points count, fewer where their gradients take more than 1 GiB.
+        batches: the target data. The first 4096 data points count, fewer where their gradients take more than 1 GiB, or
+            they have more than 4096 positions in all, and fewer where `memory` is limited.
         others: data on which components should do little, all of which is run. Without them components should sum to
             the weights, and G is (W Wᵀ)⁻¹, made invertible: then input sides are made of those of W, and where the
             target data use all of a matrix of low rank, the components sum to it.
@@ -111,26 +112,30 @@ def fit_to_data(
         InvalidSetting: fewer than two components.
         InvalidBatches: no batch, or nothing that the matrices do there matters for the output.
         NonFinite: a gradient is NaN or infinite.
-        MissingExtra: data points must be grouped, and scipy is not installed.
     """
     if components.n_components < 2:
         raise InvalidSetting(
             "A start fitted to data takes one component for what data points share and others for what they do not; "
             f"got n_components={components.n_components}."
         )
-    names, seed = list(weights), int(torch.randint(2**31, (), generator=generator))
+    names, seed = list(weights), int(torch.randint(2**31, (), generator=generator, device="cpu"))
     compares = "distributions" if distance == "kl" else "numbers"
     rows = rows_of(target, names, one_pass(batches), output, granularity, PROJECTIONS, seed, MOST_POINTS, compares)
     with no_grad():
         elsewhere = {} if others is None else other_inputs(target, names, one_pass(others), output, rows)
-        regressions = {}
-        for name, weight in weights.items():
-            transposed = max((side[1] for side in rows.of_sides if side[0] == name), key=lambda t: weight.shape[t])
-            side = (name, transposed)
-            regressions[name] = _regression(weight, transposed, rows.of_sides[side], elsewhere.get(side))
-        _check_importances({name: regression.importance for name, regression in regressions.items()})
-        components_of_points = 1 + _groups(list(regressions.values()), len(rows.shapes), components.n_components - 1)
-        for name, regression in regressions.items():
+
+        def regressions() -> Iterator[tuple[str, _Regression]]:
+            for name, weight in weights.items():  # one at a time, since each takes as much as several of its matrices
+                transposed = max((side[1] for side in rows.of_sides if side[0] == name), key=lambda t: weight.shape[t])
+                side = (name, transposed)
+                yield name, _regression(weight, transposed, rows.of_sides[side], elsewhere.get(side))
+
+        _check_importances((name, regression.importance) for name, regression in regressions())
+        device = next(iter(weights.values())).device
+        components_of_points = 1 + _groups(
+            (regression for _, regression in regressions()), len(rows.shapes), components.n_components - 1
+        ).to(device)
+        for name, regression in regressions():
             A, B = components.A[name].mul_(_TINY), components.B[name].mul_(_TINY)
             fit = _fit if regression.rows.x.is_floating_point() else _fit_lookups
             fit(regression, components_of_points.to(A.device), *((B.mT, A.mT) if regression.transposed else (A, B)))
@@ -167,11 +172,13 @@ def _regression(
     return _Regression(weight, transposed, rows, shared, own, of_rows, of_own, squares.sqrt(), metric)
 
 
-def _check_importances(importances: Mapping[str, Float[Tensor, " inputs"]]) -> None:
-    for name, importance in importances.items():
+def _check_importances(importances: Iterable[tuple[str, Float[Tensor, " inputs"]]]) -> None:
+    matters = False
+    for name, importance in importances:
         if not bool(importance.isfinite().all()):
             raise NonFinite(f"The gradient of the output at {name} is NaN or infinite on the target data.")
-    if not any(bool(importance.any()) for importance in importances.values()):
+        matters = matters or bool(importance.any())
+    if not matters:
         raise InvalidBatches(
             "On the target data the output does not depend on any of the decomposed matrices, so there is nothing to "
             "fit. Check output= and weights=, and that the output is not the same whatever they are (a softmax that is "
@@ -179,14 +186,12 @@ def _check_importances(importances: Mapping[str, Float[Tensor, " inputs"]]) -> N
         )
 
 
-def _groups(regressions: list[_Regression], n_points: int, most: int) -> Int[Tensor, " points"]:
+def _groups(regressions: Iterable[_Regression], n_points: int, most: int) -> Int[Tensor, " points"]:
     """The group of each data point, by the cosines of Σ_t x_t ⊗ g_t over its own rows, in the metric of the others.
 
     Those of a matrix count as much as the squared effects of own rows there.
     """
-    if n_points <= most:
-        return torch.arange(n_points, device=regressions[0].weight.device)
-    similarities = regressions[0].importance.new_zeros(n_points, n_points)
+    similarities = torch.zeros(n_points, n_points, dtype=torch.float64, device="cpu")
     squares = similarities.new_zeros(n_points)
     for of in regressions:
         kept = of.importance_of_own > _NOTHING * of.importance_of_own.max()
@@ -203,7 +208,7 @@ def _groups(regressions: list[_Regression], n_points: int, most: int) -> Int[Ten
         done = of.importance_of_own[kept].square()
         similarities += (done.sum() * cosines(gram)).to(similarities.device)
         squares.index_add_(0, rows.points[kept].to(squares.device), done.to(squares.device))
-    return grouped(similarities / squares.sum(), squares.sqrt(), most)
+    return grouped(similarities / squares.sum().clamp_min(torch.finfo(squares.dtype).tiny), squares.sqrt(), most)
 
 
 def _fit(

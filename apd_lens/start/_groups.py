@@ -4,9 +4,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from apd_lens._errors import MissingExtra
 from apd_lens._memory import chunks
 
+# Data points that are less than this apart are the same.
+_SAME = 1e-4
 # Data points that do less than this share of the root mean square have no say in which groups there are.
 _LITTLE = 1 / 3
 
@@ -59,19 +60,17 @@ def grouped(
 ) -> Int[Tensor, " points"]:
     """The group of each data point, by average linkage of 1 − similarity. Groups are numbered by their first point.
 
-    With as few data points as there may be groups, each is one. Else the tree of merges is cut where its heights leave
-    the largest gap, among the cuts that leave 2 to `most` groups. Data points that do little are given to the group
-    that they are most similar to, on average, after the others are grouped.
+    With as few different data points as there may be groups, each is one. Else the tree of merges is cut where its
+    heights leave the largest gap, among the cuts that leave 2 to `most` groups. Data points that do little are given to
+    the group that they are most similar to, on average, after the others are grouped.
 
     Args:
         sizes: how much each data point does. Little is less than a third of the root mean square.
-
-    Raises:
-        MissingExtra: there are more data points than groups, and scipy is not installed.
     """
-    n, device = len(similarities), similarities.device
-    if n <= most:
-        return torch.arange(n, device=device)
+    device = similarities.device
+    first = (similarities > 1 - _SAME).fill_diagonal_(True).byte().argmax(1)  # that is the same
+    if len(first.unique()) <= most:
+        return _in_order(first)
     similarities, sizes = similarities.double().cpu(), sizes.double().cpu()
     say = sizes >= _LITTLE * sizes.square().mean().sqrt()
     labels = _cut(1 - similarities[say][:, say], most)
@@ -85,17 +84,12 @@ def grouped(
 def _cut(distances: Float[Tensor, "points points"], most: int) -> Int[Tensor, " points"]:
     n = len(distances)
     if n <= most:
-        return torch.arange(n)
+        return torch.arange(n, device=distances.device)
     if most < 2 or n < 3:
-        return torch.zeros(n, dtype=torch.long)
-    try:
-        from scipy.cluster.hierarchy import fcluster, linkage
-        from scipy.spatial.distance import squareform
-    except ImportError:
-        raise MissingExtra(
-            f"Grouping {n} data points into at most {most} components needs scipy: pip install scipy. Or give no more "
-            "data points than components."
-        ) from None
+        return torch.zeros(n, dtype=torch.long, device=distances.device)
+    from scipy.cluster.hierarchy import fcluster, linkage  # they take long to import
+    from scipy.spatial.distance import squareform
+
     distances = ((distances + distances.mT) / 2).clamp_min(0).fill_diagonal_(0)
     merges = linkage(squareform(distances.numpy(), checks=False), "average")
     heights = torch.from_numpy(merges[:, 2])
@@ -107,5 +101,6 @@ def _cut(distances: Float[Tensor, "points points"], most: int) -> Int[Tensor, " 
 def _in_order(labels: Int[Tensor, " points"]) -> Int[Tensor, " points"]:
     """Numbers from 0 in the order in which the labels first come."""
     _, numbers, counts = labels.unique(return_inverse=True, return_counts=True)
-    firsts = torch.full_like(counts, len(labels)).scatter_reduce(0, numbers, torch.arange(len(labels)), "amin")
+    places = torch.arange(len(labels), device=labels.device)
+    firsts = torch.full_like(counts, len(labels)).scatter_reduce(0, numbers, places, "amin")
     return firsts.argsort().argsort()[numbers]

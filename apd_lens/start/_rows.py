@@ -1,5 +1,7 @@
 """Inputs of the matrices at the positions of the target data, with gradients there; second moments of other inputs."""
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apd_lens._block import no_grad
-from apd_lens._memory import BUDGET
+from apd_lens._memory import BUDGET, fitting, slices
 from apd_lens.attribution._over_outputs import shared_positions
 from apd_lens.attribution._pullback import jacobians_in_parts
 from apd_lens.components._factors import MatrixInput
@@ -20,13 +22,23 @@ from apd_lens.host._matrix import Use
 from apd_lens.host._target import TargetModel
 from apd_lens.passes._cotangents import Cotangents
 from apd_lens.passes._output import OutputFn
-from apd_lens.passes._watch import Call, Compares, Run, WatchedPass, replaced_pass, watched_pass
+from apd_lens.passes._watch import (
+    Call,
+    Compares,
+    Run,
+    WatchedPass,
+    check_finite_output,
+    examples_at_once,
+    replaced_pass,
+    watched_pass,
+)
 
 # The name of a matrix, and whether it is multiplied from its other side.
 Side = tuple[str, bool]
 
-# Bytes of gradients beyond which no further batch is looked at.
+# Bytes of gradients, and rows of one matrix, with which nothing further is looked at.
 _ENOUGH = 2**30
+_ENOUGH_ROWS = 2**12
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,31 +130,25 @@ def rows_of(
 
     Args:
         K: number of random projections, with entries ±1. They are the same for all examples.
-        most: number of data points. Fewer are looked at where their gradients take more than 1 GiB.
+        most: number of data points. Fewer are looked at where their gradients take more than 1 GiB, or are at more than
+            4096 positions, and where `memory` is limited.
         compares: "distributions" takes the outputs in the metric of their distribution.
     """
     found: dict[Side, list[Rows]] = {}
     shapes: list[Tensor] = []
-    numbers, n_points, n_bytes = _Numbers(), 0, 0
-    for batch in batches:
-        inputs = target.read(batch)
-        if granularity == "example":
-            inputs = inputs.some(slice(0, most - n_points))
-        watched = watched_pass(target, names, inputs, output, compares=compares)
-        watched = watched.in_fisher_metric() if compares == "distributions" else watched
-        projections = _projections(watched.output, K, seed, granularity)
-        for part, chunks in jacobians_in_parts(watched, projections, memory):
-            gradients = [jacobians.as_whole() for jacobians in chunks]
-            of_points = _shapes(part, numbers, granularity)
-            is_point = of_points >= 0
-            points = n_points - 1 + is_point.flatten().cumsum(0).view_as(of_points)
-            shapes.append(of_points[is_point])
-            n_points += len(shapes[-1])
-            for call in _whole_calls(target, part.calls, gradients, K):
-                rows = _rows(call, part, points, of_points, numbers, most)
-                found.setdefault(call.side, []).append(rows)
-                n_bytes += rows.gradients.nbytes
-        if n_points >= most or n_bytes > _ENOUGH:
+    numbers, n_points, n_bytes, n_rows = _Numbers(), 0, 0, defaultdict[Side, int](int)
+    for part, gradients in _passes(target, names, batches, output, granularity, K, seed, most, compares, memory):
+        of_points = _shapes(part, numbers, granularity)
+        is_point = of_points >= 0
+        points = n_points - 1 + is_point.flatten().cumsum(0).view_as(of_points)
+        shapes.append(of_points[is_point])
+        n_points += len(shapes[-1])
+        for call in _whole_calls(target, part.calls, gradients, K):
+            rows = _rows(call, part, points, of_points, numbers, most)
+            found.setdefault(call.side, []).append(rows)
+            n_bytes += rows.gradients.nbytes
+            n_rows[call.side] += len(rows.places)
+        if n_points >= most or n_bytes > fitting(1, _ENOUGH) or max(n_rows.values(), default=0) >= _enough_rows():
             break
     return TargetRows(
         {side: _joined(target, side, parts) for side, parts in found.items()},
@@ -150,6 +156,37 @@ def rows_of(
         numbers,
         {side: torch.cat([part.places for part in parts]).unique() for side, parts in found.items()},
     )
+
+
+def _passes(
+    target: TargetModel,
+    names: Sequence[str],
+    batches: Iterable[Batch | Inputs],
+    output: OutputFn,
+    granularity: Granularity,
+    K: int,
+    seed: int,
+    most: int,
+    compares: Compares,
+    memory: int,
+) -> Iterator[tuple[WatchedPass, list[list[Tensor | None]]]]:
+    """Passes over some examples at a time, with the gradients of their calls in chunks of projections."""
+    for batch in batches:
+        inputs = target.read(batch)
+        inputs = inputs.some(slice(0, most)) if granularity == "example" else inputs
+        at_once = min(examples_at_once(target, names, inputs), max(1, _enough_rows() // inputs.n_positions))
+        for examples in slices(inputs.n_examples, at_once):
+            watched = watched_pass(target, names, inputs.some(examples), output, compares=compares)
+            check_finite_output(watched.output, "before the first step", watched)
+            watched = watched.in_fisher_metric() if compares == "distributions" else watched
+            projections = _projections(watched.output, K, seed, granularity)
+            for part, chunks in jacobians_in_parts(watched, projections, memory):
+                yield part, [jacobians.as_whole() for jacobians in chunks]
+
+
+def _enough_rows() -> int:
+    """So many that what is compared of each pair fits into the memory."""
+    return min(_ENOUGH_ROWS, math.isqrt(fitting(3 * 8)))
 
 
 def _projections(

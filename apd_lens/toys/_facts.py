@@ -119,5 +119,5 @@ def facts_settings(steps: int = 4000) -> dict[str, Any]:
             normalization="relative",
         ),
         "moves": SplitMoves(every=100, until=0.6),
-        "optimization": Optimization(steps=steps, lr=3e-3, scaled=False, init_scale=1),
+        "optimization": Optimization(steps=steps, lr=3e-3, scaled=False, init_scale=1, start="random"),
     }

@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -33,9 +34,9 @@ from apd_lens.data._finite import on_gpu
 from apd_lens.decomposition._artifact import read_tensors, write_tensors
 from apd_lens.decomposition._decomposition import about
 from apd_lens.training._place import Place, can_be_found_again, start_of, stream_from
-from apd_lens.training._state import Batches, State, first_batches
+from apd_lens.training._state import Batches, State
 
-FORMAT = "apd_lens checkpoint 1"
+FORMAT = "apd_lens checkpoint 2"
 _FILE = re.compile(r"step-(\d{6,})\.safetensors")
 # Bytes that the states of loaders may have, beside what a state has.
 _LARGEST_REST = 2**30
@@ -111,7 +112,8 @@ class Run(Part):
         self._checkpoint, self._streams = checkpoint, dict(zip(("batches", "others"), streams, strict=False))
         self.state, self._places, damaged = fresh, [Place() for _ in streams], list[Path]()
         if checkpoint is not None or resumed:
-            self._asked, self._places = _asked(fresh), list(map(start_of, streams))
+            self._asked = _asked(fresh)
+            self._places = list(map(start_of, streams, fresh.fitted or [0] * len(streams)))
         if resumed:
             self.state, self._places, damaged = _resumed(fresh, self._asked, streams, resumed)
         if checkpoint is not None:
@@ -296,15 +298,14 @@ def _resumed(
         )
     if (step := int(tensors["step"])) > steps:
         raise InvalidSetting(f"{file} is of step {step}, and Optimization(steps={steps}) ends before it.")
-    if fresh.settings.optimization.start == "data":
-        for some in streams:  # which the start was fitted to, so that what follows is what followed then
-            if isinstance(some, Iterable) and not isinstance(some, Sequence):
-                for _ in first_batches(some):
-                    pass
     places = [
         Place(**{**place, "tensors": [tensors[f"data.{number}.{of}"] for of in range(place["tensors"])]})
         for number, place in enumerate(json.loads(about["data"]))
     ]
+    for place, some in zip(places, streams, strict=True):  # so that what follows is what followed then
+        if place.fitted and place.loader is None and isinstance(some, Iterable) and not isinstance(some, Sequence):
+            for _ in islice(some, place.fitted):
+                pass
     return fresh.restored(tensors), places, list(files[: files.index(file)])
 
 

@@ -21,7 +21,7 @@ from apd_lens.masks._selection import Selection
 from apd_lens.moves._moves import Moves
 from apd_lens.passes._output import OutputFn, default_output
 from apd_lens.training._checkpoint import Checkpoint, Run, checkpoints_at
-from apd_lens.training._state import Batches, StepInfo, init
+from apd_lens.training._state import Batches, StepInfo, init, settled
 from apd_lens.training._step import step
 
 
@@ -115,7 +115,7 @@ def decompose(
     if elsewhere is not None and others is None:
         raise InvalidSetting("elsewhere= says what is asked of components on the others; give others= too.")
     resumed = [] if resume is None else checkpoints_at(resume, checkpoint)
-    optimization = optimization or DEFAULTS.optimization
+    optimization = settled(optimization, n_components, moves, batches)
     state = init(
         model,
         weights=weights,

@@ -1,6 +1,5 @@
 """Where a training is in its data: what tells the data from others, and how to get to the same place again."""
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,9 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from apd_lens._errors import ApdWarning, InvalidBatches
-from apd_lens.data._batch import Batch, are_texts, arguments, tensors_within
+from apd_lens.data._batch import Batch
 from apd_lens.data._stream import stream
-from apd_lens.host._unchanged import short_digest
+from apd_lens.training._seen import digest_of
 from apd_lens.training._state import Batches
 
 # Of a list so many batches are looked at, spread evenly.
@@ -36,6 +35,7 @@ class Place:
     """A place in a stream of batches.
 
     Attributes:
+        fitted: how many batches the start of the components drew.
         listed: of a list, its length and digests of batches in it.
         digests: step -> digest of its batch, of the first step and of the last one that was looked at.
         loader: the state of a loader that has one, as JSON, with the numbers of its tensors.
@@ -43,6 +43,7 @@ class Place:
         at: the step before which the loader had that state.
     """
 
+    fitted: int = 0
     listed: list[Any] | None = None
     digests: dict[str, str] = field(default_factory=dict)
     loader: Any = None
@@ -59,12 +60,12 @@ class Place:
         return replace(place, loader=_packed(batches.state_dict(), tensors), tensors=tensors, at=step + 1)
 
 
-def start_of(batches: Batches) -> Place:
+def start_of(batches: Batches, fitted: int = 0) -> Place:
     """The place before the first step."""
     if not isinstance(batches, Sequence):
-        return Place()
+        return Place(fitted)
     looked_at = batches[:: 1 + len(batches) // LOOKED_AT]
-    return Place([len(batches), *map(digest_of, looked_at)])
+    return Place(fitted, [len(batches), *map(digest_of, looked_at)])
 
 
 def can_be_found_again(batches: Batches) -> bool:
@@ -116,19 +117,6 @@ def _from_state(batches: Stateful, name: str) -> Iterator[Batch]:
         stacklevel=2,
     )
     yield from stream(batches)
-
-
-def digest_of(batch: Batch) -> str:
-    """Equal for batches of the same numbers and texts, whatever the device. Of large tensors a part is looked at."""
-    args, kwargs = arguments(batch)
-
-    def told(value: Any) -> str:
-        if value is None or isinstance(value, str | int | float) or are_texts(value):
-            return repr(value)
-        return f"{type(value).__name__} {' '.join(map(short_digest, tensors_within(value)))}"
-
-    parts = [f"{key}={told(value)}" for key, value in [*enumerate(args), *sorted(kwargs.items())]]
-    return hashlib.blake2b(" ".join(parts).encode(), digest_size=8).hexdigest()
 
 
 def _check(expected: str, batch: Batch, step: str, name: str) -> None:

@@ -6,7 +6,8 @@ They are kept as long as the user keeps the batch's tensors, the model is what i
 the outputs go first, since they are the largest and cost one pass.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+import hashlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apd_lens.data._batch import Batch, Kept, check_same_batch, ids_of, mapped
+from apd_lens.data._batch import Batch, Kept, are_texts, arguments, check_same_batch, ids_of, mapped, tensors_within
 from apd_lens.data._finite import LateChecks, Reading, raise_first
 from apd_lens.data._inputs import Inputs, readings_of_inputs
 from apd_lens.host._fingerprints import mark_of_model
 from apd_lens.host._target import TargetModel
+from apd_lens.host._unchanged import short_digest
 from apd_lens.passes._watch import WatchedPass, as_it_is, reading_of_output, replaced_pass, watched_in_pieces
 from apd_lens.training._streams import Stream
 
@@ -101,13 +103,28 @@ def watch(
     return Seen(stream.name, kept, inputs, watched, True, readings, mark)
 
 
-def before_training(stream: str, batches: Iterable[Batch], target: TargetModel, device: torch.device) -> list[Seen]:
-    """Batches, each once, that are looked at before the first step; what is kept with their inputs serves the steps."""
-    seen, mark = list[Seen](), mark_of_model(target.model)
-    for batch in batches:
-        if _found(seen, stream, batch) is None:
-            seen.append(Seen(stream, *_read(batch, target, device), None, False, [], mark))
-    return seen
+def before_training(stream: str, batch: Batch, target: TargetModel, device: torch.device, where: str) -> Seen:
+    """A batch that is looked at before the first step; what is kept with its inputs serves the steps.
+
+    Raises:
+        NonFinite: NaN or infinity in it.
+    """
+    kept, inputs = _read(batch, target, device)
+    raise_first(readings_of_inputs(inputs, where))
+    return Seen(stream, kept, inputs, None, False, [], mark_of_model(target.model))
+
+
+def digest_of(batch: Batch) -> str:
+    """Equal for batches of the same numbers and texts, whatever the device. Of large tensors a part is looked at."""
+    args, kwargs = arguments(batch)
+
+    def told(value: Any) -> str:
+        if value is None or isinstance(value, str | int | float) or are_texts(value):
+            return repr(value)
+        return f"{type(value).__name__} {' '.join(map(short_digest, tensors_within(value)))}"
+
+    parts = [f"{key}={told(value)}" for key, value in [*enumerate(args), *sorted(kwargs.items())]]
+    return hashlib.blake2b(" ".join(parts).encode(), digest_size=8).hexdigest()
 
 
 def _found(seen: Sequence[Seen], stream: str, batch: Batch) -> Seen | None:

@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any
@@ -16,13 +16,14 @@ from apd_lens._block import no_inference_mode
 from apd_lens._codec import encode_settings, updated
 from apd_lens._draws import draws
 from apd_lens._errors import InvalidSetting, NonFinite
+from apd_lens._memory import memory as limited
 from apd_lens._memory import n_bytes
 from apd_lens._settings import DEFAULTS, RANK, TARGETED, Elsewhere, Optimization, Settings
 from apd_lens.attribution._attribution import Attribution
 from apd_lens.components._components import ParameterComponents, initial_components, unit_of, warn_of_too_few
 from apd_lens.data._batch import Batch
 from apd_lens.data._finite import LateChecks, on_gpu
-from apd_lens.data._inputs import ValidFn
+from apd_lens.data._inputs import Inputs, ValidFn
 from apd_lens.data._stream import check_again, one_pass
 from apd_lens.decomposition._decomposition import Decomposition
 from apd_lens.host._target import TargetModel, evaluating
@@ -37,7 +38,7 @@ from apd_lens.passes._output import OutputFn, default_output
 from apd_lens.start._data import fit_to_data
 from apd_lens.training._attack import Attack
 from apd_lens.training._optimizer import adam
-from apd_lens.training._seen import Seen, before_training
+from apd_lens.training._seen import Seen, before_training, digest_of
 from apd_lens.training._streams import Stream, first_stream, stream_of_others
 from apd_lens.training._unit_norm import normalize_columns
 
@@ -47,7 +48,7 @@ Batches = Iterable[Batch] | Callable[[int], Batch]
 # A component counts as alive if it was active at least once in so many steps.
 ALIVE_WINDOW = 100
 
-# A start that is fitted to data sees so many batches, and of a function step -> batch those of so many steps.
+# A start that is fitted to data sees so many batches at most, and of a function step -> batch those of so many steps.
 FITTED_BATCHES = 256
 FITTED_STEPS = 32
 
@@ -63,6 +64,7 @@ class State:
         last_active: for every component the step in which it was last active.
         late: on a GPU, checks for NaN and infinity that are looked at a step later; None where they are made at once.
         seen: batches that may come again, and what the target made of them.
+        fitted: of each kind of data, how many batches the start drew; () for none.
         others: streams beside that of the settings.
         attack: of the first stream, once it has begun.
         returning: names of streams whose batches come again; of others only the last one is kept.
@@ -81,6 +83,7 @@ class State:
     late: LateChecks | None = None
     step: int = 0
     seen: tuple[Seen, ...] = ()
+    fitted: tuple[int, ...] = ()
     others: tuple[Stream, ...] = ()
     attack: Attack | None = None
     returning: frozenset[str] = frozenset()
@@ -241,9 +244,11 @@ def init(
     the start is fitted to data.
 
     Args:
-        batches, others: what `Optimization(start="data")` is fitted to. Of lists that are shorter than the training
-            the batches come again, and what the target makes of them is kept. Not needed else.
-        sharded: as in `decompose`. Where a start is random each factor is divided when it was drawn; others need all.
+        batches, others: what a start is fitted to; without them it is random, unless `Optimization(start="data")` is
+            asked for. Of lists that are shorter than the training the batches come again, and what the target makes of
+            them is kept.
+        sharded: as in `decompose`. Where a start is random each factor is divided when it was drawn; others need all of
+            them in every process first, so give `Optimization(start="random")` where they do not fit.
 
     Raises:
         UnknownWeight, UnsupportedModel: see `TargetModel.match`.
@@ -258,7 +263,7 @@ def init(
         selection=selection or DEFAULTS.selection,
         attribution=attribution or DEFAULTS.attribution,
         losses=losses or (DEFAULTS if elsewhere is None else TARGETED).losses,
-        optimization=optimization or DEFAULTS.optimization,
+        optimization=settled(optimization, n_components, moves, batches),
         moves=moves,
         seed=seed,
         masks=masks,
@@ -294,8 +299,10 @@ def init(
     if settings.optimization.start == "matrices":
         start_with_matrices(components, originals)
     seen: tuple[Seen, ...] = ()
+    fitted: tuple[int, ...] = ()
     if settings.optimization.start == "data":
-        seen = _fit(target, components, settings, originals, output, batches, others)
+        with limited(memory):
+            seen, fitted = _fit(target, components, settings, originals, output, batches, others)
     if settings.optimization.unit_norm:
         normalize_columns(components)
     fingerprints = {name: target.fingerprints.of(target.weights[name]) for name in names}
@@ -333,6 +340,7 @@ def init(
         last_active=torch.full((n_components,), -ALIVE_WINDOW, device=device),
         late=late,
         seen=seen,
+        fitted=fitted,
         returning=frozenset(
             name for name, some in (("", batches), ("others", others)) if _come_again(some, settings.optimization.steps)
         ),
@@ -363,26 +371,35 @@ def _fit(
     output: OutputFn,
     batches: Batches | None,
     others: Batches | None,
-) -> tuple[Seen, ...]:
-    """Fits the components to data; returns the batches, which were looked at."""
+) -> tuple[tuple[Seen, ...], tuple[int, ...]]:
+    """Fits the components to data; returns the batches that were looked at, and how many of each kind were drawn."""
     if batches is None:
         raise InvalidSetting("Optimization(start='data') is fitted to data. Give them: init(…, batches=[…]).")
-    device = next(components.parameters()).device
-    seen = before_training("", first_batches(batches), target, device)
-    seen_others = [] if others is None else before_training("others", first_batches(others), target, device)
+    device, seen, numbers = next(components.parameters()).device, list[Seen](), dict[str, int]()
+
+    def inputs(name: str, some: Batches) -> Iterator[Inputs]:
+        known = set[str]()
+        for number, batch in enumerate(first_batches(some)):
+            numbers[name] = number + 1
+            if (digest := digest_of(batch)) not in known:
+                known.add(digest)
+                seen.append(before_training(name, batch, target, device, f"step {number}"))
+                yield seen[-1].inputs
+        numbers[name] = min(numbers[name] + 1, FITTED_BATCHES)  # to its end, at which a sampler may draw
+
     with evaluating(target.model):
         fit_to_data(
             target,
             components,
             weights,
-            [one.inputs for one in seen],
-            [one.inputs for one in seen_others] or None,
+            inputs("", batches),
+            None if others is None else inputs("others", others),
             output,
             distance=settings.losses.distance,
             granularity=settings.selection.granularity,
             generator=draws(settings.seed, 0, "start"),
         )
-    return (*seen, *seen_others)
+    return tuple(seen), tuple(numbers.values())
 
 
 def _come_again(batches: Batches | None, n_steps: int) -> bool:
@@ -390,12 +407,24 @@ def _come_again(batches: Batches | None, n_steps: int) -> bool:
     return isinstance(batches, Sequence) and len(batches) < n_steps
 
 
-def first_batches(batches: Batches) -> Iterable[Batch]:
+def first_batches(batches: Batches) -> Iterator[Batch]:
     """Batches that end."""
     if not isinstance(batches, Iterable):
-        return [batches(step) for step in range(FITTED_STEPS)]
+        return map(batches, range(FITTED_STEPS))
     check_again(batches, 2)
     return islice(one_pass(batches), FITTED_BATCHES)
+
+
+def settled(
+    optimization: Optimization | None, n_components: int, moves: Moves | None, batches: Batches | None
+) -> Optimization:
+    """The same with a start that says what it is, in the place of "auto"."""
+    optimization = optimization or DEFAULTS.optimization
+    if optimization.start != "auto":
+        return optimization
+    can_be_fitted = batches is not None and not isinstance(batches, Iterator) and n_components > 1
+    has_own = moves is not None and moves.has_start
+    return replace(optimization, start="data" if can_be_fitted and not has_own else "random")
 
 
 def _check_start(settings: Settings, n_components: int, n_matrices: int) -> None:

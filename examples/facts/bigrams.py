@@ -73,7 +73,7 @@ def decompose(model: HookedTransformer, prompts: Tensor, steps: int, seed: int) 
             normalization="relative",
         ),
         moves=apd.moves.SplitMoves(every=100, until=0.6),
-        optimization=apd.Optimization(steps=steps, lr=3e-3, scaled=False, init_scale=1),
+        optimization=apd.Optimization(steps=steps, lr=3e-3, scaled=False, init_scale=1, start="random"),
         seed=seed,
     )
 

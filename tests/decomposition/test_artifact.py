@@ -63,7 +63,7 @@ def test_everything_comes_back(saved):
     assert settings.attribution == apd.GradientAttribution()
     assert settings.losses.simplicity == apd.HoldThenDecay(0.3)
     assert settings.moves == apd.moves.SplitMoves(every=3)
-    assert settings.optimization == apd.Optimization(steps=4)
+    assert settings.optimization == apd.Optimization(steps=4, start="data")
     assert settings.seed == 7
     assert "<lambda>" in repr(settings.losses.distance)
     with pytest.raises(apd.ArtifactError, match="<lambda> was not saved"):

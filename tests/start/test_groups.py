@@ -1,10 +1,7 @@
-import sys
-
 import pytest
 import torch
 from torch.testing import assert_close
 
-import apd_lens as apd
 from apd_lens.start._groups import centred, cosines, grouped, similarities_of_points
 
 
@@ -57,12 +54,8 @@ def test_data_points_that_do_little_have_no_say():
     assert found.max() == 4
 
 
-def test_as_few_data_points_as_groups_are_one_each():
-    assert grouped(torch.ones(3, 3), torch.ones(3), 3).tolist() == [0, 1, 2]
+def test_as_few_different_data_points_as_groups_are_one_each():
+    assert grouped(torch.eye(3), torch.ones(3), 3).tolist() == [0, 1, 2]
+    assert grouped(torch.eye(3)[[0, 1, 0, 2, 1]][:, [0, 1, 0, 2, 1]], torch.ones(5), 3).tolist() == [0, 1, 0, 2, 1]
+    assert grouped(torch.zeros(3, 3), torch.zeros(3), 3).tolist() == [0, 1, 2]
     assert grouped(torch.ones(3, 3), torch.ones(3), 1).tolist() == [0, 0, 0]
-
-
-def test_grouping_needs_scipy(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "scipy.cluster.hierarchy", None)
-    with pytest.raises(apd.errors.MissingExtra, match=r"Grouping 9 data points .* pip install scipy"):
-        grouped(torch.eye(9), torch.ones(9), 4)

@@ -104,7 +104,7 @@ def trained(
         if step + 1 == end_at:
             raise Ended
 
-    optimization = {"lr": 2e-2, "steps": steps} | options.pop("optimization", {})
+    optimization = {"lr": 2e-2, "steps": steps, "start": "random"} | options.pop("optimization", {})
     decomposition = apd.decompose(
         model or mlp(),
         batches or (lambda step: data(10, step)),

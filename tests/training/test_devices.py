@@ -141,7 +141,7 @@ def test_moves_and_starts_on_two_devices(make: Any, options: dict[str, Any], tmp
         "n_components": 6,
         "rank": 2,
         "selection": apd.BatchTopK(1.0),
-        "optimization": apd.Optimization(steps=20, lr=2e-2),
+        "optimization": apd.Optimization(steps=20, lr=2e-2, start="random"),
         "progress": False,
     } | options
     model, batches = make()

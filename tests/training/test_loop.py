@@ -48,7 +48,7 @@ BAD_INPUT = {
     "NaN in the output": (
         lambda: {"model": Wrong(lambda y: y.log()), "batches": [-torch.ones(2, 4)]},
         apd.NonFinite,
-        "^step 0: the target output holds . values that are NaN or infinite",
+        "^before the first step: the target output holds . values that are NaN or infinite",
     ),
     "no batches": (lambda: {"batches": []}, apd.errors.InvalidBatches, "^The stream of batches is empty"),
     "an iterator": (
@@ -158,7 +158,7 @@ def test_decompose_is_init_and_steps():
     model = residual_mlp()
     seen: list[apd.training.StepInfo] = []
     decomposition = apd.decompose(model, batches(), on_step=lambda step, info: seen.append(info), **FEW)
-    state = apd.init(model, n_components=5, rank=2, optimization=FEW["optimization"])
+    state = apd.init(model, n_components=5, rank=2, optimization=FEW["optimization"], batches=batches())
     infos = []
     for step in range(8):
         state, info = apd.step(state, batches()[step % 3])

@@ -134,7 +134,7 @@ CASES: dict[str, Case] = {
             "losses": apd.Losses(
                 path=1.0, hidden=1.0, hidden_at=("layers.0.act",), normalization="relative", simplicity_floor=0.1
             ),
-            "optimization": apd.Optimization(N_STEPS, lr=1e-2, unit_norm=True),
+            "optimization": apd.Optimization(N_STEPS, lr=1e-2, start="random", unit_norm=True),
             "selection": apd.TopK(2),
         },
     ),
@@ -298,7 +298,11 @@ def run(wrong: str, at: int, **changes: Any) -> tuple[BaseException, list[int]]:
     def on_step(step: int, info: apd.training.StepInfo) -> None:
         seen.append(step)
 
-    few = {"n_components": 5, "rank": 2, "optimization": apd.Optimization(N_STEPS, lr=1e-2, unit_norm=True)}
+    few = {
+        "n_components": 5,
+        "rank": 2,
+        "optimization": apd.Optimization(N_STEPS, lr=1e-2, start="random", unit_norm=True),
+    }
     settings = {**few, "losses": apd.Losses(distance=distance, path=0.0), "on_step": on_step, **changes}
     torch.manual_seed(0)
     with pytest.raises((apd.NonFinite, KeyboardInterrupt)) as error:
@@ -351,7 +355,7 @@ def test_an_interrupt_before_nan_was_looked_at():
 
 def test_moves_are_not_made_on_nan():
     every = {"moves": apd.moves.SplitMoves(every=4)}  # after steps 3 and 7, counted from 0
-    optimization = apd.Optimization(2 * N_STEPS, lr=1e-2, unit_norm=True)
+    optimization = apd.Optimization(2 * N_STEPS, lr=1e-2, start="random", unit_norm=True)
     at_once, _ = run("output", 7, optimization=optimization, **every)
     with as_on_a_gpu():
         late, seen = run("output", 7, optimization=optimization, **every)

@@ -28,7 +28,8 @@ def passes(monkeypatch) -> list[str]:
 def state(**options) -> apd.training.State:
     torch.manual_seed(1)
     model = ResidualMLP(4, 6, 5, 1)
-    settings = {"n_components": 5, "rank": 2, "moves": None, "selection": apd.TopK(1)} | options
+    settings = {"n_components": 5, "rank": 2, "moves": None, "selection": apd.TopK(1)}
+    settings |= {"optimization": apd.Optimization(start="random")} | options
     return apd.init(model, **settings)
 
 
