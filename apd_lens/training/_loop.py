@@ -16,13 +16,20 @@ from apd_lens.attribution._attribution import Attribution
 from apd_lens.data._inputs import ValidFn
 from apd_lens.decomposition._decomposition import Decomposition
 from apd_lens.losses._losses import Losses
+from apd_lens.losses._terms import are_shares
 from apd_lens.masks._masking import Masking
 from apd_lens.masks._selection import Selection
 from apd_lens.moves._moves import Moves
 from apd_lens.passes._output import OutputFn, default_output
 from apd_lens.training._checkpoint import Checkpoint, Run, checkpoints_at
-from apd_lens.training._state import Batches, StepInfo, init, settled
+from apd_lens.training._state import Batches, State, StepInfo, init, settled
 from apd_lens.training._step import step
+
+
+# Trainings of fewer steps are trials, of which nobody expects an output that is given back; of the others at least one
+# that misses no more than this share of the output's variance.
+TRIAL = 1000
+LEFT = 0.1
 
 
 @_processes.raised_in_all()
@@ -159,6 +166,7 @@ def decompose(
                 _processes.wait_for_all()
             if first is not None and info is not None and state.settings.losses.normalization == "relative":
                 _warn_of_divergence(first, info)
+                _warn_of_what_is_left(state, info)
             return state.decomposition()
         except BaseException as error:
             if state.late is not None:
@@ -181,6 +189,24 @@ def _warn_of_divergence(first: StepInfo, last: StepInfo) -> None:
             f"The training diverged: W − Σ_c P_c has {end**0.5:.3g} times the norm of the weights, and had "
             f"{start**0.5:.3g} times at the start. Give Optimization(lr=…) a smaller value, or leave out losses and "
             "moves that were set.",
+            ApdWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_what_is_left(state: State, last: StepInfo) -> None:
+    """Warns where a training that was no mere trial ended with the output not given back."""
+    settings = state.settings
+    means_shares = are_shares(settings.losses) and settings.masking.runs_sparse_passes
+    if settings.optimization.steps < TRIAL or not means_shares or not _processes.is_first():
+        return
+    left = last.terms["minimality"].item() if "minimality" in last.terms else 0.0
+    if left > LEFT:
+        active = "" if last.k is None else f", with {last.k:.3g} active on a data point"
+        warnings.warn(
+            f"The active components alone do not give the output back: on the last batch {left:.0%} of its variance is "
+            f"missing{active}. Let more be active (selection=BatchTopK(k=masks.Needed(now=…), least=0.15)), or give "
+            "more components, a larger rank or more steps.",
             ApdWarning,
             stacklevel=3,
         )

@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import apd_lens as apd
+from apd_lens.training import _loop
 
 FEW = {"n_components": 5, "rank": 2, "optimization": apd.Optimization(steps=8, lr=1e-2), "progress": False}
 
@@ -419,6 +420,14 @@ def test_a_training_that_diverges_is_warned_of():
     model, steps = ResidualMLP(4, 6, 5, 1), apd.Optimization(steps=20, lr=30.0, scaled=False)
     with pytest.warns(apd.errors.ApdWarning, match="diverged.* times the norm of the weights"):
         apd.decompose(model, batches(), **{**FEW, "optimization": steps})
+
+
+def test_an_output_that_is_not_given_back_is_warned_of_unless_it_was_a_trial(monkeypatch):
+    few = FEW | {"optimization": apd.Optimization(steps=8, lr=1e-6, start="random")}
+    apd.decompose(ResidualMLP(4, 6, 5, 1), batches(), **few)
+    monkeypatch.setattr(_loop, "TRIAL", 8)
+    with pytest.warns(apd.errors.ApdWarning, match="do not give the output back: on the last batch .* is missing, with"):
+        apd.decompose(ResidualMLP(4, 6, 5, 1), batches(), **few)
 
 
 def test_a_step_that_fails_leaves_the_components_alone():
