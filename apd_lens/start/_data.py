@@ -130,11 +130,8 @@ def fit_to_data(
                 side = (name, transposed)
                 yield name, _regression(weight, transposed, rows.of_sides[side], elsewhere.get(side))
 
-        _check_importances((name, regression.importance) for name, regression in regressions())
-        device = next(iter(weights.values())).device
-        components_of_points = 1 + _groups(
-            (regression for _, regression in regressions()), len(rows.shapes), components.n_components - 1
-        ).to(device)
+        groups = _groups(_checked(regressions()), len(rows.shapes), components.n_components - 1)
+        components_of_points = 1 + groups.to(next(iter(weights.values())).device)
         for name, regression in regressions():
             A, B = components.A[name].mul_(_TINY), components.B[name].mul_(_TINY)
             fit = _fit if regression.rows.x.is_floating_point() else _fit_lookups
@@ -172,12 +169,14 @@ def _regression(
     return _Regression(weight, transposed, rows, shared, own, of_rows, of_own, squares.sqrt(), metric)
 
 
-def _check_importances(importances: Iterable[tuple[str, Float[Tensor, " inputs"]]]) -> None:
+def _checked(regressions: Iterable[tuple[str, _Regression]]) -> Iterator[_Regression]:
+    """The same, if their gradients are finite, and not zero in all."""
     matters = False
-    for name, importance in importances:
-        if not bool(importance.isfinite().all()):
+    for name, regression in regressions:
+        if not bool(regression.importance.isfinite().all()):
             raise NonFinite(f"The gradient of the output at {name} is NaN or infinite on the target data.")
-        matters = matters or bool(importance.any())
+        matters = matters or bool(regression.importance.any())
+        yield regression
     if not matters:
         raise InvalidBatches(
             "On the target data the output does not depend on any of the decomposed matrices, so there is nothing to "

@@ -25,7 +25,6 @@ from apd_lens.training._checkpoint import Checkpoint, Run, checkpoints_at
 from apd_lens.training._state import Batches, State, StepInfo, init, settled
 from apd_lens.training._step import step
 
-
 # Trainings of fewer steps are trials, of which nobody expects an output that is given back; of the others at least one
 # that misses no more than this share of the output's variance.
 TRIAL = 1000

@@ -426,7 +426,7 @@ def test_an_output_that_is_not_given_back_is_warned_of_unless_it_was_a_trial(mon
     few = FEW | {"optimization": apd.Optimization(steps=8, lr=1e-6, start="random")}
     apd.decompose(ResidualMLP(4, 6, 5, 1), batches(), **few)
     monkeypatch.setattr(_loop, "TRIAL", 8)
-    with pytest.warns(apd.errors.ApdWarning, match="do not give the output back: on the last batch .* is missing, with"):
+    with pytest.warns(apd.errors.ApdWarning, match="do not give the output back: on the last batch .* is missing"):
         apd.decompose(ResidualMLP(4, 6, 5, 1), batches(), **few)
 
 
