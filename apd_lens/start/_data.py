@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apd_lens._block import full_precision, no_grad, no_inference_mode
-from apd_lens._errors import InvalidBatches, InvalidSetting, NonFinite
+from apd_lens._errors import InvalidSetting, NonFinite
 from apd_lens.components._components import ParameterComponents
 from apd_lens.data._batch import Batch
 from apd_lens.data._inputs import Inputs
@@ -87,7 +87,8 @@ def fit_to_data(
 
     cut to the rank of the components where it matters least. ε is a thousandth of the mean of D² x G⁻¹ xᵀ. The
     importance of an input is the root mean square of the first-order effects of x W on 8 random projections of the
-    output, as a share of the largest in its matrix.
+    output, as a share of the largest in its matrix. Where no matrix has any (a clamp or a softmax is at its end on all
+    the data), the size of x W stands for it.
 
     In a matrix whose rows are looked up, component g gets the rows that only its data points look up, and component 0
     those that several do. A matrix that is multiplied from both sides is fitted to the inputs of its longer side. With
@@ -110,7 +111,7 @@ def fit_to_data(
 
     Raises:
         InvalidSetting: fewer than two components.
-        InvalidBatches: no batch, or nothing that the matrices do there matters for the output.
+        InvalidBatches: no batch.
         NonFinite: a gradient is NaN or infinite.
     """
     if components.n_components < 2:
@@ -170,19 +171,11 @@ def _regression(
 
 
 def _checked(regressions: Iterable[tuple[str, _Regression]]) -> Iterator[_Regression]:
-    """The same, if their gradients are finite, and not zero in all."""
-    matters = False
+    """The same, if their gradients are finite."""
     for name, regression in regressions:
         if not bool(regression.importance.isfinite().all()):
             raise NonFinite(f"The gradient of the output at {name} is NaN or infinite on the target data.")
-        matters = matters or bool(regression.importance.any())
         yield regression
-    if not matters:
-        raise InvalidBatches(
-            "On the target data the output does not depend on any of the decomposed matrices, so there is nothing to "
-            "fit. Check output= and weights=, and that the output is not the same whatever they are (a softmax that is "
-            "1 for one of the outputs)."
-        )
 
 
 def _groups(regressions: Iterable[_Regression], n_points: int, most: int) -> Int[Tensor, " points"]:

@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,13 @@ class Rows:
     gradients: Float[Tensor, "K rows d_out"]
     points: Int[Tensor, " rows"]
     places: Int[Tensor, " rows"]
+
+    def with_random_gradients(self, seed: int) -> "Rows":
+        """The same rows in front of K random outputs of y, with entries ±1, so that the size of y says what it does."""
+        K, n, d_out = self.gradients.shape
+        generator = torch.Generator(self.gradients.device).manual_seed(seed)
+        drawn = torch.randint(2, (K, 1, d_out), generator=generator, device=self.gradients.device).mul_(2).sub_(1)
+        return replace(self, gradients=drawn.to(self.gradients).expand(K, n, d_out))
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +137,7 @@ def rows_of(
 
     Args:
         K: number of random projections, with entries ±1. They are the same for all examples.
+            Where the gradients of all are zero, random ones stand for them.
         most: number of data points. Fewer are looked at where their gradients take more than 1 GiB, or are at more than
             4096 positions, and where `memory` is limited.
         compares: "distributions" takes the outputs in the metric of their distribution.
@@ -150,8 +158,11 @@ def rows_of(
             n_rows[call.side] += len(rows.places)
         if n_points >= most or n_bytes > fitting(1, _ENOUGH) or max(n_rows.values(), default=0) >= _enough_rows():
             break
+    joined = {side: _joined(target, side, parts) for side, parts in found.items()}
+    if not any(bool(rows.gradients.any()) for rows in joined.values()):
+        joined = {side: rows.with_random_gradients(seed) for side, rows in joined.items()}
     return TargetRows(
-        {side: _joined(target, side, parts) for side, parts in found.items()},
+        joined,
         torch.cat(shapes)[:most],
         numbers,
         {side: torch.cat([part.places for part in parts]).unique() for side, parts in found.items()},

@@ -212,9 +212,17 @@ def test_batches_that_are_none():
         start(Facts(), [data()[0]], [])
 
 
-def test_an_output_that_does_not_depend_on_the_weights():
-    with pytest.raises(apd.errors.InvalidBatches, match="does not depend on any"):
-        start(Facts(), [data()[0]], output=lambda y: 0 * y)
+def test_where_no_gradient_tells_what_matters_the_size_of_what_is_written_does():
+    """Of a model that is saturated on all the data."""
+    x, model = torch.eye(4), nn.Sequential(nn.Linear(4, 4, bias=False), nn.Hardtanh(0, 1)).requires_grad_(False)
+    model[0].weight.data = 4 * torch.eye(4) + torch.rand(4, 4, generator=seeded())
+    optimization = apd.Optimization(steps=0)
+    decomposition = apd.decompose(model, [x], n_components=6, optimization=optimization, progress=False)
+    assert decomposition.settings.optimization.start == "data"
+    written = x @ decomposition.components.component_weights("0.weight")[1:5]
+    own = model[0](x) - model[0](x).mean(0)  # component 0 has the mean
+    for point in range(4):
+        assert_close(written[point], torch.diag(x[point]) @ own, rtol=0.02, atol=0.02)
 
 
 def test_gradients_that_are_nan():
