@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from apd_lens._block import full_precision, no_grad, no_inference_mode
 from apd_lens._errors import InvalidSetting, NonFinite
@@ -73,6 +74,7 @@ def fit_to_data(
     distance: Distance = "mse",
     granularity: Granularity = "example",
     generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> Int[Tensor, " points"]:
     """Component 0 does what all data points share, each further one the rest of what one of them, or a group, does.
 
@@ -105,6 +107,7 @@ def fit_to_data(
             target data use all of a matrix of low rank, the components sum to it.
         distance: of the minimality loss. With "kl" effects are those on the output's distribution.
         generator: of the projections, on the CPU.
+        progress: whether to show a bar, if it takes over a second.
 
     Returns:
         The component of each data point that was looked at.
@@ -121,15 +124,18 @@ def fit_to_data(
         )
     names, seed = list(weights), int(torch.randint(2**31, (), generator=generator, device="cpu"))
     compares = "distributions" if distance == "kl" else "numbers"
-    rows = rows_of(target, names, one_pass(batches), output, granularity, PROJECTIONS, seed, MOST_POINTS, compares)
-    with no_grad():
-        elsewhere = {} if others is None else other_inputs(target, names, one_pass(others), output, rows)
+    with _bar("start, batches", None, progress) as bar:
+        some = _counted(one_pass(batches), bar)
+        rows = rows_of(target, names, some, output, granularity, PROJECTIONS, seed, MOST_POINTS, compares)
+        elsewhere = {} if others is None else other_inputs(target, names, _counted(one_pass(others), bar), output, rows)
+    with no_grad(), _bar("start, matrices", 2 * len(weights), progress) as bar:
 
         def regressions() -> Iterator[tuple[str, _Regression]]:
             for name, weight in weights.items():  # one at a time, since each takes as much as several of its matrices
                 transposed = max((side[1] for side in rows.of_sides if side[0] == name), key=lambda t: weight.shape[t])
                 side = (name, transposed)
                 yield name, _regression(weight, transposed, rows.of_sides[side], elsewhere.get(side))
+                bar.update()
 
         groups = _groups(_checked(regressions()), len(rows.shapes), components.n_components - 1)
         components_of_points = 1 + groups.to(next(iter(weights.values())).device)
@@ -138,6 +144,17 @@ def fit_to_data(
             fit = _fit if regression.rows.x.is_floating_point() else _fit_lookups
             fit(regression, components_of_points.to(A.device), *((B.mT, A.mT) if regression.transposed else (A, B)))
     return components_of_points
+
+
+def _bar(what: str, total: int | None, shown: bool) -> tqdm:
+    """It is shown only if it takes longer than a second."""
+    return tqdm(total=total, desc=what, disable=not shown, delay=1, dynamic_ncols=True)
+
+
+def _counted(batches: Iterable[Batch | Inputs], bar: tqdm) -> Iterator[Batch | Inputs]:
+    for batch in batches:
+        yield batch
+        bar.update()
 
 
 def _regression(

@@ -27,7 +27,7 @@ def similarities_of_points(
         of_inputs: <x_t, x_t'>, in whatever metric.
     """
     of_points = of_inputs.new_zeros(n_points, n_points)
-    side_by_side = gradients.movedim(0, 1).flatten(1).to(of_inputs.dtype)
+    side_by_side = gradients.movedim(0, 1).flatten(1)
     for some in chunks(len(points), 3 * len(points) * of_inputs.element_size(), memory):
         products = of_inputs[some] * (side_by_side[some] @ side_by_side.mT)
         by_point = products.new_zeros(len(products), n_points).index_add_(1, points, products)

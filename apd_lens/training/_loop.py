@@ -141,6 +141,7 @@ def decompose(
         batches=batches,
         others=others,
         sharded=sharded,
+        progress=progress,
     )
     state = replace(state, settings=replace(state.settings, optimization=optimization))
     run = Run(state, [batches] if others is None else [batches, others], checkpoint, resumed)

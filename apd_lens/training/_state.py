@@ -239,6 +239,7 @@ def init(
     others: Batches | None = None,
     sharded: bool = False,
     memory: int | str | None = None,
+    progress: bool = False,
 ) -> State:
     """A fresh training state: components and an optimizer. Arguments as in `decompose`. Runs forward passes only where
     the start is fitted to data.
@@ -249,6 +250,7 @@ def init(
             them is kept.
         sharded: as in `decompose`. Where a start is random each factor is divided when it was drawn; others need all of
             them in every process first, so give `Optimization(start="random")` where they do not fit.
+        progress: whether to show a bar while a start is fitted.
 
     Raises:
         UnknownWeight, UnsupportedModel: see `TargetModel.match`.
@@ -302,7 +304,7 @@ def init(
     fitted: tuple[int, ...] = ()
     if settings.optimization.start == "data":
         with limited(memory):
-            seen, fitted = _fit(target, components, settings, originals, output, batches, others)
+            seen, fitted = _fit(target, components, settings, originals, output, batches, others, progress)
     if settings.optimization.unit_norm:
         normalize_columns(components)
     fingerprints = {name: target.fingerprints.of(target.weights[name]) for name in names}
@@ -371,6 +373,7 @@ def _fit(
     output: OutputFn,
     batches: Batches | None,
     others: Batches | None,
+    progress: bool,
 ) -> tuple[tuple[Seen, ...], tuple[int, ...]]:
     """Fits the components to data; returns the batches that were looked at, and how many of each kind were drawn."""
     if batches is None:
@@ -398,6 +401,7 @@ def _fit(
             distance=settings.losses.distance,
             granularity=settings.selection.granularity,
             generator=draws(settings.seed, 0, "start"),
+            progress=progress and _processes.is_first(),
         )
     return tuple(seen), tuple(numbers.values())
 
