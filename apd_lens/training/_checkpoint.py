@@ -36,7 +36,7 @@ from apd_lens.decomposition._decomposition import about
 from apd_lens.training._place import Place, can_be_found_again, start_of, stream_from
 from apd_lens.training._state import Batches, State
 
-FORMAT = "apd_lens checkpoint 2"
+FORMAT = "apd_lens checkpoint 1"
 _FILE = re.compile(r"step-(\d{6,})\.safetensors")
 # Bytes that the states of loaders may have, beside what a state has.
 _LARGEST_REST = 2**30
