@@ -382,7 +382,7 @@ def _fit(
 
     def inputs(name: str, some: Batches) -> Iterator[Inputs]:
         known = set[str]()
-        for number, batch in enumerate(first_batches(some)):
+        for number, batch in enumerate(first_batches(some, settings.optimization.steps)):
             numbers[name] = number + 1
             if (digest := digest_of(batch)) not in known:
                 known.add(digest)
@@ -411,10 +411,10 @@ def _come_again(batches: Batches | None, n_steps: int) -> bool:
     return isinstance(batches, Sequence) and len(batches) < n_steps
 
 
-def first_batches(batches: Batches) -> Iterator[Batch]:
-    """Batches that end."""
+def first_batches(batches: Batches, n_steps: int) -> Iterator[Batch]:
+    """Batches that end; of a function only those of steps that there are, or, for a start alone, of the first ones."""
     if not isinstance(batches, Iterable):
-        return map(batches, range(FITTED_STEPS))
+        return map(batches, range(min(FITTED_STEPS, n_steps or FITTED_STEPS)))
     check_again(batches, 2)
     return islice(one_pass(batches), FITTED_BATCHES)
 

@@ -422,6 +422,15 @@ def test_a_training_that_diverges_is_warned_of():
         apd.decompose(model, batches(), **{**FEW, "optimization": steps})
 
 
+def test_a_function_is_asked_for_batches_of_steps_that_there_are():
+    model, batch = residual_mlp(), batches(8)
+    decomposition = apd.decompose(model, lambda step: batch[step], **FEW)
+    of_a_list = apd.decompose(model, batch, **FEW)
+    assert decomposition.settings.optimization.start == "data"
+    for one, other in zip(factors(decomposition), factors(of_a_list), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_an_output_that_is_not_given_back_is_warned_of_unless_it_was_a_trial(monkeypatch):
     few = FEW | {"optimization": apd.Optimization(steps=8, lr=1e-6, start="random")}
     apd.decompose(ResidualMLP(4, 6, 5, 1), batches(), **few)
