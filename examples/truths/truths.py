@@ -47,8 +47,8 @@ components is chosen for a system. Targets and data come from the seed. Beside e
 
 Numbers are the smallest to the largest over seeds. `judges.py` says what they mean.
 
-The start was chosen on seed 0 of all but induction. `facts` and `gates-untrained` were run before relative losses became
-means over matrices, and not again; `facts` draws its factors.
+The start was chosen on seed 0 of all but induction. `facts` and `gates-untrained` were run before relative losses
+became means over matrices, and not again; `facts` draws its factors.
 """
 
 # What is given beside model, data, weights and n_components; nothing else is set, on any system.
