@@ -46,8 +46,8 @@ def test_inside_a_limit_less_fits_and_afterwards_as_much_as_before():
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks are read from Linux's /proc")
-@pytest.mark.parametrize("what", ["step", "analysis"])
-def test_a_step_and_an_analysis_keep_to_the_memory(what: str):
+@pytest.mark.parametrize("what", ["step", "analysis", "start"])
+def test_a_step_an_analysis_and_a_start_keep_to_the_memory(what: str):
     limit = 150_000_000
     context = multiprocessing.get_context(METHOD)
     context.set_forkserver_preload(PRELOADED)

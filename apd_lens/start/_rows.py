@@ -1,6 +1,7 @@
 """Inputs of the matrices at the positions of the target data, with gradients there; second moments of other inputs."""
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apd_lens._block import no_grad
+from apd_lens._errors import ApdWarning
 from apd_lens._memory import BUDGET, fitting, slices
 from apd_lens.attribution._over_outputs import shared_positions
 from apd_lens.attribution._pullback import jacobians_in_parts
@@ -145,7 +147,22 @@ def rows_of(
     found: dict[Side, list[Rows]] = {}
     shapes: list[Tensor] = []
     numbers, n_points, n_bytes, n_rows = _Numbers(), 0, 0, defaultdict[Side, int](int)
-    for part, gradients in _passes(target, names, batches, output, granularity, K, seed, most, compares, memory):
+
+    def passes() -> Iterator[tuple[WatchedPass, list[list[Tensor | None]]]]:
+        """Over some examples at a time, with the gradients of their calls in chunks of projections."""
+        for batch in batches:
+            inputs = target.read(batch)
+            inputs = inputs.some(slice(0, most)) if granularity == "example" else inputs
+            at_once = min(examples_at_once(target, names, inputs), max(1, _enough_rows() // inputs.n_positions))
+            for examples in slices(inputs.n_examples, at_once):
+                watched = watched_pass(target, names, inputs.some(examples), output, compares=compares)
+                check_finite_output(watched.output, "before the first step", watched)
+                watched = watched.in_fisher_metric() if compares == "distributions" else watched
+                projections = _projections(watched.output, K, seed, granularity)
+                for part, chunks in jacobians_in_parts(watched, projections, memory):
+                    yield part, [jacobians.as_whole() for jacobians in chunks]
+
+    for part, gradients in passes():
         of_points = _shapes(part, numbers, granularity)
         is_point = of_points >= 0
         points = n_points - 1 + is_point.flatten().cumsum(0).view_as(of_points)
@@ -160,6 +177,13 @@ def rows_of(
             break
     joined = {side: _joined(target, side, parts) for side, parts in found.items()}
     if not any(bool(rows.gradients.any()) for rows in joined.values()):
+        warnings.warn(
+            "On the data that the start is fitted to, the gradient of the output is zero at every decomposed matrix: a "
+            "clamp or a softmax is at its end on all of them, or output= does not depend on the weights. The start "
+            "goes by the size of what is written, and attributions by gradients say nothing there.",
+            ApdWarning,
+            stacklevel=2,
+        )
         joined = {side: rows.with_random_gradients(seed) for side, rows in joined.items()}
     return TargetRows(
         joined,
@@ -167,32 +191,6 @@ def rows_of(
         numbers,
         {side: torch.cat([part.places for part in parts]).unique() for side, parts in found.items()},
     )
-
-
-def _passes(
-    target: TargetModel,
-    names: Sequence[str],
-    batches: Iterable[Batch | Inputs],
-    output: OutputFn,
-    granularity: Granularity,
-    K: int,
-    seed: int,
-    most: int,
-    compares: Compares,
-    memory: int,
-) -> Iterator[tuple[WatchedPass, list[list[Tensor | None]]]]:
-    """Passes over some examples at a time, with the gradients of their calls in chunks of projections."""
-    for batch in batches:
-        inputs = target.read(batch)
-        inputs = inputs.some(slice(0, most)) if granularity == "example" else inputs
-        at_once = min(examples_at_once(target, names, inputs), max(1, _enough_rows() // inputs.n_positions))
-        for examples in slices(inputs.n_examples, at_once):
-            watched = watched_pass(target, names, inputs.some(examples), output, compares=compares)
-            check_finite_output(watched.output, "before the first step", watched)
-            watched = watched.in_fisher_metric() if compares == "distributions" else watched
-            projections = _projections(watched.output, K, seed, granularity)
-            for part, chunks in jacobians_in_parts(watched, projections, memory):
-                yield part, [jacobians.as_whole() for jacobians in chunks]
 
 
 def _enough_rows() -> int:

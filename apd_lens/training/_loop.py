@@ -68,9 +68,10 @@ def decompose(
             It is never changed: after this call, and after any error in it, it is bit for bit what it was and carries
             no hook of ours. It is run in eval mode.
         batches: what the model is called with (a tensor, a tuple of positional or a dict of keyword arguments), as an
-            iterable that can be gone through again or a function step -> batch. Examples come first in every tensor,
-            and must not influence each other in the model. Positions that a keyword argument `attention_mask` marks
-            with 0 are padding: no data points, and in no loss.
+            iterable that can be gone through again or a function step -> batch. The start may look at the first ones
+            before the training does, so a function goes by the step that it is given. Examples come first in every
+            tensor, and must not influence each other in the model. Positions that a keyword argument `attention_mask`
+            marks with 0 are padding: no data points, and in no loss.
         weights: names or shell patterns, see `apd_lens.wrap(model).weights`.
         n_components: number of components C.
         rank: m, the rank that a component may have in each matrix, or what the matrix has if that is less; None for
@@ -121,7 +122,7 @@ def decompose(
     if elsewhere is not None and others is None:
         raise InvalidSetting("elsewhere= says what is asked of components on the others; give others= too.")
     resumed = [] if resume is None else checkpoints_at(resume, checkpoint)
-    optimization = settled(optimization, n_components, moves, batches)
+    optimization = settled(optimization, n_components, moves, batches, others)
     state = init(
         model,
         weights=weights,

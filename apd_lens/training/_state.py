@@ -265,7 +265,7 @@ def init(
         selection=selection or DEFAULTS.selection,
         attribution=attribution or DEFAULTS.attribution,
         losses=losses or (DEFAULTS if elsewhere is None else TARGETED).losses,
-        optimization=settled(optimization, n_components, moves, batches),
+        optimization=settled(optimization, n_components, moves, batches, others),
         moves=moves,
         seed=seed,
         masks=masks,
@@ -420,15 +420,19 @@ def first_batches(batches: Batches, n_steps: int) -> Iterator[Batch]:
 
 
 def settled(
-    optimization: Optimization | None, n_components: int, moves: Moves | None, batches: Batches | None
+    optimization: Optimization | None,
+    n_components: int,
+    moves: Moves | None,
+    batches: Batches | None,
+    others: Batches | None,
 ) -> Optimization:
     """The same with a start that says what it is, in the place of "auto"."""
     optimization = optimization or DEFAULTS.optimization
     if optimization.start != "auto":
         return optimization
-    can_be_fitted = batches is not None and not isinstance(batches, Iterator) and n_components > 1
+    can_come_again = batches is not None and not isinstance(batches, Iterator) and not isinstance(others, Iterator)
     has_own = moves is not None and moves.has_start
-    return replace(optimization, start="data" if can_be_fitted and not has_own else "random")
+    return replace(optimization, start="data" if can_come_again and n_components > 1 and not has_own else "random")
 
 
 def _check_start(settings: Settings, n_components: int, n_matrices: int) -> None:

@@ -215,9 +215,10 @@ def test_batches_that_are_none():
 def test_where_no_gradient_tells_what_matters_the_size_of_what_is_written_does():
     """Of a model that is saturated on all the data."""
     x, model = torch.eye(4), nn.Sequential(nn.Linear(4, 4, bias=False), nn.Hardtanh(0, 1)).requires_grad_(False)
-    model[0].weight.data = 4 * torch.eye(4) + torch.rand(4, 4, generator=seeded())
+    model[0].weight.data = 4 * torch.eye(4) - 0.1 - torch.rand(4, 4, generator=seeded())
     optimization = apd.Optimization(steps=0)
-    decomposition = apd.decompose(model, [x], n_components=6, optimization=optimization, progress=False)
+    with pytest.warns(apd.errors.ApdWarning, match="the gradient of the output is zero at every decomposed matrix"):
+        decomposition = apd.decompose(model, [x], n_components=6, optimization=optimization, progress=False)
     assert decomposition.settings.optimization.start == "data"
     written = x @ decomposition.components.component_weights("0.weight")[1:5]
     own = model[0](x) - model[0](x).mean(0)  # component 0 has the mean

@@ -1,4 +1,4 @@
-"""How much memory a step and an analysis take at most."""
+"""How much memory a step, an analysis and a start that is fitted take at most."""
 
 import ctypes
 import gc
@@ -12,13 +12,15 @@ import apd_lens as apd
 
 
 def peaks_of(what: str, limit: int) -> tuple[int, int]:
-    """Of a step or an analysis of 32 texts, with the limit and without one."""
+    """Of a step, an analysis or a start on 32 texts, with the limit and without one."""
     torch.manual_seed(0)
     model = tiny_llama(vocab_size=8192, hidden_size=64, intermediate_size=128, max_position_embeddings=64)
     settings = {"n_components": 16, "rank": 1, "moves": None, "losses": apd.Losses(distance="kl")}
     settings |= {"weights": "model.layers.1.*", "selection": apd.TopK(2, "position")}
 
     def run(batch: torch.Tensor, memory: int | None) -> Callable[[], object]:
+        if what == "start":
+            return lambda: apd.init(model, memory=memory, batches=[batch], **settings)
         state = apd.init(model, memory=memory, **settings)
         if what == "step":
             return lambda: apd.step(state, batch)

@@ -431,6 +431,14 @@ def test_a_function_is_asked_for_batches_of_steps_that_there_are():
         assert torch.equal(one, other)
 
 
+def test_data_that_can_be_gone_through_once_only_are_left_to_the_training():
+    x = batches(8)
+    for some, others in ((iter(x), None), (iter(x), x), (x, iter(x))):
+        targeted = {} if others is None else {"others": others, "losses": apd.Losses(faithfulness=0.0), "moves": None}
+        decomposition = apd.decompose(residual_mlp(), some, **FEW, **targeted)
+        assert decomposition.settings.optimization.start == "random"
+
+
 def test_an_output_that_is_not_given_back_is_warned_of_unless_it_was_a_trial(monkeypatch):
     few = FEW | {"optimization": apd.Optimization(steps=8, lr=1e-6, start="random")}
     apd.decompose(ResidualMLP(4, 6, 5, 1), batches(), **few)
